@@ -1,0 +1,54 @@
+//! Maximum-inner-product indexes over the keys of one attention head.
+//!
+//! An index holds rows of numbers, the keys, and answers a query with those that have the largest
+//! inner product with it. It knows nothing of values, tokens or models.
+//!
+//! ```
+//! use ann_index::{Bitmap, IndexParams, SearchParams, build};
+//!
+//! # fn main() -> Result<(), ann_index::IndexError> {
+//! // Three keys of dimension 2, then a fourth.
+//! let keys = [1.0, 0.0, 0.0, 1.0, 2.0, 2.0];
+//! let index = build(2, &keys, &[], &IndexParams::default())?;
+//! index.append(&[8.0, -1.0])?;
+//!
+//! let two = SearchParams { k: 2, ef: 64 };
+//! let found = index.search(&[1.0, 1.0], &two, None)?;
+//! let best: Vec<_> = found.hits.iter().map(|hit| (hit.id, hit.score)).collect();
+//! assert_eq!(best, [(3, 7.0), (2, 4.0)]);
+//! assert_eq!(found.stats.keys_touched, 4);
+//!
+//! // Keys can be hidden from a search.
+//! let hidden: Bitmap = [3].into_iter().collect();
+//! let found = index.search(&[1.0, 1.0], &two, Some(&hidden))?;
+//! assert_eq!(found.hits[0].id, 2);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! * [`KeyIndex`] is the contract: threads, order, what is refused.
+//! * [`build`] makes one; [`IndexParams`] says which and how.
+//! * [`IndexKind::Flat`] reads every key and is exact; [`IndexKind::Hnsw`] walks a graph.
+//! * [`SearchStats`] says what a search really read.
+//!
+//! A new index is a module that implements [`KeyIndex`], a variant of [`IndexKind`], a line in
+//! `build` and a line in the behavioural suite that all indexes pass.
+
+mod bitmap;
+mod build;
+mod check;
+mod error;
+mod flat;
+mod hnsw;
+mod key_index;
+mod metric;
+mod rows;
+mod scan;
+#[cfg(test)]
+mod suite;
+mod top_k;
+
+pub use bitmap::Bitmap;
+pub use build::build;
+pub use error::IndexError;
+pub use key_index::{Hit, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchResult, SearchStats};

@@ -1,0 +1,286 @@
+//! How values lie on disk: one self-describing header before every payload.
+//!
+//! Every value of every column family carries the same 76-byte header, little-endian:
+//!
+//! | offset | bytes | field |
+//! |---|---|---|
+//! | 0 | 4 | magic `QKV` 0x1A |
+//! | 4 | 2 | format version |
+//! | 6 | 1 | kind of value |
+//! | 7 | 1 | element type (1 = f32, 2 = bf16) |
+//! | 8 | 32 | chunk key (zero in the identity) |
+//! | 40 | 4 | layer (zero unless the kind is a layer) |
+//! | 44 | 12 | layers, kv heads, head dim of the store |
+//! | 56 | 4 | tokens of the chunk (zero where it means nothing) |
+//! | 60 | 8 | payload length |
+//! | 68 | 4 | crc32c of the payload |
+//! | 72 | 4 | crc32c of bytes 0..72 |
+//!
+//! The header names the chunk and layer it belongs to, so that a value that turns up under a wrong
+//! key is caught as surely as a flipped byte. These are disk types; the domain types are elsewhere.
+
+use crate::key::ChunkKey;
+use crate::shape::{KvDtype, KvShape};
+
+/// Newest format version this build writes and reads.
+pub(crate) const VERSION: u16 = 1;
+/// Bytes before the payload.
+pub(crate) const HEADER_LEN: usize = 76;
+const MAGIC: [u8; 4] = *b"QKV\x1a";
+
+/// What a value holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// What the whole store belongs to.
+    Identity,
+    /// Makes a chunk visible.
+    Manifest,
+    /// First payload row of a chunk; empty. Lets the sweep see a chunk without reading its layers.
+    Head,
+    /// One layer's keys and values.
+    Layer,
+    /// When the chunk was last used, and how often.
+    Usage,
+}
+
+impl Kind {
+    const ALL: [(Kind, u8); 5] =
+        [(Kind::Identity, 1), (Kind::Manifest, 2), (Kind::Head, 3), (Kind::Layer, 4), (Kind::Usage, 5)];
+
+    fn code(self) -> u8 {
+        Kind::ALL.iter().find(|(kind, _)| *kind == self).map_or(0, |(_, code)| *code)
+    }
+
+    fn from_code(code: u8) -> Option<Kind> {
+        Kind::ALL.iter().find(|(_, c)| *c == code).map(|(kind, _)| *kind)
+    }
+}
+
+/// What a value says about itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) kind: Kind,
+    pub(crate) key: ChunkKey,
+    pub(crate) layer: u32,
+    pub(crate) shape: KvShape,
+    pub(crate) tokens: u32,
+}
+
+/// A value whose checksums hold.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Value<'a> {
+    pub(crate) header: Header,
+    pub(crate) payload: &'a [u8],
+    pub(crate) payload_crc: u32,
+}
+
+/// Why bytes are no value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct FormatError {
+    pub(crate) expected: String,
+    pub(crate) found: String,
+    /// Set when the only objection is a version above [`VERSION`].
+    pub(crate) newer: Option<u16>,
+}
+
+impl FormatError {
+    pub(crate) fn new(expected: impl Into<String>, found: impl Into<String>) -> Self {
+        FormatError { expected: expected.into(), found: found.into(), newer: None }
+    }
+}
+
+/// Writes header and payload; the payload is given in parts that are joined.
+pub(crate) fn encode(header: &Header, parts: &[&[u8]]) -> Vec<u8> {
+    let payload_len: usize = parts.iter().map(|part| part.len()).sum();
+    let mut out = Vec::with_capacity(HEADER_LEN + payload_len);
+    out.extend_from_slice(&MAGIC);
+    out.extend_from_slice(&VERSION.to_le_bytes());
+    out.push(header.kind.code());
+    out.push(match header.shape.dtype {
+        KvDtype::F32 => 1,
+        KvDtype::Bf16 => 2,
+    });
+    out.extend_from_slice(&header.key.0);
+    for number in [header.layer, header.shape.layers, header.shape.kv_heads, header.shape.head_dim, header.tokens] {
+        out.extend_from_slice(&number.to_le_bytes());
+    }
+    out.extend_from_slice(&(payload_len as u64).to_le_bytes());
+    out.extend_from_slice(&crc_of(parts).to_le_bytes());
+    let header_crc = crc32c::crc32c(&out);
+    out.extend_from_slice(&header_crc.to_le_bytes());
+    for part in parts {
+        out.extend_from_slice(part);
+    }
+    out
+}
+
+/// crc32c of the parts joined.
+pub(crate) fn crc_of(parts: &[&[u8]]) -> u32 {
+    parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part))
+}
+
+/// Reads a value and checks everything that can be checked without knowing what was asked for.
+pub(crate) fn decode(bytes: &[u8]) -> Result<Value<'_>, FormatError> {
+    let mut fields = Reader { rest: bytes };
+    let (Some(head), Some(payload)) = (bytes.get(..HEADER_LEN), bytes.get(HEADER_LEN..)) else {
+        return Err(FormatError::new(format!("a header of {HEADER_LEN} bytes"), format!("{} bytes", bytes.len())));
+    };
+    let magic = fields.take::<4>()?;
+    if magic != MAGIC {
+        return Err(FormatError::new(format!("magic {MAGIC:02x?}"), format!("{magic:02x?}")));
+    }
+    let version = u16::from_le_bytes(fields.take()?);
+    if version != VERSION {
+        return Err(FormatError {
+            newer: (version > VERSION).then_some(version),
+            ..FormatError::new(format!("format version {VERSION}"), format!("version {version}"))
+        });
+    }
+    check_crc("header", &head[..HEADER_LEN - 4], u32_at_end(head))?;
+    let [kind] = fields.take::<1>()?;
+    let [dtype] = fields.take::<1>()?;
+    let key = ChunkKey(fields.take()?);
+    let layer = fields.u32()?;
+    let (layers, kv_heads, head_dim) = (fields.u32()?, fields.u32()?, fields.u32()?);
+    let tokens = fields.u32()?;
+    let payload_len = fields.u64()?;
+    let payload_crc = fields.u32()?;
+    let kind =
+        Kind::from_code(kind).ok_or_else(|| FormatError::new("a known kind of value", format!("kind {kind}")))?;
+    let dtype = match dtype {
+        1 => KvDtype::F32,
+        2 => KvDtype::Bf16,
+        other => {
+            return Err(FormatError::new("element type 1 or 2", format!("element type {other}")));
+        }
+    };
+    if payload_len != payload.len() as u64 {
+        return Err(FormatError::new(format!("a payload of {payload_len} bytes"), format!("{} bytes", payload.len())));
+    }
+    check_crc("payload", payload, payload_crc)?;
+    let shape = KvShape { layers, kv_heads, head_dim, dtype };
+    Ok(Value { header: Header { kind, key, layer, shape, tokens }, payload, payload_crc })
+}
+
+/// Reads a value and checks that it is the one `wanted`.
+pub(crate) fn decode_as<'a>(bytes: &'a [u8], wanted: &Header) -> Result<Value<'a>, FormatError> {
+    let value = decode(bytes)?;
+    if value.header != *wanted {
+        return Err(FormatError::new(format!("{wanted:?}"), format!("{:?}", value.header)));
+    }
+    Ok(value)
+}
+
+fn u32_at_end(bytes: &[u8]) -> u32 {
+    bytes.last_chunk().map_or(0, |chunk| u32::from_le_bytes(*chunk))
+}
+
+fn check_crc(what: &str, bytes: &[u8], expected: u32) -> Result<(), FormatError> {
+    let found = crc32c::crc32c(bytes);
+    if found == expected {
+        return Ok(());
+    }
+    Err(FormatError::new(format!("{what} crc32c {expected:08x}"), format!("{found:08x}")))
+}
+
+/// Takes little-endian numbers off the front of a byte string, without panicking.
+pub(crate) struct Reader<'a> {
+    pub(crate) rest: &'a [u8],
+}
+
+impl Reader<'_> {
+    pub(crate) fn take<const N: usize>(&mut self) -> Result<[u8; N], FormatError> {
+        let Some((front, rest)) = self.rest.split_first_chunk() else {
+            return Err(FormatError::new(format!("{N} more bytes"), format!("{} bytes", self.rest.len())));
+        };
+        self.rest = rest;
+        Ok(*front)
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, FormatError> {
+        Ok(u32::from_le_bytes(self.take()?))
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, FormatError> {
+        Ok(u64::from_le_bytes(self.take()?))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn any_header() -> impl Strategy<Value = Header> {
+        let kinds = prop::sample::select(Kind::ALL.map(|(kind, _)| kind).to_vec());
+        (kinds, any::<([u8; 32], u32, u32, u32, u32, u32, bool)>()).prop_map(
+            |(kind, (key, layer, layers, kv_heads, head_dim, tokens, wide))| Header {
+                kind,
+                key: ChunkKey(key),
+                layer,
+                shape: KvShape { layers, kv_heads, head_dim, dtype: if wide { KvDtype::F32 } else { KvDtype::Bf16 } },
+                tokens,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn values_round_trip(header in any_header(), payload: Vec<u8>, cut: prop::sample::Index) {
+            let (a, b) = payload.split_at(cut.index(payload.len() + 1));
+            let bytes = encode(&header, &[a, b]);
+            let value = decode_as(&bytes, &header).unwrap();
+            prop_assert_eq!(value.payload, &payload[..]);
+            prop_assert_eq!(value.payload_crc, crc32c::crc32c(&payload));
+        }
+
+        #[test]
+        fn any_flip_or_cut_is_detected(
+            header in any_header(), payload: Vec<u8>,
+            at: prop::sample::Index, flip in 1u8..=255, cut: prop::sample::Index,
+        ) {
+            let mut bytes = encode(&header, &[&payload]);
+            prop_assert!(decode(&bytes[..cut.index(bytes.len())]).is_err());
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            prop_assert!(decode(&bytes).is_err());
+            bytes[at] ^= flip;
+            bytes.push(flip);
+            prop_assert!(decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn random_bytes_never_panic(mut bytes: Vec<u8>, dressed: bool) {
+            if dressed && bytes.len() >= HEADER_LEN {
+                // A right magic, version and header checksum lead the decoder deeper.
+                bytes[..4].copy_from_slice(&MAGIC);
+                bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+                let crc = crc32c::crc32c(&bytes[..HEADER_LEN - 4]);
+                bytes[HEADER_LEN - 4..HEADER_LEN].copy_from_slice(&crc.to_le_bytes());
+            }
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn a_value_under_a_wrong_name_is_refused(one in any_header(), other in any_header()) {
+            let bytes = encode(&one, &[b"x"]);
+            prop_assert_eq!(decode_as(&bytes, &other).is_ok(), one == other);
+        }
+    }
+
+    #[test]
+    fn a_newer_version_is_named() {
+        let header = Header {
+            kind: Kind::Identity,
+            key: ChunkKey([0; 32]),
+            layer: 0,
+            shape: KvShape { layers: 1, kv_heads: 1, head_dim: 1, dtype: KvDtype::F32 },
+            tokens: 0,
+        };
+        let mut bytes = encode(&header, &[]);
+        bytes[4] = 7;
+        assert_eq!(decode(&bytes).unwrap_err().newer, Some(7));
+    }
+}

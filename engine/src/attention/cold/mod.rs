@@ -1,0 +1,10 @@
+//! Attention over the tokens that have left the dense KV.
+//!
+//! `window` (StreamingLLM, arXiv 2309.17453) drops them; `retrieval` (RetrievalAttention, arXiv 2409.10516)
+//! keeps them behind indexes and attends the hits exactly.
+
+mod retrieval;
+mod segment;
+
+pub(crate) use retrieval::{ColdStats, attend_cold};
+pub(crate) use segment::{Segment, SegmentSource};

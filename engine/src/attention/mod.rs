@@ -1,0 +1,7 @@
+//! Attention over sets of tokens. Every kind yields an [`AttentionState`], and states merge.
+
+pub(crate) mod cold;
+pub(crate) mod dense;
+mod state;
+
+pub use state::AttentionState;

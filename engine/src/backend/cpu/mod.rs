@@ -1,0 +1,25 @@
+//! The CPU backend: a thread pool, vector instruction sets chosen at run time, and the
+//! operations of a forward pass written once over them.
+
+pub(crate) mod elementwise;
+pub(crate) mod linear;
+pub(crate) mod micro;
+pub(crate) mod pool;
+pub(crate) mod simd;
+
+use pool::Pool;
+pub use simd::Isa;
+
+/// The CPU as a device: its threads and its best instruction set.
+pub(crate) struct Cpu {
+    pub(crate) pool: Pool,
+    pub(crate) isa: Isa,
+}
+
+impl Cpu {
+    /// `threads` of 0 means all the cores that this process may use.
+    pub(crate) fn new(threads: usize) -> Cpu {
+        let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
+        Cpu { pool: Pool::new(threads), isa: Isa::detect() }
+    }
+}

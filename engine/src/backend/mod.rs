@@ -1,0 +1,3 @@
+//! Where the arithmetic runs. The CPU is the specification of every operation.
+
+pub(crate) mod cpu;

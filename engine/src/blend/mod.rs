@@ -1,0 +1,8 @@
+//! Blending: a context's KV from cached chunks and selective recompute
+//! (CacheBlend, arXiv 2405.16444, section 4).
+
+mod plan;
+mod run;
+mod select;
+
+pub(crate) use run::blend;

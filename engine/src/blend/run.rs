@@ -1,0 +1,262 @@
+//! Executes a [`BlendPlan`], layer by layer.
+//!
+//! Rows that are computed may lie anywhere in the context. Each sees exactly the tokens up to its own
+//! *position*: attention masks by position, not by row.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use super::plan::{BlendPlan, Span, Treatment};
+use super::select::most_deviating;
+use crate::chunk::{PromptChunk, read_layer};
+use crate::config::BlendConfig;
+use crate::error::{EngineError, Result};
+use crate::kv::sequence::SequenceKv;
+use crate::model::transformer::{Rows, Transformer, gather};
+use crate::request::PrefillStats;
+
+/// Rows computed at a time, which bounds the memory of activations.
+const ROWS: usize = 1024;
+
+/// A context's KV and how it came about (times are the caller's to fill in).
+pub(crate) struct Blended {
+    pub(crate) kv: SequenceKv,
+    pub(crate) stats: PrefillStats,
+}
+
+/// Cached rows of one span in one layer.
+struct CachedRows {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// One layer's cached rows, one entry per cached span; or the chunk whose source failed.
+type LoadedLayer = std::result::Result<Vec<CachedRows>, (usize, EngineError)>;
+
+/// Computes the KV of `prefix` and `chunks`. A chunk whose source fails is computed instead.
+///
+/// # Errors
+/// [`EngineError::Cancelled`] once `cancelled` says so.
+pub(crate) fn blend(
+    model: &Transformer,
+    prefix: &[u32],
+    chunks: &[PromptChunk],
+    config: &BlendConfig,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Blended> {
+    let mut failed = Vec::new();
+    loop {
+        let plan = BlendPlan::new(prefix, chunks, config, &failed);
+        match attempt(model, &plan, chunks, cancelled) {
+            Ok(mut blended) => {
+                blended.stats.failed_chunks = failed.len();
+                return Ok(blended);
+            }
+            Err(Attempt::Failed(error)) => return Err(error),
+            Err(Attempt::ChunkLost(chunk, error)) => {
+                tracing::warn!(chunk, %error, "a cached chunk could not be read; it is computed instead");
+                failed.push(chunk);
+            }
+        }
+    }
+}
+
+enum Attempt {
+    ChunkLost(usize, EngineError),
+    Failed(EngineError),
+}
+
+impl From<EngineError> for Attempt {
+    fn from(error: EngineError) -> Self {
+        Attempt::Failed(error)
+    }
+}
+
+fn attempt(
+    model: &Transformer,
+    plan: &BlendPlan,
+    chunks: &[PromptChunk],
+    cancelled: &dyn Fn() -> bool,
+) -> std::result::Result<Blended, Attempt> {
+    let spans = plan.cached_spans();
+    // One layer is read while the one before is computed.
+    std::thread::scope(|scope| {
+        let (send, loaded) = sync_channel::<LoadedLayer>(1);
+        let spans = &spans;
+        scope.spawn(move || {
+            for layer in 0..model.spec.layers {
+                let rows = load_layer(model, spans, chunks, layer);
+                let lost = rows.is_err();
+                // The receiver is gone when the blend was cancelled.
+                if send.send(rows).is_err() || lost {
+                    return;
+                }
+            }
+        });
+        Run::new(model, plan, spans, loaded)?.layers(cancelled)
+    })
+}
+
+fn load_layer(model: &Transformer, spans: &[Span], chunks: &[PromptChunk], layer: usize) -> LoadedLayer {
+    let mut rows = Vec::with_capacity(spans.len());
+    for span in spans {
+        let Some((i, source)) = span.chunk.and_then(|i| Some((i, chunks[i].source.as_ref()?))) else { continue };
+        let (keys, values) =
+            read_layer(source.as_ref(), &model.shape, span.positions.len(), layer).map_err(|e| (i, e))?;
+        rows.push(CachedRows { keys, values });
+    }
+    Ok(rows)
+}
+
+struct Run<'a> {
+    model: &'a Transformer,
+    plan: &'a BlendPlan,
+    spans: &'a [Span],
+    /// Angles of each cached span's positions.
+    span_rows: Vec<Rows>,
+    loaded: Receiver<LoadedLayer>,
+    kv: SequenceKv,
+    /// The rows that are computed, ascending by position.
+    active: Rows,
+    /// Their residual stream.
+    x: Vec<f32>,
+    deviation: Option<f32>,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        model: &'a Transformer,
+        plan: &'a BlendPlan,
+        spans: &'a [Span],
+        loaded: Receiver<LoadedLayer>,
+    ) -> Result<Run<'a>> {
+        // Without a check layer, cached tokens are never computed.
+        let computed: &[Treatment] = match plan.check {
+            Some(_) => &[Treatment::Fresh, Treatment::Cached],
+            None => &[Treatment::Fresh],
+        };
+        let positions = plan.positions(computed);
+        let tokens: Vec<u32> = positions.iter().map(|p| plan.tokens[*p]).collect();
+        let mut kv = SequenceKv::new(model.shape);
+        kv.extend_to(plan.tokens.len());
+        Ok(Run {
+            model,
+            plan,
+            spans,
+            span_rows: spans.iter().map(|s| model.rows(s.positions.clone().collect())).collect(),
+            loaded,
+            kv,
+            x: model.embed(&tokens)?,
+            active: model.rows(positions),
+            deviation: None,
+        })
+    }
+
+    fn layers(mut self, cancelled: &dyn Fn() -> bool) -> std::result::Result<Blended, Attempt> {
+        for layer in 0..self.model.spec.layers {
+            let cached = self.loaded.recv().map_err(|_| {
+                Attempt::Failed(EngineError::Internal("the thread that reads cached chunks ended early".into()))
+            })?;
+            let cached = cached.map_err(|(chunk, error)| Attempt::ChunkLost(chunk, error))?;
+            if let Some((check, ratio)) = self.plan.check
+                && check == layer
+            {
+                self.select(layer, ratio, &cached);
+            }
+            self.write_cached(layer, &cached);
+            self.compute(layer, cancelled)?;
+        }
+        let recomputed = self.active.positions.len();
+        let stats = PrefillStats {
+            prompt_tokens: self.plan.tokens.len(),
+            reused_tokens: self.plan.tokens.len() - recomputed,
+            recomputed_tokens: recomputed,
+            blend_deviation: self.deviation,
+            ..PrefillStats::default()
+        };
+        Ok(Blended { kv: self.kv, stats })
+    }
+
+    /// Writes what stays cached. Rows that are computed overwrite theirs afterwards.
+    fn write_cached(&mut self, layer: usize, cached: &[CachedRows]) {
+        let checked = self.plan.check.is_none_or(|(check, _)| layer >= check);
+        for ((span, rows), cached) in self.spans.iter().zip(&self.span_rows).zip(cached) {
+            if checked || span.treatment == Treatment::Exact {
+                self.model.write_kv(self.kv.recent_mut(layer), rows, &cached.keys, &cached.values);
+            }
+        }
+    }
+
+    /// Narrows the active rows to the fresh ones and the most deviating of the cached ones.
+    fn select(&mut self, layer: usize, ratio: f32, cached: &[CachedRows]) {
+        let (hidden, width) = (self.model.spec.hidden, self.model.shape.width());
+        let mut candidates = Vec::new();
+        let mut deviation = Vec::new();
+        let mut relative = 0.0;
+        for block in blocks(self.active.positions.len()) {
+            let rows = self.active.part(block.clone());
+            let x = &self.x[block.start * hidden..block.end * hidden];
+            let fresh = self.model.qkv(layer, x, &rows);
+            for (i, position) in rows.positions.iter().enumerate() {
+                let Some((keys, values)) = self.cached_row(*position, cached) else { continue };
+                let row = i * width..(i + 1) * width;
+                let (k, size_k) = distance(&fresh.keys[row.clone()], keys);
+                let (v, size_v) = distance(&fresh.values[row], values);
+                candidates.push(block.start + i);
+                deviation.push(k + v);
+                relative += (k + v) / (size_k + size_v).max(f32::MIN_POSITIVE);
+            }
+        }
+        self.deviation = Some(relative / candidates.len().max(1) as f32);
+        let chosen = most_deviating(&deviation, ratio);
+        let mut keep = vec![true; self.active.positions.len()];
+        candidates.iter().for_each(|c| keep[*c] = false);
+        chosen.iter().for_each(|c| keep[candidates[*c]] = true);
+        let kept: Vec<usize> = (0..keep.len()).filter(|i| keep[*i]).collect();
+        self.x = gather(&self.x, hidden, &kept);
+        self.active = self.active.pick(&kept);
+    }
+
+    /// The cached keys and values of a position whose span is `Cached`.
+    fn cached_row<'c>(&self, position: usize, cached: &'c [CachedRows]) -> Option<(&'c [f32], &'c [f32])> {
+        let after = self.spans.partition_point(|s| s.positions.end <= position);
+        let span = self.spans.get(after)?;
+        if !span.positions.contains(&position) || span.treatment != Treatment::Cached {
+            return None;
+        }
+        let width = self.model.shape.width();
+        let row = (position - span.positions.start) * width..(position - span.positions.start + 1) * width;
+        Some((&cached[after].keys[row.clone()], &cached[after].values[row]))
+    }
+
+    /// Runs the layer for the active rows, in order of position: a row needs those before it.
+    fn compute(&mut self, layer: usize, cancelled: &dyn Fn() -> bool) -> Result<()> {
+        let model = self.model;
+        let hidden = model.spec.hidden;
+        let last = layer + 1 == model.spec.layers;
+        for block in blocks(self.active.positions.len()) {
+            if cancelled() {
+                return Err(EngineError::Cancelled);
+            }
+            let rows = self.active.part(block.clone());
+            let x = &mut self.x[block.start * hidden..block.end * hidden];
+            let qkv = model.qkv(layer, x, &rows);
+            model.write_kv(self.kv.recent_mut(layer), &rows, &qkv.keys, &qkv.values);
+            if !last {
+                let queries = model.queries(&qkv.q, &rows.positions);
+                let state = self.kv.attend_exact(&model.cpu, layer, &queries);
+                model.finish_layer(layer, x, &state.out);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn blocks(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..rows).step_by(ROWS).map(move |start| start..rows.min(start + ROWS))
+}
+
+/// Squared distance, and the squared size of `fresh`.
+fn distance(fresh: &[f32], cached: &[f32]) -> (f32, f32) {
+    let squares = fresh.iter().zip(cached).map(|(f, c)| ((f - c) * (f - c), f * f));
+    squares.fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1))
+}

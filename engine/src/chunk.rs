@@ -1,0 +1,79 @@
+//! The engine's view of cached chunks.
+
+use std::sync::Arc;
+
+use crate::error::{EngineError, Result};
+use crate::kv::KvShape;
+
+/// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`,
+/// little-endian, in the engine's KV format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkLayer {
+    /// Keys before rotary embedding.
+    pub keys: Vec<u8>,
+    /// Values.
+    pub values: Vec<u8>,
+}
+
+/// Where the KV of a chunk comes from: memory, disk, another machine. Called from several threads, layer
+/// by layer in ascending order. Any error makes the engine compute the chunk instead.
+pub trait ChunkSource: Send + Sync {
+    /// Tokens of the chunk.
+    fn tokens(&self) -> usize;
+
+    /// # Errors
+    /// Whatever keeps the layer from being read whole and intact.
+    fn layer(&self, layer: usize) -> Result<ChunkLayer>;
+}
+
+/// KV of a chunk in memory, as prefill in isolation left it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkKv {
+    /// Tokens of the chunk.
+    pub tokens: usize,
+    /// One per layer.
+    pub layers: Vec<ChunkLayer>,
+}
+
+impl ChunkSource for ChunkKv {
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn layer(&self, layer: usize) -> Result<ChunkLayer> {
+        let missing =
+            || EngineError::InvalidRequest(format!("chunk of {} layers has no layer {layer}", self.layers.len()));
+        self.layers.get(layer).cloned().ok_or_else(missing)
+    }
+}
+
+/// A chunk in a prompt.
+#[derive(Clone)]
+pub struct PromptChunk {
+    /// Its tokens.
+    pub tokens: Arc<[u32]>,
+    /// The tokens that its cached state was computed behind, such as the bos.
+    pub prefix: Arc<[u32]>,
+    /// Its cached state; `None`: it is computed within the prompt.
+    pub source: Option<Arc<dyn ChunkSource>>,
+}
+
+/// Reads one layer of a chunk and checks that it has the expected size.
+pub(crate) fn read_layer(
+    source: &dyn ChunkSource,
+    shape: &KvShape,
+    tokens: usize,
+    layer: usize,
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let found = source.layer(layer)?;
+    let expected = tokens * shape.width() * shape.dtype.size();
+    for (what, bytes) in [("keys", &found.keys), ("values", &found.values)] {
+        if bytes.len() != expected {
+            return Err(EngineError::InvalidRequest(format!(
+                "chunk layer {layer}, {what}: expected {expected} bytes for {tokens} tokens, found {}",
+                bytes.len()
+            )));
+        }
+    }
+    Ok((shape.dtype.decode(&found.keys), shape.dtype.decode(&found.values)))
+}

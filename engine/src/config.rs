@@ -1,0 +1,226 @@
+//! Settings of the engine and of a request, with their defaults and their limits.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{EngineError, Result};
+use crate::kv::KvDtype;
+
+/// Settings of an engine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineConfig {
+    /// The model's folder, as Hugging Face publishes it.
+    pub model_dir: PathBuf,
+    /// Threads of the CPU backend; 0: all cores.
+    pub threads: usize,
+    /// Format of KV; `None`: bf16 when the weights have 16 bits, else f32.
+    pub kv_dtype: Option<KvDtype>,
+    /// Limit on prompt and answer in tokens; `None`: the model's own.
+    pub max_context: Option<usize>,
+    /// Sequences that run at the same time.
+    pub max_sequences: usize,
+    /// Tokens of a prefill step.
+    pub prefill_chunk: usize,
+    /// Bytes of KV that all running sequences may hold; 0: half of the machine's memory.
+    pub kv_budget_bytes: u64,
+    /// Requests that may wait.
+    pub queue: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            model_dir: PathBuf::new(),
+            threads: 0,
+            kv_dtype: None,
+            max_context: None,
+            max_sequences: 8,
+            prefill_chunk: 512,
+            kv_budget_bytes: 0,
+            queue: 64,
+        }
+    }
+}
+
+macro_rules! named_values {
+    ($(#[$doc:meta])* $name:ident { $($(#[$item_doc:meta])* $item:ident = $text:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        pub enum $name { $($(#[$item_doc])* #[serde(rename = $text)] $item),* }
+
+        impl std::str::FromStr for $name {
+            type Err = EngineError;
+            fn from_str(text: &str) -> Result<Self> {
+                match text {
+                    $($text => Ok($name::$item),)*
+                    other => Err(EngineError::InvalidRequest(format!(
+                        concat!(stringify!($name), ": expected one of ", $("`", $text, "` "),*, "found `{}`"), other
+                    ))),
+                }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self { $($name::$item => $text),* })
+            }
+        }
+    };
+}
+
+named_values! {
+    /// How decoding attends tokens outside of the recent window.
+    Strategy {
+        /// All tokens, exactly.
+        Full = "full",
+        /// Only sinks and recent window (StreamingLLM, arXiv 2309.17453).
+        Window = "window",
+        /// Sinks, recent window, and the keys that an index finds (RetrievalAttention, arXiv 2409.10516).
+        Retrieval = "retrieval",
+    }
+}
+
+named_values! {
+    /// What becomes of cached chunks in a prompt.
+    BlendMode {
+        /// They are ignored: everything is computed.
+        FullRecompute = "full-recompute",
+        /// Their keys are rotated to the new positions; nothing is recomputed.
+        Reuse = "reuse",
+        /// The tokens whose state deviates most are recomputed (CacheBlend, arXiv 2405.16444).
+        CacheBlend = "cacheblend",
+    }
+}
+
+/// Settings of attention for one request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttentionConfig {
+    /// What happens to tokens outside of sinks and window.
+    pub strategy: Strategy,
+    /// First tokens that are always attended.
+    pub sinks: usize,
+    /// Recent tokens that are always attended, the newest included.
+    pub window: usize,
+    /// Cold keys that each query head attends.
+    pub k: usize,
+    /// Candidates that a graph search keeps; at least `k` is used.
+    pub ef: usize,
+    /// The index over cold keys.
+    #[serde(with = "index_name")]
+    pub index: ann_index::IndexKind,
+    /// Wait for an index instead of attending its tokens exactly meanwhile: repeatable, not faster.
+    pub wait_for_index: bool,
+}
+
+/// An index by its name.
+mod index_name {
+    use ann_index::IndexKind;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(kind: &IndexKind, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(kind)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<IndexKind, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl Default for AttentionConfig {
+    fn default() -> Self {
+        AttentionConfig {
+            strategy: Strategy::Full,
+            sinks: 4,
+            window: 512,
+            k: 128,
+            ef: 256,
+            index: ann_index::IndexKind::Flat,
+            wait_for_index: false,
+        }
+    }
+}
+
+impl AttentionConfig {
+    /// # Errors
+    /// [`EngineError::InvalidRequest`] for a window or `k` of 0.
+    pub fn validate(&self) -> Result<()> {
+        if self.strategy != Strategy::Full && self.window == 0 {
+            return Err(EngineError::InvalidRequest("attention window: expected at least 1, found 0".into()));
+        }
+        if self.strategy == Strategy::Retrieval && self.k == 0 {
+            return Err(EngineError::InvalidRequest(
+                "attention k: expected at least 1, found 0; strategy `window` attends no cold keys".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Settings of blending for one request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BlendConfig {
+    /// What becomes of cached chunks.
+    pub mode: BlendMode,
+    /// Share of the cached tokens that `cacheblend` recomputes, 0 to 1.
+    pub ratio: f32,
+    /// The layer on which fresh and cached values are compared. Up to it, everything is computed.
+    pub check_layer: usize,
+}
+
+impl Default for BlendConfig {
+    fn default() -> Self {
+        BlendConfig { mode: BlendMode::CacheBlend, ratio: 0.15, check_layer: 1 }
+    }
+}
+
+impl BlendConfig {
+    /// `layers`: of the model.
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidRequest`] for a ratio outside 0 to 1 or a check layer that the model does not have.
+    pub fn validate(&self, layers: usize) -> Result<()> {
+        if !(0.0..=1.0).contains(&self.ratio) {
+            return Err(EngineError::InvalidRequest(format!(
+                "recompute ratio: expected a number from 0 to 1, found {}",
+                self.ratio
+            )));
+        }
+        // On layer 0 keys and values depend on nothing but the token: there is nothing to compare.
+        if self.mode == BlendMode::CacheBlend && !(1..layers.max(2)).contains(&self.check_layer) {
+            return Err(EngineError::InvalidRequest(format!(
+                "check layer: expected from 1 to {} for a model of {layers} layers, found {}",
+                layers.saturating_sub(1).max(1),
+                self.check_layer
+            )));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_unknown_ones_list_what_there_is() {
+        for s in [Strategy::Full, Strategy::Window, Strategy::Retrieval] {
+            assert_eq!(s.to_string().parse::<Strategy>().unwrap(), s);
+            assert_eq!(serde_json::to_string(&s).unwrap(), format!("\"{s}\""));
+        }
+        let error = "blend".parse::<BlendMode>().unwrap_err().to_string();
+        assert!(error.contains("`full-recompute`") && error.contains("found `blend`"), "{error}");
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        assert!(BlendConfig { ratio: f32::NAN, ..Default::default() }.validate(8).is_err());
+        assert!(BlendConfig { check_layer: 0, ..Default::default() }.validate(8).is_err());
+        assert!(BlendConfig { check_layer: 8, ..Default::default() }.validate(8).is_err());
+        assert!(BlendConfig::default().validate(8).is_ok());
+        let attention = AttentionConfig { strategy: Strategy::Retrieval, k: 0, ..Default::default() };
+        assert!(attention.validate().is_err());
+    }
+}

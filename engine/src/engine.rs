@@ -1,0 +1,348 @@
+//! The handle to the one thread that owns the model and all sequences.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use tokio::sync::mpsc::unbounded_channel;
+
+use crate::backend::cpu::Isa;
+use crate::chat::PromptFormat;
+use crate::chunk::{ChunkKv, PromptChunk};
+use crate::config::{BlendConfig, EngineConfig, Strategy};
+use crate::error::{EngineError, Result};
+use crate::kv::sequence::SequenceKv;
+use crate::kv::{KvDtype, KvShape};
+use crate::model::spec::ModelSpec;
+use crate::model::transformer::{Piece, Transformer, Want};
+use crate::request::{EventStream, PreparedContext, Request};
+use crate::runner::{Command, Load, Runner, ask};
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+
+/// What an engine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineLoad {
+    /// Requests that are read or answered.
+    pub running: usize,
+    /// Requests that wait.
+    pub waiting: usize,
+    /// Bytes of KV of the running ones.
+    pub kv_bytes: u64,
+    /// Bytes of KV that they may hold.
+    pub kv_budget_bytes: u64,
+}
+
+/// Cloneable handle to an engine. The engine stops when [`shutdown`](Engine::shutdown) was called or the last
+/// handle is dropped, after the requests that it has taken.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    model: Arc<Transformer>,
+    tokenizer: Tokenizer,
+    chat: PromptFormat,
+    queue: usize,
+    kv_budget: u64,
+    max_context: usize,
+    fingerprint: [u8; 32],
+    identity: u64,
+    load: Arc<Load>,
+    commands: Sender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+static NEXT_IDENTITY: AtomicU64 = AtomicU64::new(1);
+
+impl Engine {
+    /// Loads a model and starts its thread.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with a model's folder, each named.
+    pub fn load(config: EngineConfig) -> Result<Engine> {
+        let spec = ModelSpec::from_dir(&config.model_dir)?;
+        let tokenizer = Tokenizer::from_dir(&config.model_dir, spec.vocab)?;
+        let chat = PromptFormat::from_dir(&config.model_dir, &tokenizer)?;
+        let weights = Weights::open(&config.model_dir)?;
+        let model = Arc::new(Transformer::load(spec, &weights, config.threads, config.kv_dtype)?);
+        let max_context = config.max_context.map_or(model.spec.max_context, |m| m.min(model.spec.max_context));
+        let kv_budget = if config.kv_budget_bytes > 0 { config.kv_budget_bytes } else { half_of_memory() };
+        let (commands, receiver) = channel();
+        let load = Arc::new(Load::default());
+        let identity = NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed);
+        let runner = Runner {
+            model: Arc::clone(&model),
+            tokenizer: tokenizer.clone(),
+            config: config.clone(),
+            kv_budget,
+            max_context,
+            identity,
+            load: Arc::clone(&load),
+            commands: receiver,
+        };
+        let thread = std::thread::Builder::new()
+            .name("quire-engine".into())
+            .spawn(move || runner.run())
+            .map_err(|e| EngineError::Stopped(format!("its thread could not be started: {e}")))?;
+        let inner = Inner {
+            model,
+            tokenizer,
+            chat,
+            kv_budget,
+            max_context,
+            fingerprint: weights.fingerprint(),
+            identity,
+            load,
+            commands,
+            thread: Mutex::new(Some(thread)),
+            queue: config.queue,
+        };
+        Ok(Engine { inner: Arc::new(inner) })
+    }
+
+    /// The model's shape.
+    #[must_use]
+    pub fn spec(&self) -> &ModelSpec {
+        &self.inner.model.spec
+    }
+
+    /// The model's tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.inner.tokenizer
+    }
+
+    /// How messages and context become a prompt.
+    #[must_use]
+    pub fn chat(&self) -> &PromptFormat {
+        &self.inner.chat
+    }
+
+    /// The shape and format of KV.
+    #[must_use]
+    pub fn kv_shape(&self) -> KvShape {
+        self.inner.model.shape
+    }
+
+    /// Limit on prompt and answer, in tokens.
+    #[must_use]
+    pub fn max_context(&self) -> usize {
+        self.inner.max_context
+    }
+
+    /// Threads of the CPU backend.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.inner.model.cpu.pool.threads()
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.inner.model.cpu.isa
+    }
+
+    /// Bytes of weights that one decode step reads.
+    #[must_use]
+    pub fn weight_bytes_per_step(&self) -> usize {
+        self.inner.model.bytes_per_step()
+    }
+
+    /// Hash of the weights: names, shapes, formats, bytes.
+    #[must_use]
+    pub fn model_fingerprint(&self) -> [u8; 32] {
+        self.inner.fingerprint
+    }
+
+    /// Hash of the tokenizer.
+    #[must_use]
+    pub fn tokenizer_fingerprint(&self) -> [u8; 32] {
+        self.inner.tokenizer.fingerprint()
+    }
+
+    /// Hands a request in. Dropping the stream cancels it.
+    ///
+    /// # Errors
+    /// At once for what is wrong with the request, for a full queue and for an engine that is stopping.
+    pub fn submit(&self, request: Request) -> Result<EventStream> {
+        self.validate(&request)?;
+        let load = &self.inner.load;
+        if load.stopping.load(Ordering::Acquire) {
+            return Err(EngineError::Stopped("it is shutting down".into()));
+        }
+        let limit = self.inner.queue;
+        if load.waiting.fetch_add(1, Ordering::AcqRel) >= limit.max(1) {
+            load.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(EngineError::QueueFull { limit });
+        }
+        let (events, stream) = unbounded_channel();
+        let command = Command::Submit { request: Box::new(request), events, submitted: Instant::now() };
+        let sent = self.inner.commands.send(command);
+        sent.map_err(|_| EngineError::Stopped("its thread has ended".into()))?;
+        Ok(EventStream { events: stream })
+    }
+
+    fn validate(&self, request: &Request) -> Result<()> {
+        let wrong = |why: &str| Err(EngineError::InvalidRequest(why.into()));
+        request.sampling.validate(self.spec().vocab)?;
+        request.attention.validate()?;
+        request.blend.validate(self.spec().layers)?;
+        if self.spec().sliding_window.is_some() && request.attention.strategy != Strategy::Full {
+            return wrong(
+                "attention strategy: this model sees a sliding window by itself; expected `full`, which honours it",
+            );
+        }
+        if request.prompt.suffix.is_empty() {
+            return wrong("prompt: expected at least one token behind the context, found none");
+        }
+        let context = match &request.context {
+            None => 0,
+            Some(c) if c.engine != self.inner.identity => {
+                return wrong("prepared context: it was made by another engine; prepare it with this one");
+            }
+            Some(_) if !request.prompt.prefix.is_empty() || !request.prompt.chunks.is_empty() => {
+                return wrong("prompt: with a prepared context, expected only a suffix, found a prefix or chunks");
+            }
+            Some(c) => c.len(),
+        };
+        self.check_chunks(&request.prompt.chunks)?;
+        // At least one token of the answer has to fit.
+        self.check_length(context + request.prompt.len() + request.max_tokens.min(1))?;
+        let tokens = (context + request.prompt.len() + request.max_tokens).min(self.inner.max_context);
+        self.check_budget(tokens)
+    }
+
+    fn check_chunks(&self, chunks: &[PromptChunk]) -> Result<()> {
+        for (i, chunk) in chunks.iter().enumerate() {
+            let found = chunk.source.as_ref().map_or(chunk.tokens.len(), |s| s.tokens());
+            if found != chunk.tokens.len() {
+                return Err(EngineError::InvalidRequest(format!(
+                    "chunk {i}: expected cached state of {} tokens, found one of {found}",
+                    chunk.tokens.len()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_length(&self, tokens: usize) -> Result<()> {
+        let limit = self.inner.max_context;
+        if tokens > limit { Err(EngineError::ContextLimit { tokens, limit }) } else { Ok(()) }
+    }
+
+    fn check_budget(&self, tokens: usize) -> Result<()> {
+        let (needed, budget) = ((tokens * self.kv_shape().token_bytes()) as u64, self.inner.kv_budget);
+        if needed > budget {
+            return Err(EngineError::OutOfMemory { what: "the request's KV".into(), needed, budget });
+        }
+        Ok(())
+    }
+
+    /// KV of `tokens` behind `prefix`, computed in isolation. Blocks.
+    ///
+    /// # Errors
+    /// No tokens, too many tokens, or a stopped engine.
+    pub fn chunk_kv(&self, prefix: &[u32], tokens: &[u32]) -> Result<ChunkKv> {
+        if tokens.is_empty() {
+            return Err(EngineError::InvalidRequest("chunk: expected at least one token, found none".into()));
+        }
+        self.check_length(prefix.len() + tokens.len())?;
+        self.check_budget(prefix.len() + tokens.len())?;
+        let (prefix, tokens) = (prefix.to_vec(), tokens.to_vec());
+        ask(&self.inner.commands, |reply| Command::ChunkKv { prefix, tokens, reply })
+    }
+
+    /// KV of a context that many questions share. Blocks.
+    ///
+    /// # Errors
+    /// As [`submit`](Engine::submit).
+    pub fn prepare_context(
+        &self,
+        prefix: Vec<u32>,
+        chunks: Vec<PromptChunk>,
+        blend: BlendConfig,
+    ) -> Result<Arc<PreparedContext>> {
+        blend.validate(self.spec().layers)?;
+        self.check_chunks(&chunks)?;
+        let tokens = prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>();
+        self.check_length(tokens + 2)?;
+        self.check_budget(tokens)?;
+        ask(&self.inner.commands, |reply| Command::Prepare { prefix, chunks, blend, reply }).map(Arc::new)
+    }
+
+    /// What the engine is doing.
+    #[must_use]
+    pub fn load_report(&self) -> EngineLoad {
+        let load = &self.inner.load;
+        EngineLoad {
+            running: load.running.load(Ordering::Relaxed),
+            waiting: load.waiting.load(Ordering::Relaxed),
+            kv_bytes: load.kv_bytes.load(Ordering::Relaxed),
+            kv_budget_bytes: self.inner.kv_budget,
+        }
+    }
+
+    /// Takes no more requests, completes those it has, and waits for that. Idempotent.
+    pub fn shutdown(&self) {
+        self.inner.stop();
+    }
+}
+
+impl Inner {
+    fn stop(&self) {
+        self.load.stopping.store(true, Ordering::Release);
+        // The thread may have ended already.
+        let _ = self.commands.send(Command::Shutdown);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("the engine's thread had panicked");
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Half of the machine's memory; 4 GiB where the system does not say.
+fn half_of_memory() -> u64 {
+    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    total.map_or(4 << 30, |kib| kib * 1024 / 2)
+}
+
+/// A model alone, for comparing logits and for measurements.
+pub struct Model {
+    model: Transformer,
+}
+
+impl Model {
+    /// Loads the model in `dir`. `threads` of 0: all cores. `kv`: the KV format, `None` for that of the weights.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load(dir: &Path, threads: usize, kv: Option<KvDtype>) -> Result<Model> {
+        Ok(Model { model: Transformer::load_dir(dir, threads, kv)? })
+    }
+
+    /// Logits behind every token of a text, `[tokens, vocab]`.
+    ///
+    /// # Errors
+    /// A token outside of the vocabulary.
+    pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let mut kv = SequenceKv::new(self.model.shape);
+        let x = self.model.forward(&mut [Piece::exact(&mut kv, tokens, Want::All)])?;
+        Ok(self.model.logits(&x))
+    }
+}

@@ -1,0 +1,88 @@
+//! A contiguous run of tokens whose KV is attended exactly: the sinks, the recent window, or everything.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::KvShape;
+use super::page::{PAGE, Page};
+
+/// KV of the positions `start..end` of one layer, in pages at multiples of 256.
+///
+/// Pages are shared between sequences that forked from one context and copied when written.
+#[derive(Clone)]
+pub(crate) struct DenseKv {
+    shape: KvShape,
+    /// Position of the first slot of the first page.
+    first: usize,
+    start: usize,
+    end: usize,
+    pages: VecDeque<Arc<Page>>,
+}
+
+impl DenseKv {
+    /// An empty run that begins at position `start`.
+    pub(crate) fn new(shape: KvShape, start: usize) -> DenseKv {
+        DenseKv { shape, first: start - start % PAGE, start, end: start, pages: VecDeque::new() }
+    }
+
+    pub(crate) fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    pub(crate) fn positions(&self) -> Range<usize> {
+        self.start..self.end
+    }
+
+    /// The page that holds `position`, which must lie in a page of this run.
+    pub(crate) fn page(&self, position: usize) -> &Page {
+        &self.pages[(position - self.first) / PAGE]
+    }
+
+    pub(crate) fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Grows the run to `end`; the new tokens are zero until written.
+    pub(crate) fn extend_to(&mut self, end: usize) {
+        while self.first + self.pages.len() * PAGE < end {
+            self.pages.push_back(Arc::new(Page::zeroed(&self.shape)));
+        }
+        self.end = self.end.max(end);
+    }
+
+    /// Writes one token: rotated keys and values, `[kv_heads, head_dim]` each.
+    pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
+        debug_assert!((self.start..self.end).contains(&position));
+        let page = &mut self.pages[(position - self.first) / PAGE];
+        Arc::make_mut(page).write(&self.shape, position % PAGE, keys, values);
+    }
+
+    /// Keys and values of one head for `range`, row-major.
+    pub(crate) fn rows(&self, head: usize, range: Range<usize>) -> (Vec<f32>, Vec<f32>) {
+        let dim = self.shape.head_dim;
+        let (mut keys, mut values) = (vec![0.0; range.len() * dim], vec![0.0; range.len() * dim]);
+        let rows = keys.chunks_exact_mut(dim).zip(values.chunks_exact_mut(dim));
+        for (position, (key, value)) in range.zip(rows) {
+            self.page(position).read(&self.shape, head, position % PAGE, key, value);
+        }
+        (keys, values)
+    }
+
+    /// Forgets the tokens before `start`; pages that hold nothing else are freed.
+    pub(crate) fn drop_before(&mut self, start: usize) {
+        self.start = self.start.max(start.min(self.end));
+        while !self.pages.is_empty() && self.first + PAGE <= self.start {
+            self.pages.pop_front();
+            self.first += PAGE;
+        }
+    }
+
+    /// A run of its own with the tokens before `end` (the sinks).
+    pub(crate) fn head_copy(&self, end: usize) -> DenseKv {
+        let mut copy = self.clone();
+        copy.end = end.min(self.end);
+        copy.pages.truncate((copy.end.saturating_sub(copy.first)).div_ceil(PAGE));
+        copy
+    }
+}

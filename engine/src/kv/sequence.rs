@@ -1,0 +1,214 @@
+//! A sequence's KV. Every token has one home: the sinks, the recent run, or a cold segment.
+
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ann_index::{IndexParams, SearchParams};
+
+use super::KvShape;
+use super::dense::DenseKv;
+use super::page::Page;
+use crate::attention::AttentionState;
+use crate::attention::cold::{ColdStats, Segment, SegmentSource, attend_cold};
+use crate::attention::dense::{Queries, attend};
+use crate::backend::cpu::Cpu;
+use crate::config::{AttentionConfig, Strategy};
+use crate::error::{EngineError, Result};
+
+/// Tokens that leave the window are indexed in batches of at least this many. Until then they are
+/// attended exactly.
+const FLUSH: usize = 256;
+/// A new segment absorbs the ones before it that are smaller than this many times its own size, so
+/// that a long answer leaves few segments and each token is indexed a logarithmic number of times.
+const ABSORB: usize = 4;
+
+/// KV of one sequence, all layers.
+#[derive(Clone)]
+pub(crate) struct SequenceKv {
+    shape: KvShape,
+    /// One per layer; `None` until tokens have left the recent run.
+    sinks: Option<Vec<DenseKv>>,
+    recent: Vec<DenseKv>,
+    /// Contiguous, between sinks and recent run.
+    cold: Vec<Arc<Segment>>,
+    building: Building,
+    index_seconds: f64,
+}
+
+/// A segment under construction on another thread.
+#[derive(Default)]
+struct Building {
+    /// Behind a mutex only so that a sequence can be shared between threads.
+    built: Option<Mutex<Receiver<Result<Segment>>>>,
+    /// Segments at the end of `cold` which the new one replaces.
+    absorbs: usize,
+}
+
+impl Clone for Building {
+    /// A fork starts its own index when it needs one.
+    fn clone(&self) -> Self {
+        Building::default()
+    }
+}
+
+impl SequenceKv {
+    pub(crate) fn new(shape: KvShape) -> SequenceKv {
+        SequenceKv {
+            shape,
+            sinks: None,
+            recent: (0..shape.layers).map(|_| DenseKv::new(shape, 0)).collect(),
+            cold: Vec::new(),
+            building: Building::default(),
+            index_seconds: 0.0,
+        }
+    }
+
+    /// Tokens so far, wherever they live.
+    pub(crate) fn len(&self) -> usize {
+        self.recent[0].positions().end
+    }
+
+    /// Bytes held, shared pages counted in full.
+    pub(crate) fn bytes(&self) -> usize {
+        let runs = self.recent.iter().chain(self.sinks.iter().flatten());
+        runs.map(DenseKv::page_count).sum::<usize>() * Page::bytes(&self.shape)
+            + self.cold.iter().map(|s| s.bytes()).sum::<usize>()
+    }
+
+    pub(crate) fn index_seconds(&self) -> f64 {
+        self.index_seconds
+    }
+
+    /// Makes room for tokens up to `end` in all layers.
+    pub(crate) fn extend_to(&mut self, end: usize) {
+        self.recent.iter_mut().for_each(|run| run.extend_to(end));
+    }
+
+    /// The run that new tokens are written to.
+    pub(crate) fn recent_mut(&mut self, layer: usize) -> &mut DenseKv {
+        &mut self.recent[layer]
+    }
+
+    /// Keys (rotated) and values of one head, row-major, for positions in the recent run.
+    #[cfg(test)]
+    pub(crate) fn rows(&self, layer: usize, head: usize, range: std::ops::Range<usize>) -> (Vec<f32>, Vec<f32>) {
+        self.recent[layer].rows(head, range)
+    }
+
+    /// Exact attention over all tokens of a sequence from which none has left the recent run.
+    pub(crate) fn attend_exact(&self, cpu: &Cpu, layer: usize, queries: &Queries<'_>) -> AttentionState {
+        debug_assert!(self.sinks.is_none(), "tokens have left the dense KV");
+        attend(cpu, &self.recent[layer], queries)
+    }
+
+    /// Attention under the strategy of `config`. Queries lie at the sequence's end.
+    pub(crate) fn attend(
+        &self,
+        cpu: &Cpu,
+        layer: usize,
+        queries: &Queries<'_>,
+        config: &AttentionConfig,
+        stats: &mut ColdStats,
+    ) -> Result<AttentionState> {
+        let Some(sinks) = &self.sinks else { return Ok(attend(cpu, &self.recent[layer], queries)) };
+        let window = match config.strategy {
+            Strategy::Window => Some(config.window),
+            _ => queries.window,
+        };
+        let mut state = attend(cpu, &self.recent[layer], &Queries { window, ..*queries });
+        state.merge(&attend(cpu, &sinks[layer], queries));
+        if !self.cold.is_empty() {
+            let params = SearchParams { k: config.k, ef: config.ef };
+            let (cold, seen) = attend_cold(cpu, &self.cold, layer, self.shape.kv_heads, queries, &params)?;
+            *stats += seen;
+            state.merge(&cold);
+        }
+        Ok(state)
+    }
+
+    /// Moves what has left the window to its place under the strategy. Called between steps.
+    pub(crate) fn settle(&mut self, config: &AttentionConfig) -> Result<()> {
+        // The next token sees itself and `window - 1` tokens before it.
+        let window_start = (self.len() + 1).saturating_sub(config.window);
+        match config.strategy {
+            Strategy::Full => Ok(()),
+            Strategy::Window => {
+                if window_start > config.sinks {
+                    self.split_sinks(config.sinks);
+                    self.recent.iter_mut().for_each(|run| run.drop_before(window_start));
+                }
+                Ok(())
+            }
+            Strategy::Retrieval => {
+                self.install(false, config.sinks)?;
+                let from = self.cold.last().map_or(config.sinks, |s| s.positions().end);
+                if self.building.built.is_none() && window_start >= from + FLUSH {
+                    self.start_build(from..window_start, config);
+                    self.install(config.wait_for_index, config.sinks)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn split_sinks(&mut self, sinks: usize) {
+        if self.sinks.is_none() {
+            self.sinks = Some(self.recent.iter().map(|run| run.head_copy(sinks)).collect());
+            self.recent.iter_mut().for_each(|run| run.drop_before(sinks));
+        }
+    }
+
+    fn start_build(&mut self, tokens: std::ops::Range<usize>, config: &AttentionConfig) {
+        let mut absorbs = 0;
+        let mut size = tokens.len();
+        for segment in self.cold.iter().rev() {
+            if segment.positions().len() >= ABSORB * size {
+                break;
+            }
+            size += segment.positions().len();
+            absorbs += 1;
+        }
+        let source = SegmentSource {
+            shape: self.shape,
+            absorbed: self.cold[self.cold.len() - absorbs..].to_vec(),
+            dense: self.recent.clone(),
+            tokens,
+            params: IndexParams { kind: config.index, ..IndexParams::default() },
+        };
+        let (send, built) = channel();
+        let job = move || {
+            // Nobody waits any more when the sequence has ended: then the result is dropped.
+            let _ = send.send(source.build());
+        };
+        if config.wait_for_index {
+            job();
+        } else {
+            rayon::spawn(job);
+        }
+        self.building = Building { built: Some(Mutex::new(built)), absorbs };
+    }
+
+    /// Takes a finished segment over; with `wait`, waits for it.
+    fn install(&mut self, wait: bool, sinks: usize) -> Result<()> {
+        let Some(built) = &mut self.building.built else { return Ok(()) };
+        let built = built.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let lost = || EngineError::Internal("the thread that built a key index ended without a result".into());
+        let segment = if wait {
+            built.recv().map_err(|_| lost())??
+        } else {
+            match built.try_recv() {
+                Ok(segment) => segment?,
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => return Err(lost()),
+            }
+        };
+        self.split_sinks(sinks);
+        self.cold.truncate(self.cold.len() - self.building.absorbs);
+        self.index_seconds += segment.build_seconds();
+        let end = segment.positions().end;
+        self.cold.push(Arc::new(segment));
+        self.building = Building::default();
+        self.recent.iter_mut().for_each(|run| run.drop_before(end));
+        Ok(())
+    }
+}

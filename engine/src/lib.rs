@@ -1,0 +1,48 @@
+//! Transformer inference with tiered KV, retrieval inside attention and chunk blending.
+//!
+//! [`Engine`] is a handle to the one thread that owns the model and all sequences: [`Engine::submit`] takes a
+//! [`Request`] and gives an [`EventStream`]. A prompt's context is a list of [`PromptChunk`]s whose KV may come from a
+//! [`ChunkSource`]; [`Engine::chunk_kv`] makes it, [`BlendConfig`] says how much of it is recomputed in its new
+//! place. [`AttentionConfig`] says what decoding attends outside of its recent window.
+//!
+//! Inside: `model` is the forward pass, `backend` the arithmetic, `attention` the states that merge, `kv` who owns
+//! which token, `blend` the reuse of chunks, `sequence` and `runner` the requests.
+
+mod attention;
+mod backend;
+mod blend;
+mod chat;
+mod chunk;
+mod config;
+mod engine;
+mod error;
+mod kv;
+mod model;
+#[cfg(test)]
+mod properties;
+mod request;
+mod runner;
+mod sampler;
+mod sequence;
+mod stop;
+mod tokenizer;
+mod weights;
+
+pub use attention::AttentionState;
+pub use backend::cpu::Isa;
+pub use chat::{ChatMessage, ContextPrompt, PromptFormat};
+pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
+pub use config::{AttentionConfig, BlendConfig, BlendMode, EngineConfig, Strategy};
+pub use engine::{Engine, EngineLoad, Model};
+pub use error::{EngineError, Result};
+pub use kv::{KvDtype, KvShape};
+pub use model::rope::{Rope, RopeScaling, RopeTable};
+pub use model::spec::{Family, ModelSpec};
+pub use request::{
+    DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, PreparedContext, Prompt, Request,
+    TokenEvent, Usage,
+};
+pub use sampler::{Sampled, Sampler, SamplingParams};
+pub use stop::StopMatcher;
+pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use weights::{Dtype, Tensor, Weights};

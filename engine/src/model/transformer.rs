@@ -1,0 +1,356 @@
+//! The forward pass, as the pieces that prefill, decode and blending drive in their own order.
+
+use std::path::Path;
+
+use super::layer::Layer;
+use super::rope::{RopeTable, rotate_half};
+use super::spec::ModelSpec;
+use crate::attention::cold::ColdStats;
+use crate::attention::dense::Queries;
+use crate::backend::cpu::Cpu;
+use crate::backend::cpu::linear::Linear;
+use crate::backend::cpu::pool::Shards;
+use crate::config::AttentionConfig;
+use crate::error::{EngineError, Result};
+use crate::kv::dense::DenseKv;
+use crate::kv::sequence::SequenceKv;
+use crate::kv::{KvDtype, KvShape};
+use crate::weights::{Dtype, Weights};
+
+/// A Llama-like model on the CPU.
+pub(crate) struct Transformer {
+    pub(crate) spec: ModelSpec,
+    pub(crate) shape: KvShape,
+    pub(crate) cpu: Cpu,
+    rope: RopeTable,
+    /// Softmax scale, with YaRN's attention factor (which transformers puts into cos and sin).
+    scale: f32,
+    embedding: Linear,
+    head: Option<Linear>,
+    norm: Vec<f32>,
+    layers: Vec<Layer>,
+}
+
+/// Positions of some rows with their angles.
+pub(crate) struct Rows {
+    pub(crate) positions: Vec<usize>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rows {
+    /// Row `i`'s cosines and sines.
+    fn angles(&self, i: usize) -> (&[f32], &[f32]) {
+        let half = self.cos.len() / self.positions.len();
+        (&self.cos[i * half..(i + 1) * half], &self.sin[i * half..(i + 1) * half])
+    }
+}
+
+/// Queries, keys and values of some rows in one layer.
+pub(crate) struct Qkv {
+    /// `[rows, heads, head_dim]`, rotated.
+    pub(crate) q: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`, not rotated, rounded to the KV format.
+    pub(crate) keys: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`, rounded to the KV format.
+    pub(crate) values: Vec<f32>,
+}
+
+/// Which rows' final states a forward pass is run for. What only they would need is skipped in the last layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    Nothing,
+    Last,
+    All,
+}
+
+/// One sequence's part of a batch: tokens to append.
+pub(crate) struct Piece<'a> {
+    pub(crate) kv: &'a mut SequenceKv,
+    pub(crate) tokens: &'a [u32],
+    /// `None`: exact attention over everything.
+    pub(crate) attention: Option<&'a AttentionConfig>,
+    pub(crate) want: Want,
+    pub(crate) stats: ColdStats,
+    /// Receives each layer's keys (not rotated) and values.
+    pub(crate) tap: Option<&'a mut Vec<(Vec<f32>, Vec<f32>)>>,
+}
+
+impl<'a> Piece<'a> {
+    pub(crate) fn exact(kv: &'a mut SequenceKv, tokens: &'a [u32], want: Want) -> Piece<'a> {
+        Piece { kv, tokens, attention: None, want, stats: ColdStats::default(), tap: None }
+    }
+}
+
+impl Transformer {
+    /// Loads and packs the weights. `kv`: the KV format, `None` for that of the weights.
+    pub(crate) fn load(spec: ModelSpec, weights: &Weights, threads: usize, kv: Option<KvDtype>) -> Result<Transformer> {
+        let cpu = Cpu::new(threads);
+        let embedding = weights.tensor("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
+        let dtype = kv.unwrap_or(if embedding.dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 });
+        let head = if spec.tied_embeddings {
+            None
+        } else {
+            Some(Linear::new(&cpu, &[weights.tensor("lm_head.weight", &[spec.vocab, spec.hidden])?]))
+        };
+        let layers = (0..spec.layers).map(|i| Layer::load(&cpu, weights, &spec, i)).collect::<Result<_>>()?;
+        let factor = spec.rope.attention_factor() as f32;
+        Ok(Transformer {
+            shape: KvShape { layers: spec.layers, kv_heads: spec.kv_heads, head_dim: spec.head_dim, dtype },
+            rope: RopeTable::new(&spec.rope),
+            scale: factor * factor / (spec.head_dim as f32).sqrt(),
+            embedding: Linear::new(&cpu, &[embedding]),
+            head,
+            norm: weights.tensor("model.norm.weight", &[spec.hidden])?.to_f32(),
+            layers,
+            cpu,
+            spec,
+        })
+    }
+
+    /// Loads the model in `dir`.
+    pub(crate) fn load_dir(dir: &Path, threads: usize, kv: Option<KvDtype>) -> Result<Transformer> {
+        let spec = ModelSpec::from_dir(dir)?;
+        Transformer::load(spec, &Weights::open(dir)?, threads, kv)
+    }
+
+    /// Bytes of weights that one decode step reads.
+    pub(crate) fn bytes_per_step(&self) -> usize {
+        self.layers.iter().map(Layer::bytes).sum::<usize>() + self.head.as_ref().unwrap_or(&self.embedding).bytes()
+    }
+
+    /// # Errors
+    /// A token id outside of the vocabulary.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let width = self.spec.hidden;
+        let mut x = vec![0.0; tokens.len() * width];
+        for (token, row) in tokens.iter().zip(x.chunks_exact_mut(width)) {
+            if *token as usize >= self.spec.vocab {
+                return Err(EngineError::InvalidRequest(format!(
+                    "token id: expected below the model's vocabulary of {}, found {token}",
+                    self.spec.vocab
+                )));
+            }
+            self.embedding.row(*token as usize, row);
+        }
+        Ok(x)
+    }
+
+    pub(crate) fn rows(&self, positions: Vec<usize>) -> Rows {
+        let signed: Vec<i64> = positions.iter().map(|&p| p as i64).collect();
+        let (cos, sin) = self.rope.rows(&signed);
+        Rows { positions, cos, sin }
+    }
+
+    /// Queries, keys and values of `x` in `layer`.
+    pub(crate) fn qkv(&self, layer: usize, x: &[f32], rows: &Rows) -> Qkv {
+        let (l, spec, n) = (&self.layers[layer], &self.spec, rows.positions.len());
+        let (dim, q_width, kv_width) = (spec.head_dim, spec.heads * spec.head_dim, self.shape.width());
+        let all = self.project(&l.qkv, l.qkv_bias.as_deref(), &self.normed(x, &l.attention_norm), n);
+        let width = q_width + 2 * kv_width;
+        let mut out = Qkv { q: vec![0.0; n * q_width], keys: vec![0.0; n * kv_width], values: vec![0.0; n * kv_width] };
+        let (q, k, v) = (Shards::new(&mut out.q), Shards::new(&mut out.keys), Shards::new(&mut out.values));
+        self.cpu.rows(n, |i| {
+            // SAFETY: one part a row.
+            let (q, k, v) = unsafe {
+                let kv = i * kv_width..(i + 1) * kv_width;
+                (q.part(i * q_width..(i + 1) * q_width), k.part(kv.clone()), v.part(kv))
+            };
+            let row = &all[i * width..(i + 1) * width];
+            q.copy_from_slice(&row[..q_width]);
+            k.copy_from_slice(&row[q_width..q_width + kv_width]);
+            v.copy_from_slice(&row[q_width + kv_width..]);
+            norm_heads(q, l.q_norm.as_deref(), spec.norm_eps);
+            norm_heads(k, l.k_norm.as_deref(), spec.norm_eps);
+            let (cos, sin) = rows.angles(i);
+            q.chunks_exact_mut(dim).for_each(|head| rotate_half(head, cos, sin));
+            self.shape.dtype.round(k);
+            self.shape.dtype.round(v);
+        });
+        out
+    }
+
+    /// Rotates keys to the rows' positions and writes them with their values.
+    pub(crate) fn write_kv(&self, run: &mut DenseKv, rows: &Rows, keys: &[f32], values: &[f32]) {
+        let width = self.shape.width();
+        let mut rotated = vec![0.0; width];
+        for (i, position) in rows.positions.iter().enumerate() {
+            rotated.copy_from_slice(&keys[i * width..(i + 1) * width]);
+            let (cos, sin) = rows.angles(i);
+            rotated.chunks_exact_mut(self.shape.head_dim).for_each(|head| rotate_half(head, cos, sin));
+            run.write(*position, &rotated, &values[i * width..(i + 1) * width]);
+        }
+    }
+
+    /// The queries of rows at ascending positions of one sequence.
+    pub(crate) fn queries<'a>(&self, q: &'a [f32], positions: &'a [usize]) -> Queries<'a> {
+        let (heads, scale, window) = (self.spec.heads, self.scale, self.spec.sliding_window);
+        Queries { q, positions, heads, scale, window }
+    }
+
+    /// Everything behind attention: output projection, MLP, both residuals. `attention`: `[rows, heads * head_dim]`.
+    pub(crate) fn finish_layer(&self, layer: usize, x: &mut [f32], attention: &[f32]) {
+        let (l, spec) = (&self.layers[layer], &self.spec);
+        let n = x.len() / spec.hidden;
+        l.output.forward(&self.cpu, attention, x, true);
+        add_bias(x, l.output_bias.as_deref());
+        let normed = self.normed(x, &l.mlp_norm);
+        let gate_up = self.project(&l.gate_up, l.gate_up_bias.as_deref(), &normed, n);
+        let mut hidden = vec![0.0; n * spec.intermediate];
+        self.cpu.swiglu(&gate_up, spec.intermediate, &mut hidden);
+        l.down.forward(&self.cpu, &hidden, x, true);
+        add_bias(x, l.down_bias.as_deref());
+    }
+
+    /// Logits of final states, `[rows, vocab]`.
+    pub(crate) fn logits(&self, x: &[f32]) -> Vec<f32> {
+        let n = x.len() / self.spec.hidden;
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        self.project(head, None, &self.normed(x, &self.norm), n)
+    }
+
+    /// Appends the tokens of all pieces and returns the wanted rows' final states, `[rows, hidden]`, in order.
+    pub(crate) fn forward(&self, pieces: &mut [Piece<'_>]) -> Result<Vec<f32>> {
+        let tokens: Vec<u32> = pieces.iter().flat_map(|p| p.tokens).copied().collect();
+        let mut x = self.embed(&tokens)?;
+        let mut positions = Vec::with_capacity(tokens.len());
+        for piece in pieces.iter_mut() {
+            let start = piece.kv.len();
+            positions.extend(start..start + piece.tokens.len());
+            piece.kv.extend_to(start + piece.tokens.len());
+        }
+        let rows = self.rows(positions);
+        for layer in 0..self.spec.layers {
+            let qkv = self.qkv(layer, &x, &rows);
+            let kept = if layer + 1 == self.spec.layers { Some(wanted(pieces)) } else { None };
+            let attention = self.attend_pieces(layer, pieces, &rows, &qkv, kept.as_deref())?;
+            if let Some(kept) = &kept {
+                x = gather(&x, self.spec.hidden, kept);
+            }
+            if !x.is_empty() {
+                self.finish_layer(layer, &mut x, &attention);
+            }
+        }
+        Ok(x)
+    }
+
+    /// Writes each piece's KV and attends. `kept`: the rows to attend for, `None` for all.
+    fn attend_pieces(
+        &self,
+        layer: usize,
+        pieces: &mut [Piece<'_>],
+        rows: &Rows,
+        qkv: &Qkv,
+        kept: Option<&[usize]>,
+    ) -> Result<Vec<f32>> {
+        let (width, q_width) = (self.shape.width(), self.spec.heads * self.spec.head_dim);
+        let mut attention = Vec::with_capacity(qkv.q.len());
+        let mut start = 0;
+        for piece in pieces {
+            let range = start..start + piece.tokens.len();
+            start = range.end;
+            let (keys, values) = (
+                &qkv.keys[range.start * width..range.end * width],
+                &qkv.values[range.start * width..range.end * width],
+            );
+            let part = rows.part(range.clone());
+            self.write_kv(piece.kv.recent_mut(layer), &part, keys, values);
+            if let Some(tap) = &mut piece.tap {
+                tap.push((keys.to_vec(), values.to_vec()));
+            }
+            let picked: Vec<usize> = match kept {
+                Some(kept) => kept.iter().copied().filter(|r| range.contains(r)).collect(),
+                None => range.collect(),
+            };
+            if picked.is_empty() {
+                continue;
+            }
+            let q = gather(&qkv.q, q_width, &picked);
+            let positions: Vec<usize> = picked.iter().map(|r| rows.positions[*r]).collect();
+            let queries = self.queries(&q, &positions);
+            let state = match piece.attention {
+                Some(config) => piece.kv.attend(&self.cpu, layer, &queries, config, &mut piece.stats)?,
+                None => piece.kv.attend_exact(&self.cpu, layer, &queries),
+            };
+            attention.extend(state.out);
+        }
+        Ok(attention)
+    }
+
+    fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; x.len()];
+        self.cpu.rms_norm(x, weight, self.spec.norm_eps, &mut out);
+        out
+    }
+
+    fn project(&self, matrix: &Linear, bias: Option<&[f32]>, x: &[f32], rows: usize) -> Vec<f32> {
+        let mut y = vec![0.0; rows * matrix.outputs()];
+        matrix.forward(&self.cpu, x, &mut y, false);
+        add_bias(&mut y, bias);
+        y
+    }
+}
+
+impl Rows {
+    /// The rows of `range`.
+    pub(crate) fn part(&self, range: std::ops::Range<usize>) -> Rows {
+        let half = self.cos.len() / self.positions.len().max(1);
+        let angles = range.start * half..range.end * half;
+        Rows {
+            positions: self.positions[range].to_vec(),
+            cos: self.cos[angles.clone()].to_vec(),
+            sin: self.sin[angles].to_vec(),
+        }
+    }
+
+    /// The rows `picked`.
+    pub(crate) fn pick(&self, picked: &[usize]) -> Rows {
+        let half = self.cos.len() / self.positions.len().max(1);
+        Rows {
+            positions: picked.iter().map(|r| self.positions[*r]).collect(),
+            cos: gather(&self.cos, half, picked),
+            sin: gather(&self.sin, half, picked),
+        }
+    }
+}
+
+/// The rows `picked` of a matrix of `width` columns.
+pub(crate) fn gather(x: &[f32], width: usize, picked: &[usize]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(picked.len() * width);
+    picked.iter().for_each(|r| out.extend_from_slice(&x[r * width..(r + 1) * width]));
+    out
+}
+
+/// The rows of a batch whose final states are wanted.
+fn wanted(pieces: &[Piece<'_>]) -> Vec<usize> {
+    let mut rows = Vec::new();
+    let mut start = 0;
+    for piece in pieces {
+        let end = start + piece.tokens.len();
+        match piece.want {
+            Want::Nothing => {}
+            Want::Last => rows.extend((start..end).last()),
+            Want::All => rows.extend(start..end),
+        }
+        start = end;
+    }
+    rows
+}
+
+fn add_bias(y: &mut [f32], bias: Option<&[f32]>) {
+    if let Some(bias) = bias {
+        for row in y.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    }
+}
+
+/// RMSNorm over each head (Qwen3).
+fn norm_heads(x: &mut [f32], weight: Option<&[f32]>, eps: f32) {
+    let Some(weight) = weight else { return };
+    for head in x.chunks_exact_mut(weight.len()) {
+        let mean = head.iter().map(|x| x * x).sum::<f32>() / head.len() as f32;
+        let scale = 1.0 / (mean + eps).sqrt();
+        head.iter_mut().zip(weight).for_each(|(x, w)| *x = *x * scale * w);
+    }
+}

@@ -1,0 +1,270 @@
+//! Properties that hold across the engine's parts, on the tiny models of the golden fixtures.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::blend::blend;
+use crate::chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
+use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
+use crate::error::{EngineError, Result};
+use crate::kv::sequence::SequenceKv;
+use crate::model::transformer::{Piece, Transformer, Want};
+
+const BOS: u32 = 1;
+
+fn model(name: &str) -> Transformer {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden").join(name);
+    Transformer::load_dir(&dir, 2, None).unwrap()
+}
+
+fn tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.random_range(2..200)).collect()
+}
+
+fn append(model: &Transformer, kv: &mut SequenceKv, tokens: &[u32]) -> Vec<f32> {
+    let x = model.forward(&mut [Piece::exact(kv, tokens, Want::Last)]).unwrap();
+    model.logits(&x)
+}
+
+fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(a.len(), b.len());
+    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst <= tolerance, "{what}: differs by {worst}");
+}
+
+/// A chunk with its KV computed alone behind the bos.
+fn chunk(model: &Transformer, tokens: &[u32]) -> PromptChunk {
+    let mut kv = SequenceKv::new(model.shape);
+    let mut tap = Vec::new();
+    let all = [&[BOS], tokens].concat();
+    let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, &all, Want::Nothing) }];
+    model.forward(&mut pieces).unwrap();
+    let width = model.shape.width();
+    let encode = |x: &[f32]| {
+        let mut out = Vec::new();
+        model.shape.dtype.encode(&x[width..], &mut out);
+        out
+    };
+    let layers = tap.iter().map(|(k, v)| ChunkLayer { keys: encode(k), values: encode(v) }).collect();
+    let kv = ChunkKv { tokens: tokens.len(), layers };
+    PromptChunk { tokens: tokens.into(), prefix: [BOS].into(), source: Some(Arc::new(kv)) }
+}
+
+fn config(mode: BlendMode, ratio: f32) -> BlendConfig {
+    BlendConfig { mode, ratio, check_layer: 1 }
+}
+
+fn blended(model: &Transformer, chunks: &[PromptChunk], config: &BlendConfig) -> SequenceKv {
+    blend(model, &[BOS], chunks, config, &|| false).unwrap().kv
+}
+
+#[test]
+fn prefill_does_not_depend_on_how_it_is_cut() {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for name in ["llama3", "qwen2", "qwen3", "mistral"] {
+        let model = model(name);
+        let text = tokens(&mut rng, 300);
+        let whole = append(&model, &mut SequenceKv::new(model.shape), &text);
+        let mut kv = SequenceKv::new(model.shape);
+        let mut rest = &text[..];
+        let mut last = Vec::new();
+        while !rest.is_empty() {
+            let n = rng.random_range(1..=rest.len().min(90));
+            last = append(&model, &mut kv, &rest[..n]);
+            rest = &rest[n..];
+        }
+        assert_close(&whole, &last, 1e-3, name);
+    }
+}
+
+#[test]
+fn retrieval_of_all_keys_equals_full_attention() {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let model = model("llama2");
+    assert_eq!(model.shape.dtype, crate::kv::KvDtype::F32);
+    let text = tokens(&mut rng, 900);
+    for (index, wait) in
+        [(ann_index::IndexKind::Flat, true), (ann_index::IndexKind::Flat, false), (ann_index::IndexKind::Hnsw, true)]
+    {
+        let retrieval = AttentionConfig {
+            strategy: Strategy::Retrieval,
+            window: 32,
+            k: 10_000,
+            ef: 10_000,
+            index,
+            wait_for_index: wait,
+            ..AttentionConfig::default()
+        };
+        let mut full = SequenceKv::new(model.shape);
+        append(&model, &mut full, &text[..500]);
+        let mut cold = full.clone();
+        for token in &text[500..] {
+            cold.settle(&retrieval).unwrap();
+            let decode = |kv: &mut SequenceKv, attention| {
+                let mut pieces = [Piece { attention, ..Piece::exact(kv, std::slice::from_ref(token), Want::Last) }];
+                let x = model.forward(&mut pieces).unwrap();
+                (model.logits(&x), pieces[0].stats)
+            };
+            let (want, _) = decode(&mut full, None);
+            let (got, stats) = decode(&mut cold, Some(&retrieval));
+            assert_close(&want, &got, 1e-4, "retrieval of all keys");
+            assert_eq!(stats.cold_keys, stats.keys_attended);
+            assert!(!wait || stats.cold_keys > 0);
+        }
+    }
+}
+
+#[test]
+fn a_window_sees_sinks_and_recent_tokens_only() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let model = model("llama2");
+    let mut text = tokens(&mut rng, 400);
+    let window = AttentionConfig { strategy: Strategy::Window, window: 40, ..AttentionConfig::default() };
+    let run = |text: &[u32]| {
+        // One layer's view reaches one window back; KV of one-layer-deep state is the token's own.
+        let mut kv = SequenceKv::new(model.shape);
+        append(&model, &mut kv, text);
+        kv.settle(&window).unwrap();
+        let mut stats = crate::attention::cold::ColdStats::default();
+        let rows = model.rows(vec![400]);
+        let x = model.embed(&[7]).unwrap();
+        let qkv = model.qkv(0, &x, &rows);
+        kv.extend_to(401);
+        model.write_kv(kv.recent_mut(0), &rows, &qkv.keys, &qkv.values);
+        let queries = model.queries(&qkv.q, &rows.positions);
+        kv.attend(&model.cpu, 0, &queries, &window, &mut stats).unwrap().out
+    };
+    let before = run(&text);
+    (4..361).for_each(|i| text[i] = 5);
+    assert_eq!(before, run(&text), "tokens 4..361 are neither sinks nor among the last 40");
+    text[361] = if text[361] == 5 { 6 } else { 5 };
+    assert_ne!(before, run(&text), "token 361 is the window's first");
+}
+
+#[test]
+fn blending_with_ratio_one_equals_full_prefill_in_any_order() {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    for name in ["llama2", "llama3", "qwen3", "llama-yarn", "mistral"] {
+        let model = model(name);
+        let mut chunks: Vec<PromptChunk> = (0..5)
+            .map(|_| {
+                let n = rng.random_range(1..80);
+                chunk(&model, &tokens(&mut rng, n))
+            })
+            .collect();
+        let question = tokens(&mut rng, 9);
+        for _ in 0..3 {
+            chunks.shuffle(&mut rng);
+            let mut some = chunks.clone();
+            some[2].source = None;
+            let mut full = blended(&model, &some, &config(BlendMode::FullRecompute, 0.0));
+            let mut all = blended(&model, &some, &config(BlendMode::CacheBlend, 1.0));
+            let want = append(&model, &mut full, &question);
+            let got = append(&model, &mut all, &question);
+            assert_close(&want, &got, 1e-4, name);
+            let plain: Vec<u32> = std::iter::once(BOS).chain(some.iter().flat_map(|c| c.tokens.to_vec())).collect();
+            let mut kv = SequenceKv::new(model.shape);
+            append(&model, &mut kv, &plain);
+            assert_close(&append(&model, &mut kv, &question), &want, 1e-4, name);
+        }
+    }
+}
+
+#[test]
+fn the_first_chunk_behind_its_own_prefix_is_reused_exactly() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for name in ["llama2", "qwen2", "llama-linear"] {
+        let model = model(name);
+        let first = chunk(&model, &tokens(&mut rng, 70));
+        let question = tokens(&mut rng, 5);
+        let run = |mode| {
+            let mut kv = blended(&model, std::slice::from_ref(&first), &config(mode, 0.15));
+            append(&model, &mut kv, &question)
+        };
+        let want = run(BlendMode::FullRecompute);
+        assert_eq!(want, run(BlendMode::Reuse), "{name}");
+        assert_eq!(want, run(BlendMode::CacheBlend), "{name}");
+    }
+}
+
+#[test]
+fn reuse_of_later_chunks_is_not_full_prefill() {
+    // Otherwise the tests above would compare a thing with itself.
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    let model = model("llama2");
+    let chunks = [chunk(&model, &tokens(&mut rng, 40)), chunk(&model, &tokens(&mut rng, 40))];
+    let question = tokens(&mut rng, 5);
+    let run = |mode, ratio| append(&model, &mut blended(&model, &chunks, &config(mode, ratio)), &question);
+    let (full, reuse, some) =
+        (run(BlendMode::FullRecompute, 0.0), run(BlendMode::Reuse, 0.0), run(BlendMode::CacheBlend, 0.3));
+    assert_ne!(full, reuse);
+    assert_ne!(some, reuse);
+    assert_ne!(some, full);
+}
+
+#[test]
+fn what_is_computed_inside_a_context_does_not_see_what_comes_later() {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let model = model("llama2");
+    for _ in 0..5 {
+        let mut chunks: Vec<PromptChunk> = (0..4).map(|_| chunk(&model, &tokens(&mut rng, 50))).collect();
+        chunks[1].source = None;
+        let kv_of = |chunks: &[PromptChunk]| {
+            let kv = blended(&model, chunks, &config(BlendMode::Reuse, 0.0));
+            (0..model.spec.layers).map(|l| kv.rows(l, 0, 0..101)).collect::<Vec<_>>()
+        };
+        let before = kv_of(&chunks);
+        chunks[2] = chunk(&model, &tokens(&mut rng, 33));
+        chunks[3] = chunk(&model, &tokens(&mut rng, 60));
+        assert_eq!(before, kv_of(&chunks), "positions 0..101 come before the change");
+    }
+}
+
+struct Damaged(ChunkKv);
+
+impl ChunkSource for Damaged {
+    fn tokens(&self) -> usize {
+        self.0.tokens
+    }
+    fn layer(&self, layer: usize) -> Result<ChunkLayer> {
+        let mut found = self.0.layer(layer)?;
+        match layer {
+            0 => Ok(found),
+            _ => {
+                found.keys.pop();
+                Ok(found)
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chunk_whose_source_fails_is_computed_and_counted() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let model = model("llama2");
+    let good = chunk(&model, &tokens(&mut rng, 30));
+    let mut bad = chunk(&model, &tokens(&mut rng, 30));
+    let kv = ChunkKv {
+        tokens: 30,
+        layers: (0..model.spec.layers).map(|l| bad.source.as_ref().unwrap().layer(l).unwrap()).collect(),
+    };
+    bad.source = Some(Arc::new(Damaged(kv)));
+    let out = blend(&model, &[BOS], &[good.clone(), bad.clone()], &config(BlendMode::Reuse, 0.0), &|| false).unwrap();
+    assert_eq!((out.stats.failed_chunks, out.stats.reused_tokens, out.stats.recomputed_tokens), (1, 30, 31));
+    bad.source = None;
+    let want = blended(&model, &[good, bad], &config(BlendMode::Reuse, 0.0));
+    assert_eq!(want.rows(1, 0, 0..61), out.kv.rows(1, 0, 0..61));
+}
+
+#[test]
+fn a_cancelled_blend_stops() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let model = model("llama2");
+    let chunks = [chunk(&model, &tokens(&mut rng, 30))];
+    let stopped = blend(&model, &[BOS], &chunks, &BlendConfig::default(), &|| true);
+    assert!(matches!(stopped, Err(EngineError::Cancelled)));
+}

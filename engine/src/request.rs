@@ -1,0 +1,249 @@
+//! What is asked of the engine and what it answers.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::chunk::PromptChunk;
+use crate::config::{AttentionConfig, BlendConfig};
+use crate::error::EngineError;
+use crate::kv::sequence::SequenceKv;
+use crate::sampler::SamplingParams;
+
+/// A prompt: `prefix`, then chunks whose state may be cached, then `suffix` (the question). Prefix and suffix are
+/// always computed.
+#[derive(Clone, Default)]
+pub struct Prompt {
+    /// Tokens before the chunks.
+    pub prefix: Vec<u32>,
+    /// The context.
+    pub chunks: Vec<PromptChunk>,
+    /// Tokens behind the chunks; at least one.
+    pub suffix: Vec<u32>,
+}
+
+impl Prompt {
+    /// A prompt without chunks.
+    #[must_use]
+    pub fn plain(tokens: Vec<u32>) -> Prompt {
+        Prompt { suffix: tokens, ..Prompt::default() }
+    }
+
+    /// Tokens in all.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.prefix.len() + self.chunks.iter().map(|c| c.tokens.len()).sum::<usize>() + self.suffix.len()
+    }
+
+    /// Whether there is no token.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The KV of a context that many questions share. Made by [`Engine::prepare_context`](crate::Engine::prepare_context).
+pub struct PreparedContext {
+    pub(crate) kv: SequenceKv,
+    pub(crate) stats: PrefillStats,
+    /// Identifies the engine that made it.
+    pub(crate) engine: u64,
+}
+
+impl PreparedContext {
+    /// Tokens of the context.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.kv.len()
+    }
+
+    /// Whether it has no token.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How it was made; `suffix_tokens` is 0.
+    #[must_use]
+    pub fn stats(&self) -> &PrefillStats {
+        &self.stats
+    }
+}
+
+/// One request.
+#[derive(Clone)]
+pub struct Request {
+    /// The prompt; with `context`, only its suffix.
+    pub prompt: Prompt,
+    /// A context prepared before.
+    pub context: Option<Arc<PreparedContext>>,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// The answer ends before the first of these strings.
+    pub stop: Vec<String>,
+    /// Tokens of the answer at most; the context limit may end it earlier.
+    pub max_tokens: usize,
+    /// How decoding attends.
+    pub attention: AttentionConfig,
+    /// What becomes of cached chunks.
+    pub blend: BlendConfig,
+    /// Go on behind the model's end-of-text tokens (for benchmarks).
+    pub ignore_eos: bool,
+}
+
+impl Request {
+    /// A greedy request with default settings.
+    #[must_use]
+    pub fn new(prompt: Prompt, max_tokens: usize) -> Request {
+        Request {
+            prompt,
+            context: None,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            max_tokens,
+            attention: AttentionConfig::default(),
+            blend: BlendConfig::default(),
+            ignore_eos: false,
+        }
+    }
+}
+
+/// What happens to a request, in order. `Finished` or `Failed` is the last.
+#[derive(Debug)]
+pub enum Event {
+    /// The prompt has been read. Comes once, before the first token.
+    Started(PrefillStats),
+    /// A token of the answer.
+    Token(TokenEvent),
+    /// The answer is complete.
+    Finished(Finished),
+    /// It will not be completed.
+    Failed(EngineError),
+}
+
+/// One token of the answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenEvent {
+    /// Its id.
+    pub id: u32,
+    /// Text that became certain with it; may be empty.
+    pub text: String,
+    /// Its log-probability under the model's own distribution.
+    pub logprob: f32,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended it.
+    Stop,
+    /// It reached `max_tokens` or the context limit.
+    Length,
+    /// It reached a stop string.
+    StopString,
+}
+
+/// The end of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Text that had been held back and belongs to the answer.
+    pub text: String,
+    /// Tokens read and written.
+    pub usage: Usage,
+    /// What decoding did.
+    pub decode: DecodeStats,
+}
+
+/// Tokens of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// The prompt's.
+    pub prompt_tokens: usize,
+    /// Context tokens whose cached state was used.
+    pub reused_tokens: usize,
+    /// Context tokens that were computed, at least from the check layer on. The suffix does not count.
+    pub recomputed_tokens: usize,
+    /// The answer's, the end-of-text token included.
+    pub completion_tokens: usize,
+}
+
+/// How a prompt was read.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PrefillStats {
+    /// The prompt's tokens.
+    pub prompt_tokens: usize,
+    /// Context tokens whose cached state was used.
+    pub reused_tokens: usize,
+    /// Context tokens that were computed, at least from the check layer on.
+    pub recomputed_tokens: usize,
+    /// Tokens behind the context.
+    pub suffix_tokens: usize,
+    /// From submission to admission.
+    pub queue_seconds: f64,
+    /// From admission to the first token's logits.
+    pub seconds: f64,
+    /// Chunks whose source failed; they were computed.
+    pub failed_chunks: usize,
+    /// Mean over cached tokens of |fresh - cached|^2 / |fresh|^2 of keys and values on the check layer.
+    pub blend_deviation: Option<f32>,
+}
+
+/// What decoding (and reading a suffix behind a context) did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DecodeStats {
+    /// From the first token's logits to the last token.
+    pub seconds: f64,
+    /// Decode steps.
+    pub steps: usize,
+    /// Cold keys, summed over queries, layers and query heads.
+    pub cold_keys: u64,
+    /// Of these, keys whose bytes the index touched.
+    pub keys_scored: u64,
+    /// Of these, keys that were attended: their values were read.
+    pub keys_attended: u64,
+    /// Time spent building indexes.
+    pub index_build_seconds: f64,
+}
+
+impl DecodeStats {
+    /// Share of the cold keys that the index touched; `None` when nothing was cold.
+    #[must_use]
+    pub fn scored_share(&self) -> Option<f64> {
+        (self.cold_keys > 0).then(|| self.keys_scored as f64 / self.cold_keys as f64)
+    }
+
+    /// Share of the cold keys that were attended; `None` when nothing was cold.
+    #[must_use]
+    pub fn attended_share(&self) -> Option<f64> {
+        (self.cold_keys > 0).then(|| self.keys_attended as f64 / self.cold_keys as f64)
+    }
+}
+
+/// The events of one request. Dropping it cancels the request.
+pub struct EventStream {
+    pub(crate) events: UnboundedReceiver<Event>,
+}
+
+impl EventStream {
+    /// The next event; `None` behind the last.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// The next event, blocking this thread. Not for use inside an async runtime.
+    pub fn blocking_next(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+}
+
+impl futures::Stream for EventStream {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.events.poll_recv(cx)
+    }
+}

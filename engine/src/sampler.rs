@@ -1,0 +1,246 @@
+//! Chooses the next token from the logits.
+//!
+//! Order of operations, each skipped at its neutral value:
+//!
+//! 1. the log-probabilities of the *raw* logits, which are what is reported;
+//! 2. `logit_bias`: added to the logits of the named tokens;
+//! 3. `repetition_penalty` r (Keskar et al., arXiv 1909.05858, section 4.1, as in Hugging Face transformers): the
+//!    logit of every token that occurs in prompt or answer is divided by r if positive, else multiplied by r;
+//! 4. `frequency_penalty` f and `presence_penalty` p (as in the OpenAI API): minus `f * count + p` for every token
+//!    that occurs in the *answer* so far;
+//! 5. `temperature` 0: the largest logit, the lowest id among equals. Else the logits are divided by it;
+//! 6. `top_k`: the k largest stay; then `top_p`: of these, the smallest set of most probable ones whose share
+//!    reaches p; then `min_p`: of these, the ones at least `min_p` times as probable as the most probable one;
+//! 7. one token is drawn from the softmax of what is left.
+
+use std::collections::HashMap;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::{EngineError, Result};
+
+/// How tokens are chosen. The default is greedy.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 (greedy) to 2.
+    pub temperature: f32,
+    /// Only the `top_k` likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Only the likeliest tokens whose probabilities sum up to this, above 0 and at most 1 (all).
+    pub top_p: f32,
+    /// Only tokens at least this share as likely as the likeliest, 0 (all) to 1.
+    pub min_p: f32,
+    /// Above 1 discourages tokens of prompt and answer; 1 is neutral.
+    pub repetition_penalty: f32,
+    /// Per earlier occurrence in the answer, -2 to 2.
+    pub frequency_penalty: f32,
+    /// Once for every token that occurs in the answer, -2 to 2.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens, each -100 to 100.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Equal seeds, parameters and logits give equal choices; `None`: a seed from the system.
+    pub seed: Option<u64>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: None,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// Checks every parameter's range, for a vocabulary of `vocab` tokens.
+    ///
+    /// # Errors
+    /// [`EngineError::Sampling`], naming the parameter.
+    pub fn validate(&self, vocab: usize) -> Result<()> {
+        // No range contains NaN, as every comparison with it is false.
+        let within = |value: f32, low: f32, high: f32| (low..=high).contains(&value);
+        let (top_p, penalty) = (self.top_p, self.repetition_penalty);
+        let (frequency, presence) = (self.frequency_penalty, self.presence_penalty);
+        let numbers = [
+            ("temperature", self.temperature, within(self.temperature, 0.0, 2.0), "a number from 0 to 2"),
+            ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "a number above 0 and at most 1"),
+            ("min_p", self.min_p, within(self.min_p, 0.0, 1.0), "a number from 0 to 1"),
+            ("repetition_penalty", penalty, penalty > 0.0 && penalty.is_finite(), "a number above 0"),
+            ("frequency_penalty", frequency, within(frequency, -2.0, 2.0), "a number from -2 to 2"),
+            ("presence_penalty", presence, within(presence, -2.0, 2.0), "a number from -2 to 2"),
+        ];
+        let biases = self
+            .logit_bias
+            .iter()
+            .map(|&(_, bias)| ("logit_bias", bias, within(bias, -100.0, 100.0), "numbers from -100 to 100"));
+        for (parameter, value, allowed, expected) in numbers.into_iter().chain(biases) {
+            if !allowed {
+                return Err(EngineError::Sampling { parameter, expected, found: value.to_string() });
+            }
+        }
+        match self.logit_bias.iter().find(|(token, _)| *token as usize >= vocab) {
+            None => Ok(()),
+            Some((token, _)) => Err(EngineError::Sampling {
+                parameter: "logit_bias",
+                expected: "token ids of the model's vocabulary",
+                found: format!("{token}, the vocabulary has {vocab}"),
+            }),
+        }
+    }
+}
+
+/// A chosen token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub id: u32,
+    /// Its natural log-probability under the model's raw distribution.
+    pub logprob: f32,
+}
+
+/// Chooses the tokens of one answer and remembers what it has chosen.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    params: SamplingParams,
+    rng: ChaCha8Rng,
+    /// Every token of prompt or answer -> how often it occurs in the answer.
+    seen: HashMap<u32, u32>,
+}
+
+impl Sampler {
+    /// A sampler for one answer. `params` must have passed [`SamplingParams::validate`].
+    #[must_use]
+    pub fn new(params: SamplingParams) -> Self {
+        let seed = params.seed.unwrap_or_else(rand::random);
+        Sampler { params, rng: ChaCha8Rng::seed_from_u64(seed), seen: HashMap::new() }
+    }
+
+    /// Tells the tokens of the prompt, for the repetition penalty.
+    pub fn observe(&mut self, prompt: &[u32]) {
+        if self.params.repetition_penalty != 1.0 {
+            for &token in prompt {
+                self.seen.entry(token).or_default();
+            }
+        }
+    }
+
+    /// Chooses a token, remembers it as part of the answer, and leaves the adjusted logits in `logits` (`[vocab]`).
+    ///
+    /// # Errors
+    /// [`EngineError::BadLogits`] if a logit is NaN or plus infinity, or all are minus infinity.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        let log_sum = log_sum_exp(logits)?;
+        let raw = |id: u32, logits: &[f32]| logits[id as usize] - log_sum;
+        let sampled = if self.params == (SamplingParams { seed: self.params.seed, ..SamplingParams::default() }) {
+            let id = largest(logits);
+            Sampled { id, logprob: raw(id, logits) }
+        } else {
+            let unadjusted = logits.to_vec();
+            self.adjust(logits);
+            let id = if self.params.temperature == 0.0 { largest(logits) } else { self.draw(logits) };
+            Sampled { id, logprob: raw(id, &unadjusted) }
+        };
+        *self.seen.entry(sampled.id).or_default() += 1;
+        Ok(sampled)
+    }
+
+    fn adjust(&self, logits: &mut [f32]) {
+        let params = &self.params;
+        for &(token, bias) in &params.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+        for (&token, &count) in &self.seen {
+            let Some(logit) = logits.get_mut(token as usize) else {
+                continue;
+            };
+            let penalty = params.repetition_penalty;
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            if count > 0 {
+                *logit -= params.frequency_penalty * count as f32 + params.presence_penalty;
+            }
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> u32 {
+        let candidates = self.candidates(logits);
+        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+        let mut left = self.rng.random::<f64>() * total;
+        for &(id, weight) in &candidates {
+            left -= weight;
+            if left < 0.0 {
+                return id;
+            }
+        }
+        // Rounding can leave a trace beyond the last one.
+        candidates.last().map_or(0, |(id, _)| *id)
+    }
+
+    /// The tokens that may be drawn, with weights in proportion to their probabilities.
+    fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
+        let params = &self.params;
+        let mut kept: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+        let descending = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if params.top_k > 0 && params.top_k < kept.len() {
+            kept.select_nth_unstable_by(params.top_k - 1, descending);
+            kept.truncate(params.top_k);
+        }
+        // The order also decides which token a random number means, so that equal seeds give equal choices.
+        kept.sort_unstable_by(descending);
+        let top = kept.first().map_or(0.0, |(_, logit)| *logit);
+        let weight = |logit: f32| (f64::from(logit - top) / f64::from(params.temperature)).exp();
+        let mut weighted: Vec<(u32, f64)> = kept.iter().map(|&(id, logit)| (id, weight(logit))).collect();
+        if params.top_p < 1.0 {
+            let goal = weighted.iter().map(|(_, w)| w).sum::<f64>() * f64::from(params.top_p);
+            let mut sum = 0.0;
+            let reached = weighted.iter().position(|(_, w)| {
+                sum += w;
+                sum >= goal
+            });
+            weighted.truncate(reached.map_or(weighted.len(), |last| last + 1));
+        }
+        // The likeliest has weight 1.
+        weighted.retain(|(_, w)| *w >= f64::from(params.min_p));
+        weighted
+    }
+}
+
+/// The id of the largest logit, the lowest id among equals.
+fn largest(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+/// The logarithm of the sum of exponentials; refuses what no model should produce.
+fn log_sum_exp(logits: &[f32]) -> Result<f32> {
+    let mut max = f32::NEG_INFINITY;
+    for (token, &value) in logits.iter().enumerate() {
+        if value.is_nan() || value == f32::INFINITY {
+            return Err(EngineError::BadLogits { token, value });
+        }
+        max = max.max(value);
+    }
+    if max == f32::NEG_INFINITY {
+        return Err(EngineError::BadLogits { token: 0, value: max });
+    }
+    let sum: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
+    Ok(max + sum.ln() as f32)
+}
+
+#[cfg(test)]
+#[path = "sampler/tests.rs"]
+mod tests;

@@ -1,0 +1,158 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use proptest::prelude::*;
+
+fn params() -> SamplingParams {
+    SamplingParams { temperature: 1.0, seed: Some(7), ..SamplingParams::default() }
+}
+
+fn softmax(logits: &[f32], temperature: f64) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = logits.iter().map(|l| (f64::from(l - max) / temperature).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.iter().map(|w| w / sum).collect()
+}
+
+fn draws(params: &SamplingParams, logits: &[f32], count: usize) -> Vec<usize> {
+    let mut sampler = Sampler::new(params.clone());
+    let mut counts = vec![0; logits.len()];
+    for _ in 0..count {
+        counts[sampler.sample(&mut logits.to_vec()).unwrap().id as usize] += 1;
+    }
+    counts
+}
+
+#[test]
+fn every_parameter_out_of_range_is_named() {
+    type Change = fn(&mut SamplingParams);
+    let cases: [(&str, Change); 10] = [
+        ("temperature", |p| p.temperature = f32::NAN),
+        ("temperature", |p| p.temperature = -0.1),
+        ("top_p", |p| p.top_p = 0.0),
+        ("min_p", |p| p.min_p = 1.5),
+        ("repetition_penalty", |p| p.repetition_penalty = 0.0),
+        ("repetition_penalty", |p| p.repetition_penalty = f32::INFINITY),
+        ("frequency_penalty", |p| p.frequency_penalty = 2.5),
+        ("presence_penalty", |p| p.presence_penalty = f32::NAN),
+        ("logit_bias", |p| p.logit_bias = vec![(3, 101.0)]),
+        ("logit_bias", |p| p.logit_bias = vec![(10, 1.0)]),
+    ];
+    assert!(params().validate(10).is_ok());
+    for (name, change) in cases {
+        let mut wrong = params();
+        change(&mut wrong);
+        match wrong.validate(10) {
+            Err(EngineError::Sampling { parameter, .. }) => assert_eq!(parameter, name),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_number_is_an_error() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let error = Sampler::new(params()).sample(&mut [0.0, bad, 1.0]).unwrap_err();
+        assert!(matches!(error, EngineError::BadLogits { token: 1, .. }), "{error}");
+    }
+    assert!(Sampler::new(params()).sample(&mut [f32::NEG_INFINITY; 3]).is_err());
+    let masked = Sampler::new(params()).sample(&mut [f32::NEG_INFINITY, 2.0]).unwrap();
+    assert_eq!(masked, Sampled { id: 1, logprob: 0.0 });
+}
+
+#[test]
+fn draws_follow_the_softmax() {
+    let logits = [0.0, 1.0, -1.0, 2.0, 0.5];
+    for temperature in [0.5, 1.0, 2.0] {
+        let params = SamplingParams { temperature, ..params() };
+        let count = 20_000;
+        let counts = draws(&params, &logits, count);
+        for (found, p) in counts.iter().zip(softmax(&logits, f64::from(temperature))) {
+            let deviation = (p * (1.0 - p) / count as f64).sqrt();
+            assert!((*found as f64 / count as f64 - p).abs() < 5.0 * deviation, "{counts:?} at {temperature}");
+        }
+    }
+}
+
+#[test]
+fn repetition_counts_prompt_and_answer_the_others_only_the_answer() {
+    // HF: a positive logit is divided, a negative one multiplied.
+    let mut sampler = Sampler::new(SamplingParams { repetition_penalty: 2.0, ..SamplingParams::default() });
+    sampler.observe(&[0, 2]);
+    let mut logits = [3.0, 2.0, -1.0, -1.0];
+    assert_eq!(sampler.sample(&mut logits).unwrap().id, 1);
+    assert_eq!(logits, [1.5, 2.0, -2.0, -1.0]);
+    let mut logits = [3.0, 2.0, -1.0, -1.0];
+    assert_eq!(sampler.sample(&mut logits).unwrap().id, 0);
+    assert_eq!(logits, [1.5, 1.0, -2.0, -1.0]);
+
+    // OpenAI: count times frequency, presence once; the prompt does not count.
+    let both = SamplingParams { frequency_penalty: 0.5, presence_penalty: 0.25, ..SamplingParams::default() };
+    let mut sampler = Sampler::new(both);
+    sampler.observe(&[0, 0, 0]);
+    for expected in [[4.0, 1.0], [3.25, 1.0], [2.75, 1.0]] {
+        let mut logits = [4.0, 1.0];
+        assert_eq!(sampler.sample(&mut logits).unwrap().id, 0);
+        assert_eq!(logits, expected);
+    }
+}
+
+#[test]
+fn bias_forces_and_forbids_but_the_reported_probability_is_the_raw_one() {
+    let forced = SamplingParams { logit_bias: vec![(2, 100.0)], ..params() };
+    let sampled = Sampler::new(forced).sample(&mut [1.0, 2.0, 0.0]).unwrap();
+    assert_eq!(sampled.id, 2);
+    assert!((f64::from(sampled.logprob) - softmax(&[1.0, 2.0, 0.0], 1.0)[2].ln()).abs() < 1e-6);
+    let forbidden = SamplingParams { logit_bias: vec![(1, -100.0)], ..params() };
+    assert_eq!(draws(&forbidden, &[1.0, 2.0, 0.0], 500)[1], 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest(logits in prop::collection::vec(-4i8..4, 1..40)) {
+        let logits: Vec<f32> = logits.into_iter().map(f32::from).collect();
+        let sampled = Sampler::new(SamplingParams::default()).sample(&mut logits.clone()).unwrap();
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        prop_assert_eq!(sampled.id as usize, logits.iter().position(|l| *l == max).unwrap());
+        let expected = softmax(&logits, 1.0)[sampled.id as usize].ln();
+        prop_assert!((f64::from(sampled.logprob) - expected).abs() < 1e-5);
+    }
+
+    #[test]
+    fn filters_keep_what_they_promise(
+        logits in prop::collection::vec(-6.0f32..6.0, 2..40),
+        top_k in 0usize..12, top_p in 0.05f32..=1.0, min_p in 0.0f32..0.5, temperature in 0.2f32..2.0,
+    ) {
+        let params = SamplingParams { temperature, top_k, top_p, min_p, ..params() };
+        let kept = Sampler::new(params).candidates(&logits);
+        // The oracle, written over the full softmax.
+        let probability = softmax(&logits, f64::from(temperature));
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        if top_k > 0 { order.truncate(top_k); }
+        let goal = order.iter().map(|i| probability[*i]).sum::<f64>() * f64::from(top_p);
+        let before = |n: usize| order[..n].iter().map(|i| probability[*i]).sum::<f64>();
+        let mut expected: Vec<usize> = Vec::new();
+        for (n, &i) in order.iter().enumerate() {
+            if (n == 0 || before(n) < goal - 1e-12) && probability[i] >= f64::from(min_p) * probability[order[0]] {
+                expected.push(i);
+            }
+        }
+        // Sums differ by rounding: the last one of a nucleus may fall either way.
+        prop_assert!(kept.len().abs_diff(expected.len()) <= 1, "{:?} {:?}", kept, expected);
+        prop_assert!(!kept.is_empty());
+        for ((id, _), e) in kept.iter().zip(&expected) { prop_assert_eq!(*id as usize, *e); }
+    }
+
+    #[test]
+    fn a_seed_decides_everything(logits in prop::collection::vec(-3.0f32..3.0, 2..30), seed in any::<u64>()) {
+        let params = SamplingParams { seed: Some(seed), top_p: 0.9, frequency_penalty: 0.3, ..params() };
+        let run = || {
+            let mut sampler = Sampler::new(params.clone());
+            (0..20).map(|_| sampler.sample(&mut logits.clone()).unwrap().id).collect::<Vec<_>>()
+        };
+        prop_assert_eq!(run(), run());
+    }
+}

@@ -1,0 +1,50 @@
+//! Quality tasks, speed benches and the records that both write.
+//!
+//! A tour:
+//!
+//! * [`run_quality`] asks questions over contexts of chunks under every way of serving them (full attention, window,
+//!   retrieval, reuse of chunks with and without repair) and judges the answers. Contexts come from
+//!   [`DataSource::Generated`] (made here, seeded) or from the reference model's evaluation files.
+//! * [`bench_prefill`] and [`bench_decode`] time the engine side by side with Hugging Face transformers and against the
+//!   floor that [`bench_membw`]'s rates set; [`bench_blend`] times cached contexts against recomputed ones.
+//! * [`Record`] is one measured figure, [`RecordLog`] a folder of JSON lines files that only grow; a later record
+//!   supersedes an earlier one of the same bench, case, metric and machine. [`markdown_report`] makes tables of them.
+//!
+//! Nothing here parses a command line or prints: options come in as plain structures, news goes to a callback, and
+//! reports come back.
+//!
+//! ```
+//! use eval::{GenerateOptions, generate, score};
+//!
+//! let options = GenerateOptions { tasks: vec!["kv".into()], lengths: vec![1024], samples: 1, seed: 1 };
+//! let contexts = generate(&options, &|text| text.len() / 3)?;
+//! let question = &contexts[0].questions[0];
+//! assert!(contexts[0].chunks.iter().any(|chunk| chunk.contains(&question.answers[0])));
+//! assert!(score("kv", &question.answers[0], &question.answers).exact);
+//! # Ok::<(), eval::EvalError>(())
+//! ```
+
+mod ask;
+mod error;
+mod progress;
+mod quality;
+mod record;
+mod report;
+mod speed;
+mod stats;
+mod tasks;
+
+pub use error::{EvalError, Result};
+pub use progress::Progress;
+pub use quality::{Agreement, Cell, Cost, QualityOptions, QualityReport, config_names, run_quality};
+pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};
+pub use report::{markdown_report, write_report};
+pub use speed::{
+    BlendBenchOptions, BlendReport, MembwOptions, MembwReport, PeerOptions, SourceProvider, SpeedOptions, SpeedReport,
+    bench_blend, bench_decode, bench_membw, bench_prefill,
+};
+pub use stats::{mean, median, wilson95};
+pub use tasks::{
+    Context, DataSource, GENERATED_TASKS, GenerateOptions, Question, Score, Size, generate, load_files,
+    normalize_squad, reference_outputs, score, task_names,
+};

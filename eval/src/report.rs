@@ -1,0 +1,203 @@
+//! Tables of the records, for people: the documents' figures come from nowhere else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use crate::error::{EvalError, Result};
+use crate::quality::config_names;
+use crate::record::{Record, RecordLog, latest};
+use crate::stats::wilson95;
+use crate::tasks::task_names;
+
+/// Records as one table, a line each.
+#[must_use]
+pub(crate) fn records_table(records: &[Record]) -> String {
+    let mut text =
+        String::from("| case | metric | value | unit | samples | floor | peers |\n|---|---|---|---|---|---|---|\n");
+    for record in records {
+        let peers: Vec<String> =
+            record.peers.iter().map(|(name, value)| format!("{name} {}", number(*value))).collect();
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} |",
+            record.case,
+            record.metric,
+            number(record.value),
+            record.unit,
+            record.samples,
+            record.floor.map_or("-".into(), number),
+            if peers.is_empty() { "-".into() } else { peers.join(", ") }
+        );
+    }
+    text
+}
+
+/// All tables, from the records that are not superseded: quality as one table for each data source and metric with
+/// the configurations as columns, every other bench as a list; machine by machine.
+#[must_use]
+pub fn markdown_report(records: &[Record]) -> String {
+    let records = latest(records.to_vec());
+    let mut text = String::from(
+        "# Measured results\n\nGenerated from the records in `eval/results/` by `quire bench report`; do not edit. Each record names the \
+         command, the commit and the settings that it was measured with. A later record supersedes an earlier one of the \
+         same bench, case, metric and machine.\n",
+    );
+    let mut groups: BTreeMap<(&str, &str), Vec<&Record>> = BTreeMap::new();
+    for record in &records {
+        groups.entry((&record.bench, &record.machine)).or_default().push(record);
+    }
+    for ((bench, machine), records) in groups {
+        let _ = writeln!(text, "\n## {bench}, {machine}\n\n{}", origin(&records));
+        text += &if bench == "quality" {
+            quality(&records)
+        } else {
+            format!("\n{}", records_table(&records.into_iter().cloned().collect::<Vec<_>>()))
+        };
+    }
+    text
+}
+
+/// Reads the records of a folder and writes the report; gives the number of records in it.
+///
+/// # Errors
+/// Those of reading records; [`EvalError::Io`] when the report cannot be written.
+pub fn write_report(results_dir: &Path, out: &Path) -> Result<usize> {
+    let records = RecordLog::new(results_dir).latest()?;
+    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        fs::create_dir_all(folder).map_err(EvalError::io("create", folder))?;
+    }
+    fs::write(out, markdown_report(&records)).map_err(EvalError::io("write", out))?;
+    Ok(records.len())
+}
+
+/// The commands, dates and commits that a section comes from.
+fn origin(records: &[&Record]) -> String {
+    let runs: BTreeSet<(&str, &str, &str)> =
+        records.iter().map(|r| (&r.date[..r.date.len().min(10)], r.command.as_str(), r.commit.as_str())).collect();
+    let lines: Vec<String> =
+        runs.into_iter().map(|(date, command, commit)| format!("`{command}` ({date}, commit {commit})")).collect();
+    lines.join("; ")
+}
+
+/// Task, length and configuration, and what was recorded.
+type Row<'a> = (Vec<&'a str>, &'a Record);
+
+/// Quality as one table for each data source and metric.
+pub(crate) fn quality(records: &[&Record]) -> String {
+    let mut tables: BTreeMap<(&str, &str), Vec<Row<'_>>> = BTreeMap::new();
+    for record in records {
+        let parts: Vec<&str> = record.case.split('/').collect();
+        if let [data, rest @ ..] = &parts[..] {
+            tables.entry((data, &record.metric)).or_default().push((rest.to_vec(), record));
+        }
+    }
+    let mut text = String::new();
+    for ((data, metric), rows) in tables {
+        let _ = writeln!(text, "\n### {} in %, {data}\n", metric.replace('_', " "));
+        text += &pivot(&rows, metric == "exact_match");
+    }
+    text
+}
+
+/// By configuration.
+type Cells<'a> = BTreeMap<&'a str, &'a Record>;
+
+/// Tasks and lengths down, configurations across.
+fn pivot(rows: &[Row<'_>], intervals: bool) -> String {
+    let known = config_names();
+    let place = |names: &[&str], name: &str| names.iter().position(|n| *n == name).unwrap_or(names.len());
+    let mut columns: BTreeSet<(usize, &str)> = BTreeSet::new();
+    // In the order of tasks, then of sizes.
+    let mut lines: BTreeMap<(usize, &str, usize, &str), Cells<'_>> = BTreeMap::new();
+    for (parts, record) in rows {
+        if let [task, size, config] = parts[..] {
+            columns.insert((place(&known, config), config));
+            let order = size.trim_end_matches('p').parse().unwrap_or(usize::MAX);
+            lines.entry((place(task_names(), task), task, order, size)).or_default().insert(config, record);
+        }
+    }
+    let header: Vec<&str> = columns.iter().map(|(_, name)| *name).collect();
+    let mut text =
+        format!("| task | length | n | {} |\n|---|---|---|{}\n", header.join(" | "), "---|".repeat(header.len()));
+    for ((_, task, _, size), cells) in lines {
+        let n = cells.values().map(|record| record.samples).max().unwrap_or_default();
+        let shown: Vec<String> =
+            header.iter().map(|name| cells.get(name).map_or("-".into(), |record| cell(record, intervals))).collect();
+        let _ = writeln!(text, "| {task} | {size} | {n} | {} |", shown.join(" | "));
+    }
+    text
+}
+
+fn cell(record: &Record, interval: bool) -> String {
+    if !interval {
+        return format!("{:.1}", record.value);
+    }
+    let hits = (record.value / 100.0 * record.samples as f64).round() as usize;
+    let (low, high) = wilson95(hits, record.samples);
+    format!("{:.1} ({:.0} to {:.0})", record.value, 100.0 * low, 100.0 * high)
+}
+
+/// Up to four digits behind the point, none that say nothing.
+fn number(value: f64) -> String {
+    let digits = match value.abs() {
+        v if v >= 1000.0 => 0,
+        v if v >= 100.0 => 1,
+        v if v >= 1.0 => 2,
+        _ => 4,
+    };
+    let text = format!("{value:.digits$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::record::{Output, RunInfo};
+
+    fn info() -> RunInfo {
+        let output = Output {
+            results_dir: None,
+            command: "quire x".into(),
+            machine: Some("cpu2".into()),
+            commit: Some("abc".into()),
+        };
+        RunInfo::start(&output)
+    }
+
+    #[test]
+    fn quality_becomes_columns_and_only_the_latest_counts() {
+        let info = info();
+        let record = |config: &str, value| {
+            info.record("quality", &format!("files/kv/1024/{config}"), "exact_match", "%", value, 16)
+        };
+        let text = markdown_report(&[record("window", 25.0), record("full", 50.0), record("full", 100.0)]);
+        assert!(text.contains("| task | length | n | full | window |"), "{text}");
+        assert!(text.contains("| kv | 1024 | 16 | 100.0 (81 to 100) | 25.0 (10 to 49) |"), "{text}");
+        assert!(!text.contains("50.0"), "{text}");
+        assert!(text.contains("`quire x`"));
+    }
+
+    #[test]
+    fn lists_show_floor_and_peers_and_the_file_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut record = info().record("decode", "ref/8k/cpu/full", "time_per_token", "ms", 1.5, 5);
+        record.floor = Some(0.75);
+        record.peers.insert("transformers bf16".into(), 12.0);
+        RecordLog::new(dir.path()).append(&[record]).unwrap();
+        let out = dir.path().join("docs/results.md");
+        assert_eq!(write_report(dir.path(), &out).unwrap(), 1);
+        let text = fs::read_to_string(out).unwrap();
+        assert!(
+            text.contains("| ref/8k/cpu/full | time_per_token | 1.5 | ms | 5 | 0.75 | transformers bf16 12 |"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn numbers_are_short() {
+        assert_eq!([number(12345.6), number(100.0), number(2.5), number(0.01234)], ["12346", "100", "2.5", "0.0123"]);
+    }
+}

@@ -1,0 +1,71 @@
+//! The few statistics that records need.
+
+/// The middle value (the mean of the two middle ones for an even count); 0 for none.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => sorted[middle],
+        _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
+    }
+}
+
+/// The mean; 0 for none.
+#[must_use]
+pub fn mean(values: &[f64]) -> f64 {
+    if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
+}
+
+/// Wilson's score interval for a share of `hits` in `n` trials at 95 % (E. B. Wilson, JASA 22, 1927), as shares in
+/// \[0, 1\]. Unlike the normal interval it stays inside, and says something at 0 and `n` hits. `(0, 1)` for no trials.
+#[must_use]
+pub fn wilson95(hits: usize, n: usize) -> (f64, f64) {
+    if n == 0 {
+        return (0.0, 1.0);
+    }
+    let z = 1.959_963_984_540_054_f64;
+    let n = n as f64;
+    let p = hits as f64 / n;
+    let centre = p + z * z / (2.0 * n);
+    let spread = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+    let scale = 1.0 + z * z / n;
+    (((centre - spread) / scale).max(0.0), ((centre + spread) / scale).min(1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_is_the_middle_and_ignores_order() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 100.0]), 3.0);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn wilson_agrees_with_worked_values() {
+        // Newcombe 1998, table I: 81 of 263 and 0 of 20, 1 of 29.
+        let near = |a: f64, b: f64| (a - b).abs() < 6e-5;
+        let (low, high) = wilson95(81, 263);
+        assert!(near(low, 0.2553) && near(high, 0.3662), "{low} {high}");
+        let (low, high) = wilson95(0, 20);
+        assert!(low == 0.0 && near(high, 0.1611), "{low} {high}");
+        let (low, high) = wilson95(1, 29);
+        assert!(near(low, 0.0061) && near(high, 0.1718), "{low} {high}");
+    }
+
+    #[test]
+    fn wilson_holds_the_share_and_narrows_with_more_trials() {
+        let mut last = 1.0;
+        for n in [4, 16, 64, 256] {
+            let (low, high) = wilson95(n / 2, n);
+            assert!(low < 0.5 && 0.5 < high && high - low < last);
+            last = high - low;
+        }
+        assert_eq!(wilson95(0, 0), (0.0, 1.0));
+    }
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Installs what Quire needs to build, and builds RocksDB once into a cache folder.
+# Idempotent: a second run takes a second. Source scripts/env.sh to use what it made.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+# shellcheck source=scripts/env.sh
+. scripts/env.sh
+
+say() { printf '[setup] %s\n' "$*"; }
+fail() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
+
+[ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || say "note: only Linux on x86_64 is tested; this is $(uname -s) on $(uname -m)"
+
+# 1. System packages. clang's library reads RocksDB's C header; g++ compiles RocksDB; python3-venv
+#    is for the test of the HTTP API alone.
+missing=()
+command -v g++ >/dev/null || missing+=(g++)
+command -v python3 >/dev/null && python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+have_libclang() {
+    [ -n "${LIBCLANG_PATH:-}" ] && return 0
+    ldconfig -p 2>/dev/null | grep -q 'libclang' && return 0
+    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null
+}
+# The compiler's own headers (stddef.h) come in a separate package.
+have_clang_headers() { compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null || compgen -G '/usr/lib/clang/*/include/stddef.h' >/dev/null; }
+if ! have_libclang || ! have_clang_headers; then missing+=(libclang1 libclang-common-dev); fi
+if [ ${#missing[@]} -gt 0 ]; then
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo='sudo -n'
+    if command -v apt-get >/dev/null && { [ -z "$sudo" ] || $sudo true 2>/dev/null; }; then
+        say "installing with apt: ${missing[*]}"
+        $sudo apt-get update -qq
+        # Debian and Ubuntu version the clang packages: take the newest there is.
+        pick() { apt-cache search --names-only "^$1-[0-9]+$2\$" | awk '{print $1}' | sort -V | tail -n 1; }
+        want=()
+        for name in "${missing[@]}"; do
+            case $name in
+                libclang1) want+=("$(pick libclang1 '')") ;;
+                libclang-common-dev) want+=("$(pick libclang-common '-dev')") ;;
+                *) want+=("$name") ;;
+            esac
+        done
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${want[@]}" >/dev/null
+    else
+        fail "these system packages are missing and cannot be installed from here: ${missing[*]} (libclang1 and libclang-common-dev carry a version in Debian and Ubuntu, for example libclang1-14). Install them, then run this again."
+    fi
+fi
+
+# 2. The Rust toolchain.
+if ! command -v cargo >/dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then PATH="$HOME/.cargo/bin:$PATH"; fi
+command -v cargo >/dev/null || fail "no Rust toolchain. Install one of version 1.90 or later (https://rustup.rs, or on Debian 13 and Ubuntu 24.04: 'apt install rustup && rustup default stable'), then run this again."
+have=$(rustc --version | awk '{print $2}')
+[ "$(printf '%s\n1.90.0\n' "$have" | sort -V | head -n 1)" = 1.90.0 ] || fail "rustc $have is too old: 1.90 or later is needed ('rustup update stable')."
+
+# 3. RocksDB, once per version, outside the clone.
+if [ ! -s "$ROCKSDB_LIB_DIR/librocksdb.a" ]; then
+    say "building RocksDB once into $ROCKSDB_LIB_DIR (about 14 minutes on 2 cores)"
+    build=$QUIRE_CACHE/rocksdb-build
+    # Without debug information: 45 MB instead of 1.5 GB, and every link is faster for it.
+    env -u ROCKSDB_LIB_DIR -u ROCKSDB_STATIC CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_TARGET_DIR="$build" cargo build --release --locked -p librocksdb-sys
+    lib=$(find "$build/release/build" -name librocksdb.a -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
+    [ -n "$lib" ] || fail "the build of RocksDB left no librocksdb.a under $build"
+    mkdir -p "$ROCKSDB_LIB_DIR"
+    # Renamed into place, so that a killed build leaves nothing that looks finished.
+    cp "$lib" "$ROCKSDB_LIB_DIR/librocksdb.a.part"
+    strip -g "$ROCKSDB_LIB_DIR/librocksdb.a.part"
+    mv "$ROCKSDB_LIB_DIR/librocksdb.a.part" "$ROCKSDB_LIB_DIR/librocksdb.a"
+    rm -rf "$build"
+fi
+say "ready"

@@ -1,0 +1,281 @@
+//! The grammar of the command line.
+
+use std::path::PathBuf;
+
+use chunk_cache::ChunkKey;
+use clap::{Parser, Subcommand};
+use clap_complete::Shell;
+use engine::Strategy;
+
+use crate::config::{Named, SettingsArgs};
+
+/// Answers questions over documents, with attention state that is computed once per passage
+///
+/// Every setting is a flag, an environment variable (QUIRE_TOP_CHUNKS for --top-chunks) and a key of quire.toml
+/// (top_chunks); flags win, then the environment, then the file. Exit codes: 0 done, 1 failed, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "quire", version, arg_required_else_help = true)]
+#[command(after_help = "`quire COMMAND --help` also lists all settings.")]
+pub struct Cli {
+    /// File of settings [default: quire.toml in the current folder, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print machine-readable results, one JSON object a line
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// The settings.
+    #[command(flatten)]
+    pub settings: SettingsArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Read documents (text, Markdown; folders to every depth) into a collection
+    Ingest {
+        /// Files and folders
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+    },
+    /// Find passages by their words
+    Search {
+        /// What to look for
+        query: String,
+    },
+    /// Answer a question over a collection
+    Ask {
+        /// The question
+        question: String,
+        /// Also answer with everything computed anew, and print both times to first token
+        #[arg(long)]
+        compare: bool,
+    },
+    /// Serve the OpenAI-compatible API
+    Serve,
+    /// Look into the store of cached chunks
+    Cache {
+        /// What to do.
+        #[command(subcommand)]
+        command: CacheCommand,
+    },
+    /// Say what was found here: device, model, store, space; and what to do
+    Doctor,
+    /// Settings
+    Config {
+        /// What to do.
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Measure the quality of answers, per task, length and configuration
+    Eval(EvalArgs),
+    /// Measure speed and safety
+    Bench {
+        /// What to measure.
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+    /// Show on the example documents what Quire does
+    Demo {
+        /// Folder with documents and questions.jsonl [default: the examples beside the program]
+        #[arg(long, value_name = "FOLDER")]
+        documents: Option<PathBuf>,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// What can be done with the chunk store.
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Chunks, tokens and bytes
+    Stats,
+    /// List all chunks
+    Ls,
+    /// Read everything and compare it with its checksums; exit code 1 if anything is damaged
+    Verify,
+    /// Remove chunks; they are computed again when they are needed
+    Evict {
+        /// Remove this chunk
+        #[arg(long, value_name = "KEY", required_unless_present_any = ["all", "to_bytes"])]
+        key: Vec<ChunkKey>,
+        /// Remove the least recently used chunks until so many bytes are left
+        #[arg(long, value_name = "BYTES", conflicts_with_all = ["key", "all"])]
+        to_bytes: Option<u64>,
+        /// Remove all chunks
+        #[arg(long, conflicts_with = "key")]
+        all: bool,
+    },
+}
+
+/// What can be done with the settings.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print every setting with its value and where it came from
+    Show,
+}
+
+/// Where measurements are recorded.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RecordArgs {
+    /// Folder of the records [default: eval/results of the source tree]
+    #[arg(long, value_name = "FOLDER", conflicts_with = "no_records")]
+    pub results: Option<PathBuf>,
+    /// Write no records
+    #[arg(long)]
+    pub no_records: bool,
+}
+
+/// What of quality is measured.
+#[derive(Debug, clap::Args)]
+pub struct EvalArgs {
+    /// Questions: `generated`, or a file or folder of JSON lines
+    #[arg(long, default_value = "generated")]
+    pub data: String,
+    /// Tasks, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Context lengths in tokens, separated by commas [default: all up to --max-length]
+    #[arg(long, value_delimiter = ',')]
+    pub lengths: Vec<usize>,
+    /// Configurations, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',')]
+    pub configs: Vec<String>,
+    /// Questions of a task and length at most
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Longest context
+    #[arg(long, default_value_t = 8192)]
+    pub max_length: usize,
+    /// Generated contexts of a task and length
+    #[arg(long, default_value_t = 20)]
+    pub samples: usize,
+    /// Seed of generated questions
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Write all answers to this file
+    #[arg(long, value_name = "FILE")]
+    pub answers: Option<PathBuf>,
+    /// Records.
+    #[command(flatten)]
+    pub records: RecordArgs,
+}
+
+/// What of speed and safety is measured.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Reading prompts, beside transformers
+    Prefill(SpeedArgs),
+    /// Writing answers, beside transformers and the floor of bytes
+    Decode(SpeedArgs),
+    /// Time to first token: full recompute, reuse and cacheblend
+    Blend {
+        /// Context lengths in tokens, separated by commas
+        #[arg(long, value_delimiter = ',', default_value = "2048,4096,8192")]
+        lengths: Vec<usize>,
+        /// Timed rounds
+        #[arg(long, default_value_t = 5)]
+        repeats: usize,
+        /// Text of the prompts: `generated`, or a file or folder of JSON lines
+        #[arg(long, default_value = "generated")]
+        data: String,
+        /// First part of the records' case
+        #[arg(long, default_value = "ref")]
+        label: String,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+    /// Read bandwidth of memory
+    Membw {
+        /// Repetitions
+        #[arg(long, default_value_t = 5)]
+        repeats: usize,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+    /// Kill an ingest at random moments and check what is left
+    Crash {
+        /// Times to kill
+        #[arg(long, default_value_t = 50)]
+        kills: usize,
+        /// Documents to ingest
+        #[arg(long, default_value_t = 16)]
+        documents: usize,
+        /// Seed of the documents and the moments
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+    /// Make the tables of all records
+    Report {
+        /// File to write
+        #[arg(long, value_name = "FILE", default_value = "docs/results.md")]
+        out: PathBuf,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+}
+
+/// A comparison of speed.
+#[derive(Debug, clap::Args)]
+pub struct SpeedArgs {
+    /// Prompt lengths in tokens, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "2048,8192")]
+    pub lengths: Vec<usize>,
+    /// Timed rounds
+    #[arg(long, default_value_t = 5)]
+    pub repeats: usize,
+    /// Tokens to decode
+    #[arg(long, default_value_t = 64)]
+    pub tokens: usize,
+    /// Decode strategies, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "full")]
+    pub strategies: Vec<Named<Strategy>>,
+    /// Text of the prompts: `generated`, or a file or folder of JSON lines
+    #[arg(long, default_value = "generated")]
+    pub data: String,
+    /// Python with torch and transformers, for the comparison
+    #[arg(long, default_value = "python3")]
+    pub python: PathBuf,
+    /// Measure Quire alone
+    #[arg(long)]
+    pub no_peer: bool,
+    /// First part of the records' case
+    #[arg(long, default_value = "ref")]
+    pub label: String,
+    /// Records.
+    #[command(flatten)]
+    pub records: RecordArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn settings_may_stand_behind_the_subcommand() {
+        let cli = Cli::try_parse_from(["quire", "ask", "Who?", "--strategy", "window", "--top-chunks=3"]).unwrap();
+        assert_eq!(cli.settings.top_chunks, Some(3));
+        assert_eq!(cli.settings.strategy, Some(Named(Strategy::Window)));
+        let error = Cli::try_parse_from(["quire", "ask", "Who?", "--strategy", "magic"]).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("retrieval"), "{error}");
+    }
+}

@@ -1,0 +1,83 @@
+//! `quire ask` and `quire search`.
+
+use engine::{BlendConfig, BlendMode};
+use serde_json::json;
+
+use super::answer_view;
+use super::output::{Out, seconds, short};
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::library::Library;
+use crate::service::{Options, Question, Service};
+
+pub(super) fn search(settings: &Settings, query: &str, out: &Out) -> Result<()> {
+    let library = Library::new(&settings.data_dir);
+    let found = library.search(&settings.collection, query, settings.top_chunks)?;
+    for hit in &found {
+        if out.json {
+            out.value(hit);
+        } else {
+            out.line(format!(
+                "{:7.3}  {}, characters {}-{}",
+                hit.score,
+                short(&hit.path),
+                hit.span.start,
+                hit.span.end
+            ));
+            out.line(format!("         {}", answer_view::excerpt(&hit.passage, "")));
+        }
+    }
+    if found.is_empty() && !out.json {
+        out.note("nothing found: no passage shares a word with the query");
+    }
+    Ok(())
+}
+
+pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> Result<()> {
+    if text.trim().is_empty() {
+        return Err(QuireError::InvalidParameter {
+            param: "QUESTION".into(),
+            problem: "expected a question, found only white space".into(),
+        });
+    }
+    let spinner = out.spinner("loading the model");
+    // Before the model is loaded: a missing collection is the commoner mistake.
+    Library::new(&settings.data_dir).collection(&settings.collection)?;
+    let service = Service::open(settings)?;
+    if let Some(spinner) = spinner {
+        spinner.finish_and_clear();
+    }
+    let question = Question::new(text, &settings.collection, settings.top_chunks, Options::from_settings(settings));
+    let answer = service.answer(&question)?.wait(&mut |piece| {
+        if !out.json {
+            out.text(piece);
+        }
+    })?;
+    let full = if compare {
+        let mut question = question.clone();
+        question.options.blend = BlendConfig { mode: BlendMode::FullRecompute, ..question.options.blend };
+        Some(service.answer(&question)?.wait(&mut |_| {})?)
+    } else {
+        None
+    };
+    service.engine().shutdown();
+    if out.json {
+        out.value(&json!({"answer": answer, "full_recompute": full}));
+        return Ok(());
+    }
+    out.line("");
+    out.line("");
+    answer_view::citations(&answer.citations, &answer.text, out);
+    answer_view::stats(&answer.stats, out);
+    for note in &answer.notes {
+        out.line(format!("  note: {note}"));
+    }
+    if let Some(full) = full {
+        out.line(format!(
+            "  with everything computed anew: first token after {} (one run each, the second one warmer), answer \"{}\"",
+            seconds(full.stats.ttft_seconds),
+            full.text
+        ));
+    }
+    Ok(())
+}

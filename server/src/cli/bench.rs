@@ -1,0 +1,158 @@
+//! `quire bench`: measurements, from the command line to their options.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engine::{ChunkSource, Engine};
+use eval::{
+    BlendBenchOptions, MembwOptions, PeerOptions, SourceProvider, SpeedOptions, bench_blend, bench_decode, bench_membw,
+    bench_prefill, default_results_dir, write_report,
+};
+
+use super::args::{BenchCommand, RecordArgs, SpeedArgs};
+use super::crash::{CrashOptions, crash_drill};
+use super::eval::{data_source, output, with_progress};
+use super::output::{Out, count};
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::store::KvStore;
+
+pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Result<()> {
+    match command {
+        BenchCommand::Prefill(args) => speed(settings, args, out, Kind::Prefill),
+        BenchCommand::Decode(args) => speed(settings, args, out, Kind::Decode),
+        BenchCommand::Blend { lengths, repeats, data, label, records } => {
+            let options = BlendBenchOptions {
+                lengths,
+                chunk_tokens: settings.chunk_tokens,
+                ratio: settings.ratio,
+                repeats,
+                text: data_source(&data)?,
+                model_label: label,
+                output: output(&records),
+            };
+            blend(settings, &options, out)
+        }
+        BenchCommand::Membw { repeats, records } => {
+            let options = MembwOptions {
+                threads: settings.threads,
+                repeats,
+                output: output(&records),
+                ..MembwOptions::default()
+            };
+            let report = with_progress(out, |progress| Ok(bench_membw(&options, progress)?))?;
+            print(&report, &report.table(), out);
+            Ok(())
+        }
+        BenchCommand::Crash { kills, documents, seed, records } => {
+            let options = CrashOptions { kills, documents, seed, output: output(&records) };
+            let program = std::env::current_exe().map_err(|source| QuireError::Io {
+                action: "find",
+                path: "the program".into(),
+                source,
+            })?;
+            let report = crash_drill(settings, &program, &options, &mut |news| out.note(news))?;
+            print(&report, &report.table(), out);
+            report.check()
+        }
+        BenchCommand::Report { out: file, records } => report(&file, &records, out),
+    }
+}
+
+fn print<T: serde::Serialize>(report: &T, table: &str, out: &Out) {
+    if out.json {
+        out.value(report);
+    } else {
+        out.line(table);
+    }
+}
+
+enum Kind {
+    Prefill,
+    Decode,
+}
+
+fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<()> {
+    let config = settings.engine()?;
+    let options = SpeedOptions {
+        lengths: args.lengths,
+        repeats: args.repeats,
+        decode_tokens: args.tokens,
+        strategies: args.strategies.into_iter().map(|named| named.0).collect(),
+        text: data_source(&args.data)?,
+        model_label: args.label,
+        peer: PeerOptions { python: args.python, model_dir: config.model_dir.clone(), enabled: !args.no_peer },
+        output: output(&args.records),
+    };
+    let engine = Engine::load(config)?;
+    let report = with_progress(out, |progress| {
+        Ok(match kind {
+            Kind::Prefill => bench_prefill(&engine, &options, progress)?,
+            Kind::Decode => bench_decode(&engine, &options, progress)?,
+        })
+    })?;
+    engine.shutdown();
+    print(&report, &report.table(), out);
+    Ok(())
+}
+
+/// A store in a folder of its own, so that the bench neither uses nor fills the user's.
+fn blend(settings: &Settings, options: &BlendBenchOptions, out: &Out) -> Result<()> {
+    let engine = Engine::load(settings.engine()?)?;
+    let dir = ScratchDir::new(&settings.data_dir, "bench-blend")?;
+    let store = KvStore::open(&engine, dir.path(), "bench", settings.cache_bytes, &settings.tenant)?;
+    let provider = StoreProvider { store };
+    let report = with_progress(out, |progress| Ok(bench_blend(&engine, &[&provider], options, progress)?))?;
+    engine.shutdown();
+    print(&report, &report.table(), out);
+    Ok(())
+}
+
+struct StoreProvider {
+    store: KvStore,
+}
+
+impl SourceProvider for StoreProvider {
+    fn name(&self) -> &str {
+        "store"
+    }
+
+    fn sources(
+        &self,
+        prefix: &[u32],
+        chunks: &[Vec<u32>],
+    ) -> std::result::Result<Vec<Arc<dyn ChunkSource>>, Box<dyn std::error::Error + Send + Sync>> {
+        chunks.iter().map(|tokens| Ok(self.store.source(prefix, tokens)?.0)).collect()
+    }
+}
+
+fn report(file: &Path, records: &RecordArgs, out: &Out) -> Result<()> {
+    let results = records.results.clone().unwrap_or_else(default_results_dir);
+    let shown = write_report(&results, file)?;
+    out.line(format!("{} from {} in {}", count(shown, "record"), results.display(), file.display()));
+    Ok(())
+}
+
+/// A folder that is gone when it is no longer used.
+pub(super) struct ScratchDir(PathBuf);
+
+impl ScratchDir {
+    /// Makes a folder of this name and this process below `parent`.
+    pub(super) fn new(parent: &Path, name: &str) -> Result<ScratchDir> {
+        let path = parent.join(format!(".{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).map_err(|e| QuireError::writing(&path, e))?;
+        Ok(ScratchDir(path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for ScratchDir {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "a scratch folder is left behind");
+        }
+    }
+}

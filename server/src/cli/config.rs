@@ -1,0 +1,29 @@
+//! `quire config show`.
+
+use serde_json::{Map, Value, json};
+
+use super::output::Out;
+use crate::config::Config;
+
+pub(super) fn show(config: &Config, out: &Out) {
+    let mut settings = config.settings.clone();
+    // A key belongs into no terminal log.
+    settings.api_key = settings.api_key.map(|_| "(set)".into());
+    let values = serde_json::to_value(&settings).unwrap_or_default();
+    if out.json {
+        let entry = |(key, origin): &(&'static str, String)| {
+            (key.to_string(), json!({"value": values[*key], "origin": origin}))
+        };
+        out.value(&config.origins.iter().map(entry).collect::<Map<String, Value>>());
+        return;
+    }
+    for (key, origin) in &config.origins {
+        let value = match &values[*key] {
+            Value::Null => "(none)".to_string(),
+            Value::String(text) if text.is_empty() => "(empty)".to_string(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        out.line(format!("{key:18} {value:32} {origin}"));
+    }
+}

@@ -1,0 +1,262 @@
+//! `quire demo`: what Quire exists for, on the example documents, in half a minute.
+
+use std::path::{Path, PathBuf};
+
+use ann_index::IndexKind;
+use engine::{AttentionConfig, BlendConfig, BlendMode, Strategy};
+use serde::{Deserialize, Serialize};
+
+use super::answer_view;
+use super::ingest::{ingest, summary};
+use super::output::{Out, count, grouped, seconds};
+use crate::config::{Settings, find_shipped};
+use crate::error::{QuireError, Result};
+use crate::library::discover;
+use crate::service::{Answer, IngestReport, Options, Question, Service};
+
+const COLLECTION: &str = "examples";
+/// Timed rounds of each side, after one untimed round.
+const ROUNDS: usize = 5;
+
+/// A line of `questions.jsonl`; other fields are for other readers.
+#[derive(Debug, Deserialize)]
+struct Example {
+    question: String,
+    answer: String,
+    #[serde(default)]
+    demonstration: bool,
+}
+
+/// Times to first token of both sides, in seconds.
+#[derive(Debug, Default, Serialize)]
+struct Comparison {
+    blended_seconds: Vec<f64>,
+    full_recompute_seconds: Vec<f64>,
+    blended_median_seconds: f64,
+    full_recompute_median_seconds: f64,
+    ratio: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    ingest: IngestReport,
+    question: String,
+    expected: String,
+    answer: Answer,
+    full_recompute: Answer,
+    retrieval: Answer,
+    time_to_first_token: Comparison,
+}
+
+pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> Result<()> {
+    let folder = match documents {
+        Some(folder) => folder.to_path_buf(),
+        None => find_shipped("examples", "examples", "questions.jsonl")
+            .map_err(|searched| QuireError::NoDocuments { path: searched.into_iter().next().unwrap_or_default() })?,
+    };
+    let example = demonstration(&folder)?;
+    let spinner = out.spinner("loading the model");
+    let service = Service::open(settings)?;
+    if let Some(spinner) = spinner {
+        spinner.finish_and_clear();
+    }
+    if !out.json {
+        heading(&service, &folder, out);
+    }
+    let report = service_report(&service, settings, &folder, example, out)?;
+    service.engine().shutdown();
+    if out.json {
+        out.value(&report);
+    } else {
+        print(&report, out);
+    }
+    Ok(())
+}
+
+fn service_report(
+    service: &Service,
+    settings: &Settings,
+    folder: &Path,
+    example: Example,
+    out: &Out,
+) -> Result<Report> {
+    let report = ingest(service, COLLECTION, &examples(folder)?, &out.without_results())?;
+    report.check()?;
+    if !out.json {
+        out.line(format!("1. Ingest: {}", summary(&report)));
+        if report.chunks_computed > 0 {
+            out.line("   (run this again: every chunk will be found cached)");
+        }
+        out.line("");
+    }
+    let spinner = out.spinner("asking");
+    let mut options = Options::from_settings(settings);
+    options.max_tokens = options.max_tokens.min(64);
+    let asked = |options: Options| Question::new(&example.question, COLLECTION, settings.top_chunks, options);
+    let blended = asked(options.clone());
+    let mut recompute = options.clone();
+    recompute.blend = BlendConfig { mode: BlendMode::FullRecompute, ..recompute.blend };
+    let (answer, full_recompute, comparison) = compare(service, &blended, &asked(recompute))?;
+    let mut retrieval = options;
+    retrieval.attention = AttentionConfig {
+        strategy: Strategy::Retrieval,
+        sinks: 4,
+        window: 64,
+        k: 64,
+        ef: 64,
+        index: IndexKind::Hnsw,
+        wait_for_index: true,
+    };
+    let retrieval = ask(service, &asked(retrieval))?;
+    if let Some(spinner) = spinner {
+        spinner.finish_and_clear();
+    }
+    Ok(Report {
+        ingest: report,
+        question: example.question,
+        expected: example.answer,
+        answer,
+        full_recompute,
+        retrieval,
+        time_to_first_token: comparison,
+    })
+}
+
+/// The documents of a folder, without the note to people that lies beside them.
+fn examples(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut documents = discover(&[folder.to_path_buf()])?;
+    documents.retain(|path| path.file_name().is_none_or(|name| name != "README.md"));
+    Ok(documents)
+}
+
+fn ask(service: &Service, question: &Question) -> Result<Answer> {
+    service.answer(question)?.wait(&mut |_| {})
+}
+
+/// Both sides in turn, one untimed round and then [`ROUNDS`] timed ones.
+fn compare(service: &Service, blended: &Question, recompute: &Question) -> Result<(Answer, Answer, Comparison)> {
+    let mut answers = (ask(service, blended)?, ask(service, recompute)?);
+    let mut times = Comparison::default();
+    for _ in 0..ROUNDS {
+        answers = (ask(service, blended)?, ask(service, recompute)?);
+        times.blended_seconds.push(answers.0.stats.ttft_seconds);
+        times.full_recompute_seconds.push(answers.1.stats.ttft_seconds);
+    }
+    times.blended_median_seconds = eval::median(&times.blended_seconds);
+    times.full_recompute_median_seconds = eval::median(&times.full_recompute_seconds);
+    times.ratio = times.full_recompute_median_seconds / times.blended_median_seconds;
+    Ok((answers.0, answers.1, times))
+}
+
+fn demonstration(folder: &Path) -> Result<Example> {
+    let path: PathBuf = folder.join("questions.jsonl");
+    let text = std::fs::read_to_string(&path).map_err(|source| QuireError::Io {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    let mut examples = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let example: Example = serde_json::from_str(line).map_err(|e| QuireError::InvalidParameter {
+            param: format!("{}:{}", path.display(), number + 1),
+            problem: format!("expected an object with `question` and `answer`: {e}"),
+        })?;
+        examples.push(example);
+    }
+    let chosen = examples.iter().position(|e| e.demonstration).unwrap_or(0);
+    if examples.is_empty() {
+        return Err(QuireError::NoDocuments { path });
+    }
+    Ok(examples.swap_remove(chosen))
+}
+
+fn heading(service: &Service, folder: &Path, out: &Out) {
+    let engine = service.engine();
+    out.line(format!(
+        "Quire on the documents in {} (model `{}`, {}, {:?} instructions)",
+        super::output::short(folder),
+        service.model(),
+        count(engine.threads(), "CPU thread"),
+        engine.isa()
+    ));
+    out.line("");
+}
+
+fn print(report: &Report, out: &Out) {
+    let answer = &report.answer;
+    out.line(format!("2. Ask: {}", report.question));
+    out.line("");
+    out.line(format!("   {}", answer.text.trim()));
+    out.line("");
+    answer_view::citations(&answer.citations, &answer.text, out);
+    for note in &answer.notes {
+        out.line(format!("   note: {note}"));
+    }
+    if !same(&answer.text, &report.expected) {
+        out.line(format!("   note: the documents say \"{}\"; this answer is wrong", report.expected));
+    }
+    out.line("");
+
+    let times = &report.time_to_first_token;
+    let stats = &answer.stats;
+    out.line(format!("3. Time to first token, prompt of {}", count(stats.prompt_tokens, "token")));
+    out.line(format!("   blended cached KV  {:>10}", seconds(times.blended_median_seconds)));
+    out.line(format!(
+        "   full recompute     {:>10}   {:.1} times the blended one",
+        seconds(times.full_recompute_median_seconds),
+        times.ratio
+    ));
+    out.line(format!(
+        "   (medians of {ROUNDS}, measured now in turn after a warm-up, search and reading of the cache included)"
+    ));
+    out.line(format!(
+        "   context tokens: {} reused, {} recomputed; {} of the question besides",
+        grouped(stats.reused_tokens as u64),
+        grouped(stats.recomputed_tokens as u64),
+        stats.suffix_tokens
+    ));
+    if !same(&report.full_recompute.text, &answer.text) {
+        out.line(format!("   with full recompute the answer is \"{}\"", report.full_recompute.text.trim()));
+    }
+    out.line("");
+    retrieval(report, out);
+}
+
+fn retrieval(report: &Report, out: &Out) {
+    let stats = &report.retrieval.stats;
+    out.line("4. Decoding by retrieval: 4 sinks and a window of 64, the rest behind an HNSW index (k = ef = 64)");
+    out.line(format!("   answer: {}", report.retrieval.text.trim()));
+    match (stats.scored_share, stats.attended_share) {
+        (Some(scored), Some(attended)) => out.line(format!(
+            "   of the cold keys, the index read {:.1} % and attention {:.1} %",
+            scored * 100.0,
+            attended * 100.0
+        )),
+        _ => out.line("   no key was cold: the prompt fits into the window"),
+    }
+}
+
+fn same(a: &str, b: &str) -> bool {
+    a.trim().eq_ignore_ascii_case(b.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_marked_question_is_chosen_else_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |text: &str| std::fs::write(dir.path().join("questions.jsonl"), text).unwrap();
+        write(
+            "{\"question\":\"a\",\"answer\":\"1\"}\n\n{\"question\":\"b\",\"answer\":\"2\",\"demonstration\":true}\n",
+        );
+        assert_eq!(demonstration(dir.path()).unwrap().question, "b");
+        write("{\"question\":\"a\",\"answer\":\"1\"}\n{\"question\":\"b\",\"answer\":\"2\"}\n");
+        assert_eq!(demonstration(dir.path()).unwrap().question, "a");
+        write("{\"question\":\"a\"}\n");
+        let error = demonstration(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("questions.jsonl:1"), "{error}");
+    }
+}

@@ -1,0 +1,204 @@
+//! `quire doctor`: what was found here, and what to do.
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use engine::{Engine, ModelSpec, Tokenizer};
+use serde::Serialize;
+
+use super::output::{Out, bytes, count};
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::library::collection_names;
+use crate::store::store_dir;
+
+/// How a check went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Good,
+    Note,
+    Bad,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    what: &'static str,
+    verdict: Verdict,
+    found: String,
+    advice: Option<String>,
+}
+
+impl Check {
+    fn good(what: &'static str, found: String) -> Check {
+        Check { what, verdict: Verdict::Good, found, advice: None }
+    }
+    fn note(what: &'static str, found: String, advice: &str) -> Check {
+        Check { what, verdict: Verdict::Note, found, advice: Some(advice.into()) }
+    }
+    fn bad(what: &'static str, found: String, advice: String) -> Check {
+        Check { what, verdict: Verdict::Bad, found, advice: Some(advice) }
+    }
+}
+
+pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
+    let mut checks = vec![cpu(), memory(), gpu()];
+    checks.extend(model(settings));
+    checks.extend(data(settings));
+    for check in &checks {
+        if out.json {
+            out.value(check);
+            continue;
+        }
+        let mark = match check.verdict {
+            Verdict::Good => "ok  ",
+            Verdict::Note => "note",
+            Verdict::Bad => "BAD ",
+        };
+        out.line(format!("{mark}  {:10} {}", check.what, check.found));
+        if let Some(advice) = &check.advice {
+            out.line(format!("      {:10} -> {advice}", ""));
+        }
+    }
+    match checks.iter().filter(|c| c.verdict == Verdict::Bad).count() {
+        0 => Ok(()),
+        bad => Err(QuireError::CheckFailed(format!("{} to put right (BAD above)", count(bad, "thing")))),
+    }
+}
+
+fn cpu() -> Check {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let features = cpu_features();
+    let found = format!("{}, {}", count(threads, "thread"), features.join(", "));
+    if features.iter().any(|f| f == "avx512f") {
+        return Check::good("cpu", found);
+    }
+    Check::note("cpu", found, "without AVX-512 everything is correct, but slower")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn cpu_features() -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, present) in [
+        ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+        ("fma", std::arch::is_x86_feature_detected!("fma")),
+        ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+    ] {
+        if present {
+            found.push(name.to_string());
+        }
+    }
+    if found.is_empty() {
+        found.push("no vector extensions".into());
+    }
+    found
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn cpu_features() -> Vec<String> {
+    vec![format!("{} (portable code only)", std::env::consts::ARCH)]
+}
+
+fn memory() -> Check {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let field = |name: &str| -> Option<u64> {
+        let line = text.lines().find(|line| line.starts_with(name))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+    };
+    match (field("MemAvailable:"), field("MemTotal:")) {
+        (Some(free), Some(total)) if free < 1 << 30 => Check::note(
+            "memory",
+            format!("{} free of {}", bytes(free), bytes(total)),
+            "less than 1 GiB is free: close other programs, or lower --kv-budget-bytes",
+        ),
+        (Some(free), Some(total)) => Check::good("memory", format!("{} free of {}", bytes(free), bytes(total))),
+        _ => Check::note("memory", "unknown".into(), "/proc/meminfo cannot be read here"),
+    }
+}
+
+fn gpu() -> Check {
+    Check::good("gpu", "none used: this build computes on the CPU only".into())
+}
+
+fn model(settings: &Settings) -> Vec<Check> {
+    let dir = match settings.model_dir() {
+        Ok(dir) => dir,
+        Err(error) => return vec![Check::bad("model", "none".into(), error.to_string())],
+    };
+    let fix = "point --model at a complete folder as Hugging Face publishes it";
+    let spec = match ModelSpec::from_dir(&dir) {
+        Ok(spec) => spec,
+        Err(error) => return vec![Check::bad("model", error.to_string(), fix.into())],
+    };
+    let shape = format!(
+        "{} ({}, {} layers, {} wide, {} tokens of context)",
+        dir.display(),
+        spec.family,
+        spec.layers,
+        spec.hidden,
+        spec.max_context
+    );
+    let mut checks = vec![Check::good("model", shape)];
+    if let Err(error) = Tokenizer::from_dir(&dir, spec.vocab) {
+        checks.push(Check::bad("tokenizer", error.to_string(), fix.into()));
+    }
+    match settings.engine().and_then(|config| Ok(Engine::load(config)?)) {
+        Ok(engine) => {
+            let per_step = bytes(engine.weight_bytes_per_step() as u64);
+            checks.push(Check::good(
+                "weights",
+                format!(
+                    "loaded; {:?} instructions, {}, {per_step} read per token",
+                    engine.isa(),
+                    count(engine.threads(), "thread")
+                ),
+            ));
+        }
+        Err(error) => checks.push(Check::bad("weights", error.to_string(), fix.into())),
+    }
+    checks
+}
+
+fn data(settings: &Settings) -> Vec<Check> {
+    let dir = &settings.data_dir;
+    let mut checks = Vec::new();
+    if dir.is_dir() {
+        checks.push(Check::good("data", dir.display().to_string()));
+    } else {
+        let found = format!("{} (not there yet)", dir.display());
+        checks.push(Check::note("data", found, "`quire ingest PATH` makes it"));
+    }
+    let collections = collection_names(dir);
+    if collections.is_empty() {
+        checks.push(Check::note("documents", "no collection".into(), "`quire ingest PATH` makes one"));
+    } else {
+        checks.push(Check::good("documents", format!("collections: {}", collections.join(", "))));
+    }
+    let store = store_dir(dir);
+    if store.is_dir() {
+        checks.push(Check::good("chunks", format!("{} (`quire cache verify` reads it all)", store.display())));
+    }
+    match free_bytes(dir) {
+        Some(free) if free < settings.cache_bytes => checks.push(Check::note(
+            "disk",
+            format!("{} free, the cache may grow to {}", bytes(free), bytes(settings.cache_bytes)),
+            "free some space, lower --cache-bytes, or choose another --data-dir",
+        )),
+        Some(free) => checks.push(Check::good("disk", format!("{} free", bytes(free)))),
+        None => checks.push(Check::note("disk", "unknown".into(), "the free space cannot be read here")),
+    }
+    checks
+}
+
+/// Free bytes where `path` lies or would lie.
+fn free_bytes(path: &Path) -> Option<u64> {
+    let existing = path.ancestors().find(|p| p.exists()).filter(|p| !p.as_os_str().is_empty());
+    let existing = existing.unwrap_or(Path::new("."));
+    let name = CString::new(existing.as_os_str().as_bytes()).ok()?;
+    // SAFETY: an all-zero statvfs is a valid value: it consists of integers only.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `name` is a NUL-terminated string and `found` a writable statvfs; both outlive the call.
+    let failed = unsafe { libc::statvfs(name.as_ptr(), &raw mut found) } != 0;
+    (!failed).then(|| found.f_bavail * found.f_frsize)
+}

@@ -1,0 +1,79 @@
+//! `quire eval`: the quality tasks, from the command line to their options.
+
+use engine::Engine;
+use eval::{Output, Progress, QualityOptions, run_quality};
+use indicatif::ProgressBar;
+
+use super::args::{EvalArgs, RecordArgs};
+use super::output::Out;
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+
+pub(super) fn run(settings: &Settings, args: EvalArgs, out: &Out) -> Result<()> {
+    let defaults = QualityOptions::default();
+    let options = QualityOptions {
+        data: data_source(&args.data)?,
+        tasks: args.tasks,
+        lengths: args.lengths,
+        configs: args.configs,
+        limit: args.limit,
+        max_length: args.max_length,
+        samples: args.samples,
+        seed: args.seed.unwrap_or(defaults.seed),
+        k: settings.k,
+        sinks: settings.sinks,
+        window: settings.window,
+        ef: settings.ef,
+        answers: args.answers,
+        output: output(&args.records),
+    };
+    let engine = Engine::load(settings.engine()?)?;
+    let report = with_progress(out, |progress| Ok(run_quality(&engine, &options, progress)?))?;
+    engine.shutdown();
+    if out.json {
+        out.value(&report);
+    } else {
+        out.line(report.table());
+    }
+    Ok(())
+}
+
+/// `generated`, or a path.
+pub(super) fn data_source(text: &str) -> Result<eval::DataSource> {
+    text.parse().map_err(|e| QuireError::InvalidParameter { param: "--data".into(), problem: format!("{e}") })
+}
+
+/// Where records go, and which command they name as theirs.
+pub(super) fn output(args: &RecordArgs) -> Output {
+    let command = std::env::args().skip(1).map(quoted);
+    let command = std::iter::once("quire".to_string()).chain(command).collect::<Vec<_>>().join(" ");
+    let mut output = Output { command, ..Output::default() };
+    if args.no_records {
+        output.results_dir = None;
+    } else if let Some(dir) = &args.results {
+        output.results_dir = Some(dir.clone());
+    }
+    output
+}
+
+fn quoted(word: String) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
+/// Runs something long: news go to a bar on a terminal, else to stderr line by line.
+pub(super) fn with_progress<T>(out: &Out, work: impl FnOnce(&mut dyn FnMut(&Progress)) -> Result<T>) -> Result<T> {
+    let bar: Option<ProgressBar> = out.bar();
+    let result = work(&mut |news| match &bar {
+        Some(bar) => {
+            bar.set_length(news.total as u64);
+            bar.set_position(news.done as u64);
+            bar.set_message(news.message.clone());
+        }
+        None => out.note(&news.to_string()),
+    });
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
+    result
+}

@@ -1,0 +1,80 @@
+//! The command line: one subcommand per file, all of them over the service.
+
+mod answer_view;
+mod args;
+mod ask;
+mod bench;
+mod cache;
+mod config;
+pub mod crash;
+mod demo;
+mod doctor;
+mod eval;
+mod ingest;
+mod output;
+mod serve;
+
+pub use args::{Cli, Command};
+
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+
+use crate::config::Config;
+use crate::error::{QuireError, Result};
+use output::Out;
+
+/// Runs a parsed command line and says with which code the process ends: 0 done, 1 failed, 2 wrong usage.
+#[must_use]
+pub fn run(cli: Cli) -> ExitCode {
+    let out = Out::new(cli.json);
+    match dispatch(cli, &out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            out.error(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn dispatch(cli: Cli, out: &Out) -> Result<()> {
+    if let Command::Completions { shell } = cli.command {
+        clap_complete::generate(shell, &mut Cli::command(), "quire", &mut std::io::stdout());
+        return Ok(());
+    }
+    let config = Config::load(&cli.settings, cli.config.as_deref())?;
+    start_log(&config.settings.log)?;
+    for variable in &config.unknown_variables {
+        tracing::warn!("{variable} is no setting of quire; `quire config show` lists them");
+    }
+    let settings = &config.settings;
+    match cli.command {
+        Command::Ingest { paths } => ingest::run(settings, &paths, out),
+        Command::Search { query } => ask::search(settings, &query, out),
+        Command::Ask { question, compare } => ask::run(settings, &question, compare, out),
+        Command::Serve => serve::run(settings, out),
+        Command::Cache { command } => cache::run(settings, &command, out),
+        Command::Doctor => doctor::run(settings, out),
+        Command::Config { command: args::ConfigCommand::Show } => {
+            config::show(&config, out);
+            Ok(())
+        }
+        Command::Eval(args) => eval::run(settings, args, out),
+        Command::Bench { command } => bench::run(settings, command, out),
+        Command::Demo { documents } => demo::run(settings, documents.as_deref(), out),
+        Command::Completions { .. } => Ok(()),
+    }
+}
+
+fn start_log(filter: &str) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).map_err(|e| QuireError::Config {
+        setting: "log".into(),
+        origin: "settings".into(),
+        problem: format!("expected a level or a filter as of tracing, found `{filter}`: {e}"),
+    })?;
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    // A second start in one process, as in tests, keeps the first.
+    let _ =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).try_init();
+    Ok(())
+}

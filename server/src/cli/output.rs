@@ -1,0 +1,154 @@
+//! Printing: results to stdout, progress and errors to stderr; for people, or as JSON lines.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::error::QuireError;
+
+/// Where a command prints.
+pub(super) struct Out {
+    /// As JSON lines.
+    pub(super) json: bool,
+    terminal: bool,
+    silent: bool,
+}
+
+impl Out {
+    pub(super) fn new(json: bool) -> Out {
+        Out { json, terminal: std::io::stderr().is_terminal(), silent: false }
+    }
+
+    /// Like this one, but for bars, remarks and errors only: results are not printed.
+    pub(super) fn without_results(&self) -> Out {
+        Out { json: false, terminal: self.terminal && !self.json, silent: true }
+    }
+
+    /// A line of the result. A reader that went away is no error of ours.
+    pub(super) fn line(&self, text: impl AsRef<str>) {
+        if self.silent {
+            return;
+        }
+        let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
+    }
+
+    /// Text without a line end, shown at once.
+    pub(super) fn text(&self, text: &str) {
+        let mut stdout = std::io::stdout().lock();
+        let _ = stdout.write_all(text.as_bytes());
+        let _ = stdout.flush();
+    }
+
+    /// A result as one JSON line.
+    pub(super) fn value<T: Serialize>(&self, value: &T) {
+        match serde_json::to_string(value) {
+            Ok(text) => self.line(text),
+            Err(error) => self.note(&format!("a result could not be written as JSON: {error}")),
+        }
+    }
+
+    /// A remark for people, beside the result.
+    pub(super) fn note(&self, text: &str) {
+        let _ = writeln!(std::io::stderr().lock(), "{text}");
+    }
+
+    /// An error, with the reasons behind it that its text does not name itself.
+    pub(super) fn error(&self, error: &QuireError) {
+        let mut message = error.to_string();
+        let mut source = std::error::Error::source(error);
+        while let Some(reason) = source {
+            let text = reason.to_string();
+            if !message.contains(&text) {
+                message = format!("{message}: {text}");
+            }
+            source = reason.source();
+        }
+        if self.json {
+            self.value(&json!({"error": {"message": message, "exit_code": error.exit_code()}}));
+        }
+        self.note(&format!("error: {message}"));
+    }
+
+    /// A bar for work of known size; only on a terminal.
+    pub(super) fn bar(&self) -> Option<ProgressBar> {
+        if !self.terminal || self.json {
+            return None;
+        }
+        let bar = ProgressBar::no_length();
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {wide_msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Some(bar)
+    }
+
+    /// A sign of life while something of unknown length runs; only on a terminal.
+    pub(super) fn spinner(&self, message: &str) -> Option<ProgressBar> {
+        if !self.terminal || self.json {
+            return None;
+        }
+        let spinner = ProgressBar::new_spinner().with_message(message.to_string());
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        Some(spinner)
+    }
+}
+
+/// A path as people know it: relative to the current folder where it lies below.
+pub(super) fn short(path: &Path) -> String {
+    let current = std::env::current_dir().and_then(|dir| dir.canonicalize()).ok();
+    let relative = current.as_deref().and_then(|dir| path.strip_prefix(dir).ok());
+    relative.unwrap_or(path).display().to_string()
+}
+
+/// A duration with a fitting unit.
+pub(super) fn seconds(value: f64) -> String {
+    if value < 1.0 { format!("{:.1} ms", value * 1e3) } else { format!("{value:.2} s") }
+}
+
+/// Bytes with a fitting unit.
+pub(super) fn bytes(value: u64) -> String {
+    let mut scaled = value as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if scaled < 1024.0 {
+            return if unit == "B" { format!("{value} B") } else { format!("{scaled:.1} {unit}") };
+        }
+        scaled /= 1024.0;
+    }
+    format!("{scaled:.1} TiB")
+}
+
+/// A number with its noun.
+pub(super) fn count(number: usize, noun: &str) -> String {
+    if number == 1 { format!("1 {noun}") } else { format!("{} {noun}s", grouped(number as u64)) }
+}
+
+/// A number with its thousands apart.
+pub(super) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(grouped(1_234_567), "1,234,567");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(3 << 30), "3.0 GiB");
+        assert_eq!(seconds(0.0421), "42.1 ms");
+        assert_eq!(count(1, "chunk"), "1 chunk");
+        assert_eq!(count(1500, "chunk"), "1,500 chunks");
+    }
+}

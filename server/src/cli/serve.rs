@@ -1,0 +1,33 @@
+//! `quire serve`.
+
+use super::output::Out;
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::http;
+
+pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|source| QuireError::Io { action: "start the runtime for", path: "the server".into(), source })?;
+    let json = out.json;
+    let announce = |address: std::net::SocketAddr| {
+        if json {
+            out.value(&serde_json::json!({"event": "listening", "address": address.to_string()}));
+        } else {
+            out.line(format!("listening on http://{address} (loading the model)"));
+        }
+    };
+    let ready = || {
+        if json {
+            out.value(&serde_json::json!({"event": "ready"}));
+        } else {
+            out.line("ready");
+        }
+    };
+    let result = runtime.block_on(http::serve(settings, &announce, &ready));
+    // What is still running was given its time: it must not keep the process.
+    runtime.shutdown_background();
+    result
+}

@@ -1,0 +1,260 @@
+//! Everything that can go wrong, each with what was expected, what came and what to do; and the exit codes.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use chunk_cache::StoreError;
+use engine::EngineError;
+
+/// This crate's result type.
+pub type Result<T> = std::result::Result<T, QuireError>;
+
+/// What can go wrong between a user and an answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuireError {
+    /// The engine refused or failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+
+    /// The chunk store refused or failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+
+    /// A measurement failed.
+    #[error(transparent)]
+    Eval(#[from] eval::EvalError),
+
+    /// A setting is wrong.
+    #[error("setting `{setting}` ({origin}): {problem}")]
+    Config {
+        /// The setting's name.
+        setting: String,
+        /// Where its value came from.
+        origin: String,
+        /// What was expected and what came.
+        problem: String,
+    },
+
+    /// No model was named, and none lies beside the program.
+    #[error(
+        "no model: expected a folder with config.json, tokenizer.json and model.safetensors. Set --model or \
+         QUIRE_MODEL to one, or run from the source tree, which ships one in eval/models/reference. Searched: {}",
+        searched.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    ModelNotFound {
+        /// Where was looked.
+        searched: Vec<PathBuf>,
+    },
+
+    /// A document is not UTF-8.
+    #[error(
+        "document {}: expected UTF-8 text, found an invalid byte at offset {offset}. Convert it, for example with \
+         `iconv -t UTF-8`", path.display()
+    )]
+    NotUtf8 {
+        /// The document.
+        path: PathBuf,
+        /// Offset of the first byte that is no UTF-8.
+        offset: usize,
+    },
+
+    /// A document has no text.
+    #[error(
+        "document {}: expected text, found {found} at offset 0. Remove it from the folder, or write something into it",
+        path.display()
+    )]
+    EmptyDocument {
+        /// The document.
+        path: PathBuf,
+        /// "no bytes" or "only white space".
+        found: &'static str,
+    },
+
+    /// A document is in a format that is not read.
+    #[error(
+        "document {}: expected a text (.txt, .text) or Markdown (.md, .markdown) file, found {found}. \
+         Convert it to one of these", path.display()
+    )]
+    UnsupportedDocument {
+        /// The document.
+        path: PathBuf,
+        /// Its extension, or its kind.
+        found: String,
+    },
+
+    /// Some documents of an ingest could not be read; the others were.
+    #[error("{failed} of {total} documents could not be ingested (named above); the others are safe")]
+    DocumentsFailed {
+        /// How many failed.
+        failed: usize,
+        /// Out of how many.
+        total: usize,
+    },
+
+    /// There is nothing to ingest.
+    #[error("no documents: expected text (.txt) or Markdown (.md) files under {}, found none", path.display())]
+    NoDocuments {
+        /// What was searched.
+        path: PathBuf,
+    },
+
+    /// A collection's name cannot be a folder's.
+    #[error(
+        "collection `{found}`: expected 1 to 64 letters, digits, `-`, `_` or `.`, not beginning with `.`. \
+         Choose another name"
+    )]
+    CollectionName {
+        /// The name that was given.
+        found: String,
+    },
+
+    /// There is no such collection.
+    #[error(
+        "collection `{name}` does not exist{}. Make it with `quire ingest PATH --collection {name}`",
+        if known.is_empty() { String::from("; there is none yet") } else { format!("; there are: {}", known.join(", ")) }
+    )]
+    UnknownCollection {
+        /// The name that was asked for.
+        name: String,
+        /// The collections that exist.
+        known: Vec<String>,
+    },
+
+    /// The full-text index failed.
+    #[error("collection index at {}: {source}. {advice}", path.display())]
+    Index {
+        /// The index's folder.
+        path: PathBuf,
+        /// What to do.
+        advice: &'static str,
+        /// The reason.
+        source: Box<tantivy::TantivyError>,
+    },
+
+    /// The data folder cannot be written.
+    #[error(
+        "data folder {}: expected to be able to write there: {source}. Make it writable for this user, or choose \
+         another with --data-dir", path.display()
+    )]
+    DataDir {
+        /// The folder or file that could not be written.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+
+    /// A file operation failed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+
+    /// The server's address is taken.
+    #[error("cannot listen on {address}: the port is in use. Stop the other program, or choose another with --port")]
+    PortInUse {
+        /// The address.
+        address: SocketAddr,
+    },
+
+    /// The server cannot listen.
+    #[error("cannot listen on {address}: {source}. Check --host and --port")]
+    Listen {
+        /// What was asked for.
+        address: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+
+    /// A parameter of a request is wrong.
+    #[error("parameter `{param}`: {problem}")]
+    InvalidParameter {
+        /// Its name; dots separate nested ones.
+        param: String,
+        /// What was expected and what came.
+        problem: String,
+    },
+
+    /// A parameter of a request is known but not supported.
+    #[error("parameter `{param}` is not supported{}", if hint.is_empty() { String::new() } else { format!(": {hint}") })]
+    UnsupportedParameter {
+        /// Its name.
+        param: String,
+        /// What would be accepted.
+        hint: &'static str,
+    },
+
+    /// The request names another model.
+    #[error("the model `{found}` does not exist; this server offers `{served}`")]
+    UnknownModel {
+        /// The model asked for.
+        found: String,
+        /// The one there is.
+        served: String,
+    },
+
+    /// A check found damage.
+    #[error("{0}")]
+    CheckFailed(String),
+
+    /// The model is still being loaded.
+    #[error("the model is still being loaded: try again in a moment")]
+    Loading,
+
+    /// The server is shutting down.
+    #[error("the server is shutting down: send the request to another one")]
+    Draining,
+
+    /// More requests than the server takes.
+    #[error("too many requests: {limit} run or wait already. Try again later")]
+    TooManyRequests {
+        /// Requests that the server takes at once.
+        limit: usize,
+    },
+
+    /// Something that should not happen happened.
+    #[error("internal error: {0}. This is a defect of the program: please report it")]
+    Internal(String),
+}
+
+impl QuireError {
+    /// The exit code of a command that ended with this error: 2 for wrong usage, 1 for everything else.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            QuireError::Config { .. }
+            | QuireError::CollectionName { .. }
+            | QuireError::InvalidParameter { .. }
+            | QuireError::UnsupportedParameter { .. } => 2,
+            _ => 1,
+        }
+    }
+
+    /// For attempts to write below the data folder.
+    pub(crate) fn writing(path: impl Into<PathBuf>, source: std::io::Error) -> QuireError {
+        QuireError::DataDir { path: path.into(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usage_and_failure_have_different_exit_codes() {
+        assert_eq!(QuireError::CollectionName { found: "..".into() }.exit_code(), 2);
+        assert_eq!(QuireError::Loading.exit_code(), 1);
+        assert_eq!(QuireError::Engine(EngineError::Cancelled).exit_code(), 1);
+    }
+
+    #[test]
+    fn a_missing_collection_lists_those_there_are() {
+        let error = QuireError::UnknownCollection { name: "b".into(), known: vec!["a".into(), "c".into()] };
+        assert!(error.to_string().contains("there are: a, c. Make it with `quire ingest PATH --collection b`"));
+    }
+}

@@ -1,0 +1,187 @@
+//! `POST /v1/chat/completions`, whole and streamed.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::stream::{self, Stream};
+use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::chat_request::ChatRequest;
+use super::error::ApiError;
+use super::state::{App, unix_now};
+use crate::error::{QuireError, Result};
+use crate::service::{Answer, Answering, Piece, Question, Service};
+
+pub(super) async fn completions(
+    State(app): State<App>,
+    body: std::result::Result<Bytes, BytesRejection>,
+) -> std::result::Result<Response, ApiError> {
+    let (service, permit) = app.admit()?;
+    let body = body.map_err(|e| ApiError::body(e.status(), e.body_text()))?;
+    let request = ChatRequest::parse(&body, app.settings(), app.model())?;
+    let head = Head::new(app.model());
+    let (stream, include_usage) = (request.stream, request.include_usage);
+    // Searching, tokenising and computing missing chunks block.
+    let begun = tokio::task::spawn_blocking(move || begin(&service, request)).await;
+    let answering = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))??;
+    if stream {
+        let keepalive = KeepAlive::new().interval(Duration::from_secs(app.settings().keepalive_seconds));
+        let events = Streaming::new(answering, permit, head, include_usage).events();
+        return Ok(Sse::new(events).keep_alive(keepalive).into_response());
+    }
+    let answer = complete(answering).await?;
+    drop(permit);
+    Ok(Json(head.whole(&answer)).into_response())
+}
+
+fn begin(service: &Arc<Service>, request: ChatRequest) -> Result<Answering> {
+    let query = request.query();
+    let ChatRequest { messages, options, collection, top_chunks, .. } = request;
+    match collection {
+        Some(collection) => service.answer(&Question { messages, query: query?, collection, top_chunks, options }),
+        None => service.generate(&messages, &options),
+    }
+}
+
+async fn complete(mut answering: Answering) -> Result<Answer> {
+    while let Some(piece) = answering.next().await {
+        if let Piece::Done(answer) = piece? {
+            return Ok(*answer);
+        }
+    }
+    Err(QuireError::Internal("the engine ended an answer without saying so".into()))
+}
+
+/// What all objects of one completion share.
+struct Head {
+    id: String,
+    created: u64,
+    model: String,
+}
+
+impl Head {
+    fn new(model: &str) -> Head {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let seed = format!("{} {count} {:?}", std::process::id(), std::time::SystemTime::now());
+        let hash = blake3::hash(seed.as_bytes()).to_hex();
+        Head { id: format!("chatcmpl-{}", &hash[..24]), created: unix_now(), model: model.into() }
+    }
+
+    fn object(&self, object: &str, choices: Value) -> Value {
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices})
+    }
+
+    fn whole(&self, answer: &Answer) -> Value {
+        let message = json!({"role": "assistant", "content": answer.text, "refusal": null});
+        let choice = json!({"index": 0, "message": message, "logprobs": null, "finish_reason": answer.finish_reason});
+        let mut object = self.object("chat.completion", json!([choice]));
+        object["usage"] = usage(answer);
+        object["quire"] = quire(answer);
+        object
+    }
+
+    fn chunk(&self, delta: Value, finish_reason: Option<&str>) -> Value {
+        let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason});
+        self.object("chat.completion.chunk", json!([choice]))
+    }
+}
+
+fn usage(answer: &Answer) -> Value {
+    let stats = &answer.stats;
+    json!({
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.completion_tokens,
+        "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+    })
+}
+
+fn quire(answer: &Answer) -> Value {
+    json!({"stats": answer.stats, "citations": answer.citations, "notes": answer.notes})
+}
+
+/// A completion as server-sent events. Dropping it, as a closed connection does, cancels the work.
+struct Streaming {
+    answering: Answering,
+    head: Head,
+    include_usage: bool,
+    state: Step,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// What comes next.
+enum Step {
+    Role,
+    Text,
+    Usage(Box<Answer>),
+    Done,
+    End,
+}
+
+impl Streaming {
+    fn new(answering: Answering, permit: OwnedSemaphorePermit, head: Head, include_usage: bool) -> Streaming {
+        Streaming { answering, head, include_usage, state: Step::Role, _permit: permit }
+    }
+
+    fn events(self) -> impl Stream<Item = std::result::Result<Event, Infallible>> {
+        stream::unfold(self, |mut streaming| async move {
+            let event = streaming.step().await?;
+            Some((Ok(event), streaming))
+        })
+    }
+
+    async fn step(&mut self) -> Option<Event> {
+        match std::mem::replace(&mut self.state, Step::End) {
+            Step::Role => {
+                self.state = Step::Text;
+                let chunk = self.head.chunk(json!({"role": "assistant", "content": ""}), None);
+                Some(self.event(chunk))
+            }
+            Step::Text => self.next_piece().await,
+            Step::Usage(answer) => {
+                self.state = Step::Done;
+                let mut chunk = self.head.object("chat.completion.chunk", json!([]));
+                chunk["usage"] = usage(&answer);
+                Some(Event::default().data(chunk.to_string()))
+            }
+            Step::Done => Some(Event::default().data("[DONE]")),
+            Step::End => None,
+        }
+    }
+
+    async fn next_piece(&mut self) -> Option<Event> {
+        match self.answering.next().await {
+            Some(Ok(Piece::Text(text))) => {
+                self.state = Step::Text;
+                let chunk = self.head.chunk(json!({"content": text}), None);
+                Some(self.event(chunk))
+            }
+            Some(Ok(Piece::Done(answer))) => {
+                let mut chunk = self.head.chunk(json!({}), Some(answer.finish_reason));
+                chunk["quire"] = quire(&answer);
+                self.state = if self.include_usage { Step::Usage(answer) } else { Step::Done };
+                Some(self.event(chunk))
+            }
+            Some(Err(error)) => Some(Event::default().data(ApiError::from(&error).body_value().to_string())),
+            None => None,
+        }
+    }
+
+    /// With `include_usage`, every chunk but the last has a `usage` of null.
+    fn event(&self, mut chunk: Value) -> Event {
+        if self.include_usage {
+            chunk["usage"] = Value::Null;
+        }
+        Event::default().data(chunk.to_string())
+    }
+}

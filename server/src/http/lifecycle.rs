@@ -1,0 +1,88 @@
+//! From the first open port to the exit: listen, load, serve; then unready, refuse, drain, flush.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+use super::router;
+use super::state::App;
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::metrics;
+use crate::service::Service;
+
+/// Time for connections to close once every answer is complete.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Serves until SIGTERM or SIGINT. The port is open before the model is loaded, so that probes can tell "loading" from
+/// "gone"; `announce` gets the address, `ready` is called when requests are taken.
+///
+/// # Errors
+/// An address that cannot be listened on; everything that keeps the model or the data folder from being opened.
+pub async fn serve(settings: &Settings, announce: &dyn Fn(SocketAddr), ready: &dyn Fn()) -> Result<()> {
+    let model_dir = settings.model_dir()?;
+    let listener = listen(&settings.host, settings.port).await?;
+    let failed = |source| QuireError::Listen { address: settings.host.clone(), source };
+    announce(listener.local_addr().map_err(failed)?);
+
+    let app = App::new(settings, settings.served_name(&model_dir), metrics::install()?);
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = axum::serve(listener, router(app.clone())).with_graceful_shutdown(async {
+        let _ = stopped.await;
+    });
+    let server = tokio::spawn(async move { server.await });
+
+    let to_load = settings.clone();
+    let mut loading = tokio::task::spawn_blocking(move || Service::open(&to_load));
+    let mut loaded = false;
+    loop {
+        tokio::select! {
+            service = &mut loading, if !loaded => {
+                let service = service.map_err(|e| QuireError::Internal(format!("loading panicked: {e}")))?;
+                app.become_ready(service?);
+                loaded = true;
+                ready();
+            }
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+
+    app.drain();
+    tracing::info!("draining: requests are refused, running ones get {} s", settings.drain_seconds);
+    if tokio::time::timeout(Duration::from_secs(settings.drain_seconds), app.idle()).await.is_err() {
+        tracing::warn!("requests were still running after {} s; they are cut off", settings.drain_seconds);
+    }
+    let _ = stop.send(());
+    if tokio::time::timeout(GOODBYE, server).await.is_err() {
+        tracing::warn!("connections were still open; they are cut off");
+    }
+    if let Some(service) = app.loaded() {
+        let service = std::sync::Arc::clone(service);
+        // Blocks until the engine's thread has ended; every write of the store was synced when it was made.
+        let shutdown = tokio::task::spawn_blocking(move || service.engine().shutdown());
+        let _ = tokio::time::timeout(GOODBYE, shutdown).await;
+    }
+    Ok(())
+}
+
+async fn listen(host: &str, port: u16) -> Result<TcpListener> {
+    let named = |source| QuireError::Listen { address: format!("{host}:{port}"), source };
+    let addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await.map_err(named)?.collect();
+    let mut last = None;
+    for address in addresses {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
+                last = Some(QuireError::PortInUse { address });
+            }
+            Err(source) => last = Some(QuireError::Listen { address: address.to_string(), source }),
+        }
+    }
+    Err(last.unwrap_or_else(|| named(std::io::ErrorKind::AddrNotAvailable.into())))
+}

@@ -1,0 +1,31 @@
+//! Quire: documents in, answers with citations out, over attention state that is computed once.
+//!
+//! This crate joins the others to a product. Reading it top down:
+//!
+//! * [`config`]: every setting, where its value came from, and where the model is found;
+//! * [`library`]: documents as folders of text, chunks with their character spans, full-text search;
+//! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
+//! * [`service`]: the use cases `ingest`, `search`, `answer`, `generate`, without a word of HTTP;
+//! * [`http`]: the OpenAI-compatible server over the service;
+//! * [`cli`]: the command line over the service;
+//! * [`metrics`]: what is counted and under which names;
+//! * [`error`]: everything that can go wrong, with one mapping to exit codes and one to HTTP.
+//!
+//! ```
+//! use quire::config::{Settings, SettingsArgs};
+//!
+//! let settings = Settings::default();
+//! assert_eq!(settings.chunk_tokens, 256);
+//! assert!(SettingsArgs::default().top_chunks.is_none());
+//! ```
+
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod http;
+pub mod library;
+pub mod metrics;
+pub mod service;
+pub mod store;
+
+pub use error::{QuireError, Result};

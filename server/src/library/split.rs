@@ -1,0 +1,176 @@
+//! Splits a text into chunks of at most so many tokens, at headings, paragraphs and sentences where possible.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+
+use engine::EngineError;
+use serde::{Deserialize, Serialize};
+use text_splitter::{ChunkCharIndex, ChunkConfig, MarkdownSplitter, TextSplitter, TryChunkSizer};
+
+/// A run of characters of a document: Unicode scalar values, from `start` up to but not including `end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Span {
+    /// The first character.
+    pub start: usize,
+    /// Behind the last character.
+    pub end: usize,
+}
+
+impl Span {
+    /// Characters that both spans cover.
+    #[must_use]
+    pub fn overlap(&self, other: &Span) -> usize {
+        self.end.min(other.end).saturating_sub(self.start.max(other.start))
+    }
+
+    /// Characters.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Whether it covers nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.end == self.start
+    }
+}
+
+/// Where a chunk lies in its document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkSpan {
+    /// In characters.
+    pub chars: Span,
+    /// In bytes, on character boundaries.
+    pub bytes: Range<usize>,
+}
+
+/// How a document is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Plain text: boundaries are paragraphs, lines, sentences, words.
+    Text,
+    /// Markdown: headings and blocks come first.
+    Markdown,
+}
+
+/// How large chunks may become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a chunk at most.
+    pub tokens: usize,
+    /// Tokens that neighbours share at most; below `tokens`.
+    pub overlap: usize,
+}
+
+/// Counts tokens; remembers what it counted, as the splitter asks for the same stretches again and again.
+struct Counter<'a> {
+    count: &'a dyn Fn(&str) -> Result<usize, EngineError>,
+    known: RefCell<HashMap<(usize, usize), usize>>,
+}
+
+impl TryChunkSizer for Counter<'_> {
+    type Error = EngineError;
+
+    fn try_size(&self, chunk: &str) -> Result<usize, EngineError> {
+        let place = (chunk.as_ptr() as usize, chunk.len());
+        if let Some(&tokens) = self.known.borrow().get(&place) {
+            return Ok(tokens);
+        }
+        let tokens = (self.count)(chunk)?;
+        self.known.borrow_mut().insert(place, tokens);
+        Ok(tokens)
+    }
+}
+
+/// The chunks of `text` in order. Every chunk holds at most `limits.tokens` tokens as counted by `count`; white space
+/// around a chunk belongs to none.
+///
+/// # Errors
+/// What `count` returns.
+pub fn split(
+    text: &str,
+    format: Format,
+    limits: Limits,
+    count: &dyn Fn(&str) -> Result<usize, EngineError>,
+) -> Result<Vec<ChunkSpan>, EngineError> {
+    let counter = Counter { count, known: RefCell::default() };
+    let config = ChunkConfig::new(limits.tokens)
+        .with_overlap(limits.overlap)
+        .map_err(|e| EngineError::InvalidRequest(format!("chunk overlap: {e}")))?
+        .with_sizer(counter);
+    let span = |found: Result<ChunkCharIndex<'_>, EngineError>| {
+        found.map(|c| ChunkSpan {
+            chars: Span { start: c.char_offset, end: c.char_offset + c.chunk.chars().count() },
+            bytes: c.byte_offset..c.byte_offset + c.chunk.len(),
+        })
+    };
+    match format {
+        Format::Text => TextSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
+        Format::Markdown => MarkdownSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Words as tokens.
+    fn words(text: &str) -> Result<usize, EngineError> {
+        Ok(text.split_whitespace().count())
+    }
+
+    fn prose(sentences: usize) -> String {
+        let mut text = String::new();
+        for i in 0..sentences {
+            text.push_str(&format!("Der Fährmann Ñandú zählte {i} Boote im grünen Wasser — und ging heim. "));
+            if i % 5 == 4 {
+                text.push_str("\n\n");
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn spans_point_into_the_source_and_respect_the_limit() {
+        let text = prose(60);
+        let chunks = split(&text, Format::Text, Limits { tokens: 40, overlap: 12 }, &words).unwrap();
+        assert!(chunks.len() > 15);
+        for chunk in &chunks {
+            let passage = &text[chunk.bytes.clone()];
+            let by_chars: String = text.chars().skip(chunk.chars.start).take(chunk.chars.len()).collect();
+            assert_eq!(passage, by_chars);
+            assert!(words(passage).unwrap() <= 40);
+        }
+    }
+
+    #[test]
+    fn no_word_is_lost_and_neighbours_overlap() {
+        let text = prose(60);
+        let chunks = split(&text, Format::Text, Limits { tokens: 40, overlap: 14 }, &words).unwrap();
+        let mut covered = 0;
+        let mut overlaps = 0;
+        for chunk in &chunks {
+            assert!(chunk.bytes.start <= covered || text[covered..chunk.bytes.start].trim().is_empty());
+            overlaps += usize::from(chunk.bytes.start < covered);
+            covered = chunk.bytes.end;
+        }
+        assert!(text[covered..].trim().is_empty());
+        assert!(overlaps * 3 > chunks.len(), "{overlaps} of {}", chunks.len());
+    }
+
+    #[test]
+    fn cuts_fall_on_sentences_and_headings() {
+        let text = prose(30);
+        for chunk in split(&text, Format::Text, Limits { tokens: 30, overlap: 0 }, &words).unwrap() {
+            assert!(text[chunk.bytes.clone()].ends_with('.'), "{:?}", &text[chunk.bytes]);
+        }
+        let markdown = format!("# One\n\n{}\n\n# Two\n\n{}", prose(4), prose(4));
+        let chunks = split(&markdown, Format::Markdown, Limits { tokens: 70, overlap: 0 }, &words).unwrap();
+        let heads: Vec<_> =
+            chunks.iter().map(|c| markdown[c.bytes.clone()].chars().take(5).collect::<String>()).collect();
+        assert!(heads.contains(&"# Two".to_string()), "{heads:?}");
+    }
+}

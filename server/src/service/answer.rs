@@ -1,0 +1,355 @@
+//! An answer while it is made, and what it was made of.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, Usage};
+use serde::Serialize;
+
+use super::Options;
+use super::context::ContextChunk;
+use crate::error::{QuireError, Result};
+use crate::library::Span;
+use crate::metrics::Metrics;
+use crate::store::Origin;
+
+/// A passage that was in the context of an answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Citation {
+    /// The document.
+    pub document: PathBuf,
+    /// Where in the document, in characters.
+    pub span: Span,
+    /// The text there.
+    pub passage: String,
+    /// How well it fits the question (BM25).
+    pub score: f32,
+    /// Whether the answer, or one of its parts between commas, stands in the passage word for word.
+    pub contains_answer: bool,
+}
+
+/// What an answer cost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Stats {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer.
+    pub completion_tokens: usize,
+    /// Context tokens whose cached state was used.
+    pub reused_tokens: usize,
+    /// Context tokens that were computed.
+    pub recomputed_tokens: usize,
+    /// Tokens behind the context: the question.
+    pub suffix_tokens: usize,
+    /// Chunks found in the store.
+    pub chunks_cached: usize,
+    /// Chunks that were missing there: computed and stored before the answer began.
+    pub chunks_computed: usize,
+    /// Chunks that could not be read intact: computed within the prompt.
+    pub chunks_failed: usize,
+    /// Searching and tokenising.
+    pub retrieve_seconds: f64,
+    /// Looking chunks up, and computing those that were missing.
+    pub prepare_seconds: f64,
+    /// Waiting for the engine.
+    pub queue_seconds: f64,
+    /// Reading the prompt, up to the logits of the first token.
+    pub prefill_seconds: f64,
+    /// From the request to the first token: everything above.
+    pub ttft_seconds: f64,
+    /// Writing the answer.
+    pub decode_seconds: f64,
+    /// From the request to the last token.
+    pub total_seconds: f64,
+    /// Keys outside of sinks and window, summed over steps, layers and query heads.
+    pub cold_keys: u64,
+    /// Of these, keys that the index read.
+    pub keys_scored: u64,
+    /// Of these, keys that were attended.
+    pub keys_attended: u64,
+    /// Share of the cold keys that the index read; absent when nothing was cold.
+    pub scored_share: Option<f64>,
+    /// Share of the cold keys that were attended; absent when nothing was cold.
+    pub attended_share: Option<f64>,
+    /// Building indexes over cold keys.
+    pub index_build_seconds: f64,
+    /// How far cached state was off on the check layer: mean squared deviation over mean square.
+    pub blend_deviation: Option<f32>,
+    /// The decode strategy.
+    pub strategy: String,
+    /// The blend mode.
+    pub blend: String,
+}
+
+/// A complete answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answer {
+    /// Its text.
+    pub text: String,
+    /// Why it ended: `stop` or `length`.
+    pub finish_reason: &'static str,
+    /// The passages of its context, in the order of the prompt.
+    pub citations: Vec<Citation>,
+    /// What it cost.
+    pub stats: Stats,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+}
+
+/// What comes next of an answer.
+#[derive(Debug)]
+pub enum Piece {
+    /// More text.
+    Text(String),
+    /// The end.
+    Done(Box<Answer>),
+}
+
+/// An answer that is being made. Dropping it cancels the work.
+pub struct Answering {
+    stream: EventStream,
+    tally: Tally,
+    /// The end, while text that the engine had held back goes first.
+    end: Option<Box<Answer>>,
+}
+
+impl Answering {
+    pub(super) fn new(stream: EventStream, started: Instant, metrics: Arc<Metrics>, options: &Options) -> Answering {
+        let stats = Stats {
+            strategy: options.attention.strategy.to_string(),
+            blend: options.blend.mode.to_string(),
+            ..Stats::default()
+        };
+        Answering {
+            stream,
+            end: None,
+            tally: Tally {
+                started,
+                last_token: None,
+                metrics,
+                text: String::new(),
+                context: Vec::new(),
+                notes: Vec::new(),
+                stats,
+            },
+        }
+    }
+
+    pub(super) fn with_context(
+        mut self,
+        context: Vec<ContextChunk>,
+        notes: Vec<String>,
+        retrieve_seconds: f64,
+        prepare_seconds: f64,
+    ) -> Answering {
+        let count = |origin| context.iter().filter(|c| c.origin == Some(origin)).count();
+        let stats = &mut self.tally.stats;
+        stats.chunks_cached = count(Origin::Cached);
+        stats.chunks_computed = count(Origin::Computed);
+        stats.retrieve_seconds = retrieve_seconds;
+        stats.prepare_seconds = prepare_seconds;
+        self.tally.context = context;
+        self.tally.notes = notes;
+        self
+    }
+
+    /// The passages in the context, in the order of the prompt.
+    #[must_use]
+    pub fn context(&self) -> &[ContextChunk] {
+        &self.tally.context
+    }
+
+    /// What comes next; `None` behind the end.
+    ///
+    /// # Errors
+    /// What the engine failed with; nothing comes after that.
+    pub async fn next(&mut self) -> Option<Result<Piece>> {
+        loop {
+            if let Some(answer) = self.end.take() {
+                return Some(Ok(Piece::Done(answer)));
+            }
+            let event = self.stream.next().await?;
+            if let Some(piece) = self.absorb(event) {
+                return Some(piece);
+            }
+        }
+    }
+
+    /// As [`next`](Self::next), blocking this thread.
+    pub fn blocking_next(&mut self) -> Option<Result<Piece>> {
+        loop {
+            if let Some(answer) = self.end.take() {
+                return Some(Ok(Piece::Done(answer)));
+            }
+            let event = self.stream.blocking_next()?;
+            if let Some(piece) = self.absorb(event) {
+                return Some(piece);
+            }
+        }
+    }
+
+    fn absorb(&mut self, event: Event) -> Option<Result<Piece>> {
+        match event {
+            Event::Started(prefill) => {
+                self.tally.started(&prefill);
+                None
+            }
+            Event::Token(token) => {
+                self.tally.token();
+                self.tally.text.push_str(&token.text);
+                (!token.text.is_empty()).then_some(Ok(Piece::Text(token.text)))
+            }
+            Event::Finished(finished) => {
+                let answer = Box::new(self.tally.finish(&finished));
+                if finished.text.is_empty() {
+                    return Some(Ok(Piece::Done(answer)));
+                }
+                self.end = Some(answer);
+                Some(Ok(Piece::Text(finished.text)))
+            }
+            Event::Failed(error) => Some(Err(error.into())),
+        }
+    }
+
+    /// Waits for the end, blocking this thread; `on_text` sees the text as it comes.
+    ///
+    /// # Errors
+    /// What the engine failed with.
+    pub fn wait(mut self, on_text: &mut dyn FnMut(&str)) -> Result<Answer> {
+        while let Some(piece) = self.blocking_next() {
+            match piece? {
+                Piece::Text(text) => on_text(&text),
+                Piece::Done(answer) => return Ok(*answer),
+            }
+        }
+        Err(QuireError::Internal("the engine ended an answer without saying so".into()))
+    }
+}
+
+/// What is known of an answer so far.
+struct Tally {
+    started: Instant,
+    last_token: Option<Instant>,
+    metrics: Arc<Metrics>,
+    text: String,
+    context: Vec<ContextChunk>,
+    notes: Vec<String>,
+    stats: Stats,
+}
+
+impl Tally {
+    fn started(&mut self, prefill: &PrefillStats) {
+        let stats = &mut self.stats;
+        stats.prompt_tokens = prefill.prompt_tokens;
+        stats.reused_tokens = prefill.reused_tokens;
+        stats.recomputed_tokens = prefill.recomputed_tokens;
+        stats.suffix_tokens = prefill.suffix_tokens;
+        stats.chunks_failed = prefill.failed_chunks;
+        stats.queue_seconds = prefill.queue_seconds;
+        stats.prefill_seconds = prefill.seconds;
+        stats.blend_deviation = prefill.blend_deviation;
+        stats.ttft_seconds = self.started.elapsed().as_secs_f64();
+        self.metrics.first_token(prefill, stats.ttft_seconds);
+        if prefill.failed_chunks > 0 {
+            self.notes.push(format!(
+                "{} cached chunks could not be read intact and were computed instead",
+                prefill.failed_chunks
+            ));
+        }
+    }
+
+    fn token(&mut self) {
+        let now = Instant::now();
+        match self.last_token {
+            None => self.stats.ttft_seconds = (now - self.started).as_secs_f64(),
+            Some(last) => self.metrics.next_token((now - last).as_secs_f64()),
+        }
+        self.last_token = Some(now);
+    }
+
+    fn finish(&mut self, finished: &Finished) -> Answer {
+        self.text.push_str(&finished.text);
+        let reason = match finished.reason {
+            FinishReason::Stop | FinishReason::StopString => "stop",
+            FinishReason::Length => "length",
+        };
+        self.stats.total_seconds = self.started.elapsed().as_secs_f64();
+        self.end(&finished.usage, &finished.decode);
+        self.metrics.finished(reason, &finished.usage, &finished.decode, self.stats.total_seconds);
+        Answer {
+            citations: cite(&self.context, &self.text),
+            text: std::mem::take(&mut self.text),
+            finish_reason: reason,
+            stats: self.stats.clone(),
+            notes: std::mem::take(&mut self.notes),
+        }
+    }
+
+    fn end(&mut self, usage: &Usage, decode: &DecodeStats) {
+        let stats = &mut self.stats;
+        stats.completion_tokens = usage.completion_tokens;
+        stats.decode_seconds = decode.seconds;
+        stats.cold_keys = decode.cold_keys;
+        stats.keys_scored = decode.keys_scored;
+        stats.keys_attended = decode.keys_attended;
+        stats.scored_share = decode.scored_share();
+        stats.attended_share = decode.attended_share();
+        stats.index_build_seconds = decode.index_build_seconds;
+    }
+}
+
+fn cite(context: &[ContextChunk], answer: &str) -> Vec<Citation> {
+    let parts = answer_parts(answer);
+    context
+        .iter()
+        .map(|chunk| {
+            let passage = words(&chunk.found.passage);
+            Citation {
+                document: chunk.found.path.clone(),
+                span: chunk.found.span,
+                passage: chunk.found.passage.clone(),
+                score: chunk.found.score,
+                contains_answer: parts.iter().any(|part| passage.contains(part.as_str())),
+            }
+        })
+        .collect()
+}
+
+/// The answer as a whole and between its commas, each as ` word word `.
+fn answer_parts(answer: &str) -> Vec<String> {
+    let mut parts: Vec<String> = std::iter::once(answer).chain(answer.split(", ")).map(words).collect();
+    parts.retain(|part| part.chars().any(char::is_alphanumeric));
+    parts.dedup();
+    parts
+}
+
+/// Lower-case words with one space around each: equal texts up to case, white space and punctuation are equal.
+fn words(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push(' ');
+    for word in text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()) {
+        out.extend(word.chars().flat_map(char::to_lowercase));
+        out.push(' ');
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contains(passage: &str, answer: &str) -> bool {
+        let passage = words(passage);
+        answer_parts(answer).iter().any(|part| passage.contains(part.as_str()))
+    }
+
+    #[test]
+    fn an_answer_is_found_word_for_word_only() {
+        assert!(contains("The Skerrick tower is 131 feet\nhigh.", "131 Feet"));
+        assert!(contains("built by Ada Thorne,", "Ines Marl, Ada Thorne"));
+        assert!(!contains("The tower is 1310 feet high.", "131"));
+        assert!(!contains("Any passage.", " . "));
+        assert!(!contains("Adam Thorne", "Ada"));
+    }
+}

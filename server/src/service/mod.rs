@@ -1,0 +1,184 @@
+//! The use cases: ingest documents, search them, answer over them, generate without them.
+//!
+//! The command line and the server both stand on this. Everything here blocks; the one thing that does not is waiting
+//! for the next piece of an answer ([`Answering::next`]).
+
+mod answer;
+mod context;
+mod ingest;
+
+pub use answer::{Answer, Answering, Citation, Piece, Stats};
+pub use context::{ContextChunk, Question};
+pub use ingest::{DocumentState, IngestEvent, IngestReport};
+
+use std::path::Path;
+
+use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, Prompt, Request, SamplingParams};
+
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::library::{Found, Library, Limits};
+use crate::metrics::Metrics;
+use crate::store::KvStore;
+
+/// How an answer is made.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// The answer ends before the first of these.
+    pub stop: Vec<String>,
+    /// Tokens of the answer at most.
+    pub max_tokens: usize,
+    /// How decoding attends.
+    pub attention: AttentionConfig,
+    /// What becomes of cached chunks.
+    pub blend: BlendConfig,
+    /// Go on behind the model's end-of-text tokens.
+    pub ignore_eos: bool,
+}
+
+impl Options {
+    /// The options that the settings state.
+    #[must_use]
+    pub fn from_settings(settings: &Settings) -> Options {
+        Options {
+            sampling: SamplingParams { temperature: settings.temperature, ..SamplingParams::default() },
+            stop: Vec::new(),
+            max_tokens: settings.max_tokens,
+            attention: settings.attention(),
+            blend: settings.blending(),
+            ignore_eos: false,
+        }
+    }
+
+    fn request(&self, prompt: Prompt) -> Request {
+        Request {
+            sampling: self.sampling.clone(),
+            stop: self.stop.clone(),
+            attention: self.attention.clone(),
+            blend: self.blend.clone(),
+            ignore_eos: self.ignore_eos,
+            ..Request::new(prompt, self.max_tokens)
+        }
+    }
+}
+
+/// An engine, its chunk store and the collections.
+pub struct Service {
+    engine: Engine,
+    store: KvStore,
+    library: Library,
+    limits: Limits,
+    metrics: std::sync::Arc<Metrics>,
+    model: String,
+    /// Tokens every chunk is computed behind: what begins a text, if the model has such a token.
+    chunk_prefix: std::sync::Arc<[u32]>,
+    /// Tokens behind every chunk's text.
+    chunk_suffix: Vec<u32>,
+}
+
+impl Service {
+    /// Loads the model and opens the data folder.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the model, the data folder or the store, each named.
+    pub fn open(settings: &Settings) -> Result<Service> {
+        let config = settings.engine()?;
+        check_writable(&settings.data_dir)?;
+        let model = settings.served_name(&config.model_dir);
+        let engine = Engine::load(config)?;
+        let store = KvStore::open(&engine, &settings.data_dir, &model, settings.cache_bytes, &settings.tenant)?;
+        let chunk_suffix = engine.tokenizer().encode(engine.chat().chunk_suffix())?;
+        let tokens = settings.chunk_tokens.saturating_sub(chunk_suffix.len()).max(1);
+        settings.blending().validate(engine.spec().layers)?;
+        Ok(Service {
+            limits: Limits { tokens, overlap: settings.chunk_overlap.min(tokens / 2) },
+            chunk_prefix: engine.tokenizer().bos().into_iter().collect(),
+            library: Library::new(&settings.data_dir),
+            metrics: std::sync::Arc::new(Metrics::new(&settings.metrics_prefix, &model)),
+            chunk_suffix,
+            model,
+            store,
+            engine,
+        })
+    }
+
+    /// The engine.
+    #[must_use]
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The chunk store.
+    #[must_use]
+    pub fn store(&self) -> &KvStore {
+        &self.store
+    }
+
+    /// The name under which the model is offered.
+    #[must_use]
+    pub fn model(&self) -> &str {
+        &self.model
+    }
+
+    /// The collections.
+    #[must_use]
+    pub fn library(&self) -> &Library {
+        &self.library
+    }
+
+    /// The tokens that every chunk is computed behind.
+    #[must_use]
+    pub fn chunk_prefix(&self) -> &[u32] {
+        &self.chunk_prefix
+    }
+
+    /// The tokens of a passage as a chunk of a prompt.
+    ///
+    /// # Errors
+    /// What the tokenizer refuses.
+    pub fn chunk_tokens(&self, passage: &str) -> Result<Vec<u32>> {
+        let mut tokens = self.engine.tokenizer().encode_plain(passage)?;
+        tokens.extend_from_slice(&self.chunk_suffix);
+        Ok(tokens)
+    }
+
+    /// The chunks of a collection that fit `query` best, best first.
+    ///
+    /// # Errors
+    /// [`QuireError::UnknownCollection`], [`QuireError::Index`].
+    pub fn search(&self, collection: &str, query: &str, limit: usize) -> Result<Vec<Found>> {
+        self.library.search(collection, query, limit)
+    }
+
+    /// Answers a conversation without documents.
+    ///
+    /// # Errors
+    /// What the engine refuses: the context limit, a wrong parameter, a full queue.
+    pub fn generate(&self, messages: &[ChatMessage], options: &Options) -> Result<Answering> {
+        let started = std::time::Instant::now();
+        let prompt = Prompt::plain(self.engine.chat().render(self.engine.tokenizer(), messages)?);
+        let stream = self.engine.submit(options.request(prompt))?;
+        Ok(Answering::new(stream, started, std::sync::Arc::clone(&self.metrics), options))
+    }
+
+    /// Brings the metrics of states up to date, for a scrape.
+    ///
+    /// # Errors
+    /// What the store refuses.
+    pub fn observe(&self) -> Result<()> {
+        let stats = self.store.chunks().stats()?;
+        let load = self.engine.load_report();
+        self.metrics.state(&load, stats.chunks, stats.payload_bytes, self.store.corrupt_reads());
+        Ok(())
+    }
+}
+
+/// Finds out before the model is loaded that nothing could be stored.
+fn check_writable(data_dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(data_dir).map_err(|e| QuireError::writing(data_dir, e))?;
+    let probe = data_dir.join(format!(".writable-{}", std::process::id()));
+    std::fs::write(&probe, b"").map_err(|e| QuireError::writing(data_dir, e))?;
+    std::fs::remove_file(&probe).map_err(|e| QuireError::writing(data_dir, e))
+}

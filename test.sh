@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: format, lints, docs, tests. CI runs exactly this.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+scripts/setup.sh
+# shellcheck source=scripts/env.sh
+. scripts/env.sh
+export PATH="$PATH:$HOME/.cargo/bin"
+
+# The HTTP test drives the server with the public openai client, in an environment of its own.
+venv=$QUIRE_CACHE/test-venv
+if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
+    python3 -m venv "$venv" 2>/dev/null || {
+        echo "[test] error: python3 with venv is missing; on Debian and Ubuntu: apt install python3-venv" >&2
+        exit 1
+    }
+    "$venv/bin/pip" install -q -r scripts/requirements-test.txt
+fi
+export QUIRE_TEST_PYTHON=$venv/bin/python
+
+step() { printf '\n[test] %s\n' "$*"; }
+step format
+cargo fmt --all --check
+step lints
+cargo clippy --release --locked --workspace --all-targets -- -D warnings
+step documentation
+RUSTDOCFLAGS='-D warnings' cargo doc --release --locked --workspace --no-deps --quiet
+step build
+cargo build --release --locked --workspace
+step tests
+cargo test --release --locked --workspace

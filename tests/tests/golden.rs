@@ -1,0 +1,147 @@
+//! The forward pass against Hugging Face transformers: tiny random models of every family
+//! (`tests/fixtures/make_golden.py`), and the reference model's answers (`tests/fixtures/make_reference_outputs.py`).
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::{Path, PathBuf};
+
+use engine::{ChatMessage, Engine, EngineConfig, Event, KvDtype, Model, ModelSpec, Prompt, PromptChunk, Request};
+use serde_json::Value;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    std::fs::read_to_string(path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn largest(logits: &[f32]) -> u32 {
+    (0u32..).zip(logits).max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).unwrap().0
+}
+
+/// Logits within 1e-3 of each other, relative to the larger of the expected logit and the logits' own deviation: a
+/// logit that happens to lie near zero carries the rounding of all that was added up to it.
+fn assert_close(name: &str, position: &str, found: &[f32], expected: &Value) {
+    let expected: Vec<f32> = expected.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
+    assert_eq!(found.len(), expected.len());
+    let deviation = (expected.iter().map(|e| e * e).sum::<f32>() / expected.len() as f32).sqrt();
+    for (token, (f, e)) in found.iter().zip(&expected).enumerate() {
+        let difference = (f - e).abs() / e.abs().max(deviation);
+        assert!(difference <= 1e-3, "{name}, position {position}, token {token}: {f} instead of {e} ({difference:e})");
+    }
+}
+
+fn check(name: &str) {
+    let dir = fixtures().join("golden").join(name);
+    let expected = json(&dir.join("expected.json"));
+    let vocab = ModelSpec::from_dir(&dir).unwrap().vocab;
+    let model = Model::load(&dir, 2, Some(KvDtype::F32)).unwrap();
+    let mut tokens = ids(&expected["prompt"]);
+
+    let logits = model.logits(&tokens).unwrap();
+    assert_eq!(logits.len(), tokens.len() * vocab);
+    for (position, expected) in expected["logits"].as_object().unwrap() {
+        let row = position.parse::<usize>().unwrap() * vocab;
+        assert_close(name, position, &logits[row..row + vocab], expected);
+    }
+
+    for (step, greedy) in expected["greedy"].as_array().unwrap().iter().enumerate() {
+        let logits = model.logits(&tokens).unwrap();
+        let (expected, margin) = (greedy["id"].as_u64().unwrap() as u32, greedy["margin"].as_f64().unwrap());
+        let found = largest(&logits[logits.len() - vocab..]);
+        assert!(found == expected || margin <= 1e-2, "{name}, step {step}: {found} instead of {expected} ({margin})");
+        tokens.push(expected);
+    }
+}
+
+#[test]
+fn llama_2() {
+    check("llama2");
+}
+
+#[test]
+fn llama_3_tied_with_its_scaling_in_bf16() {
+    check("llama3");
+}
+
+#[test]
+fn llama_with_linear_scaling_and_biases() {
+    check("llama-linear");
+}
+
+#[test]
+fn llama_with_yarn_in_f16() {
+    check("llama-yarn");
+}
+
+#[test]
+fn mistral_with_a_window_shorter_than_the_prompt() {
+    check("mistral");
+}
+
+#[test]
+fn qwen_2_with_biases_in_shards() {
+    check("qwen2");
+}
+
+#[test]
+fn qwen_3_with_normed_heads() {
+    check("qwen3");
+}
+
+/// The text of an answer and its tokens, the end token left out.
+fn answer(engine: &Engine, prompt: Prompt) -> (String, Vec<u32>) {
+    let mut events = engine.submit(Request::new(prompt, 24)).unwrap();
+    let (mut text, mut tokens) = (String::new(), Vec::new());
+    while let Some(event) = events.blocking_next() {
+        match event {
+            Event::Token(token) => {
+                text += &token.text;
+                tokens.push(token.id);
+            }
+            Event::Failed(error) => panic!("{error}"),
+            Event::Started(_) | Event::Finished(_) => {}
+        }
+    }
+    tokens.retain(|id| !engine.spec().eos.contains(id));
+    (text, tokens)
+}
+
+#[test]
+fn the_reference_model_answers_as_transformers_does() {
+    let model_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference");
+    let engine = Engine::load(EngineConfig { model_dir, threads: 2, ..EngineConfig::default() }).unwrap();
+    let tokenizer = engine.tokenizer();
+    let suffix = tokenizer.encode(engine.chat().chunk_suffix()).unwrap();
+    let prompts = lines(&fixtures().join("reference_prompts.jsonl"));
+    let outputs = lines(&fixtures().join("reference_outputs.jsonl"));
+    assert!(prompts.len() >= 50 && prompts.len() == outputs.len());
+    for (prompt, expected) in prompts.iter().zip(&outputs) {
+        assert_eq!(prompt["id"], expected["id"]);
+        let question = ChatMessage::new("user", prompt["question"].as_str().unwrap());
+        let parts = engine.chat().render_with_context(tokenizer, &[question]).unwrap();
+        assert_eq!(parts.prefix, tokenizer.encode(prompt["prefix"].as_str().unwrap()).unwrap());
+        let chunk = |text: &Value| PromptChunk {
+            tokens: [tokenizer.encode_plain(text.as_str().unwrap()).unwrap(), suffix.clone()].concat().into(),
+            prefix: parts.prefix.clone().into(),
+            source: None,
+        };
+        let chunks = prompt["chunks"].as_array().unwrap().iter().map(chunk).collect();
+        let assembled = Prompt { prefix: parts.prefix.clone(), chunks, suffix: parts.suffix };
+        assert_eq!(assembled.len() as u64, expected["prompt_tokens"].as_u64().unwrap(), "{}", prompt["id"]);
+
+        let (text, tokens) = answer(&engine, assembled);
+        let mut wanted = ids(&expected["tokens"]);
+        wanted.retain(|id| !engine.spec().eos.contains(id));
+        assert_eq!((text.as_str(), tokens), (expected["text"].as_str().unwrap(), wanted), "{}", prompt["id"]);
+    }
+}

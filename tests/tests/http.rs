@@ -1,0 +1,173 @@
+//! The server as its clients see it: through the public `openai` Python client, and byte by byte.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::{Value, json};
+use support::{Server, eventually, example, ingested, quire, read, request, root, send, succeed};
+
+/// A Python that can import `openai`: named by `QUIRE_TEST_PYTHON`, else of the virtual environment in the source
+/// tree, else `python3`.
+fn python() -> PathBuf {
+    let named = std::env::var_os("QUIRE_TEST_PYTHON").map(PathBuf::from);
+    let local = Some(root().join(".venv/bin/python")).filter(|path| path.exists());
+    let python = named.or(local).unwrap_or_else(|| "python3".into());
+    let check = Command::new(&python).args(["-c", "import openai"]).output();
+    assert!(
+        check.is_ok_and(|output| output.status.success()),
+        "{} cannot import the public `openai` package, which this test drives the server with. Set QUIRE_TEST_PYTHON \
+         to a Python that can: python3 -m venv .venv && .venv/bin/pip install -r scripts/requirements-test.txt",
+        python.display()
+    );
+    python
+}
+
+fn long_answer() -> Value {
+    json!({"model": "reference", "messages": [{"role": "user", "content": "Tell me about the harbour."}],
+           "max_tokens": 20000, "ignore_eos": true, "stream": true})
+}
+
+#[test]
+fn the_public_openai_client_gets_what_it_expects() {
+    let python = python();
+    let dir = ingested();
+    let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7"]);
+    let example = example();
+    let output = Command::new(python)
+        .arg(root().join("tests/openai_client.py"))
+        .args([format!("http://{}/v1", server.address), "secret-7".into(), "reference".into()])
+        .args([&example.question, &example.answer])
+        .output()
+        .unwrap();
+    let (stdout, stderr) = support::texts(&output);
+    assert!(output.status.success() && stdout.trim() == "ok", "{stdout}\n{stderr}");
+}
+
+#[test]
+fn the_server_and_the_command_line_give_the_same_answer() {
+    let dir = ingested();
+    let data = dir.path().join("data");
+    let example = example();
+    let printed = succeed(quire(&data).args(["ask", &example.question, "--json", "--compare"]));
+    let printed: Value = serde_json::from_str(&printed).unwrap();
+    let server = Server::start(&data, &[]);
+    let served = server
+        .chat(&json!({"model": "reference", "messages": [{"role": "user", "content": example.question}],
+                      "quire": {"collection": "default"}}))
+        .json();
+    assert_eq!(served["choices"][0]["message"]["content"], printed["answer"]["text"]);
+    assert_eq!(served["quire"]["citations"], printed["answer"]["citations"]);
+    assert_eq!(printed["full_recompute"]["stats"]["reused_tokens"], 0);
+}
+
+#[test]
+fn probes_metrics_and_errors_have_their_shapes() {
+    let dir = ingested();
+    let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7", "--body-limit-bytes", "4096"]);
+    let key = [("authorization", "Bearer secret-7"), ("content-type", "application/json")];
+    let ask = |method: &str, path: &str, body: &str| request(server.address, method, path, &key, body.as_bytes());
+
+    assert_eq!((server.get("/livez").status, server.get("/readyz").status), (200, 200));
+    for path in ["/metrics", "/version", "/v1/models", "/absent"] {
+        let refused = server.get(path);
+        assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Bearer")), "{path}");
+    }
+    assert_eq!(ask("GET", "/version", "").json()["version"], env!("CARGO_PKG_VERSION"));
+
+    for (method, path, body, status) in [
+        ("GET", "/absent", "", 404),
+        ("GET", "/v1/chat/completions", "", 405),
+        ("POST", "/v1/chat/completions", "{not json", 400),
+        ("POST", "/v1/chat/completions", "[]", 400),
+        ("POST", "/v1/chat/completions", "{\"messages\": []}", 400),
+    ] {
+        let response = ask(method, path, body);
+        assert_eq!(response.status, status, "{method} {path} {body}");
+        let error = &response.json()["error"];
+        assert!(error["message"].is_string() && error["type"] == "invalid_request_error", "{error}");
+        assert!(error.get("param").is_some() && error.get("code").is_some(), "{error}");
+    }
+    let huge = format!("{{\"model\": \"{}\"}}", "x".repeat(5000));
+    assert_eq!(ask("POST", "/v1/chat/completions", &huge).status, 413);
+
+    let body = json!({"model": "reference", "messages": [{"role": "user", "content": example().question}],
+                      "quire": {"collection": "default"}});
+    assert_eq!(ask("POST", "/v1/chat/completions", &body.to_string()).status, 200);
+    let metrics = ask("GET", "/metrics", "").text();
+    for name in [
+        "vllm:num_requests_running{",
+        "vllm:num_requests_waiting{",
+        "vllm:kv_cache_usage_perc{",
+        "vllm:prefix_cache_queries_total{",
+        "vllm:prefix_cache_hits_total{",
+        "vllm:prompt_tokens_total{",
+        "vllm:prompt_tokens_cached_total{",
+        "vllm:generation_tokens_total{",
+        "vllm:request_success_total{",
+        "vllm:time_to_first_token_seconds_bucket{",
+        "vllm:inter_token_latency_seconds_bucket{",
+        "vllm:e2e_request_latency_seconds_bucket{",
+        "vllm:request_queue_time_seconds_bucket{",
+        "quire:tokens_reused_total{",
+        "quire:tokens_recomputed_total{",
+        "quire:chunk_hits_total{",
+        "quire:chunk_bytes{",
+        "quire:corruption_found_total{",
+    ] {
+        assert!(metrics.contains(name), "no {name} in:\n{metrics}");
+    }
+}
+
+#[test]
+fn a_closed_connection_cancels_its_work() {
+    let dir = ingested();
+    let server = Server::start(&dir.path().join("data"), &[]);
+    for stream in [true, false] {
+        let mut body = long_answer();
+        body["stream"] = json!(stream);
+        let path = "/v1/chat/completions";
+        let connection = send(server.address, "POST", path, &[], body.to_string().as_bytes());
+        eventually("the request runs", || server.metric("vllm:num_requests_running") == 1.0);
+        drop(connection);
+        eventually("the request is cancelled", || server.metric("vllm:num_requests_running") == 0.0);
+    }
+}
+
+#[test]
+fn a_full_queue_says_when_to_come_back() {
+    let dir = ingested();
+    let server = Server::start(&dir.path().join("data"), &["--max-sequences", "1", "--queue", "1"]);
+    let body = long_answer().to_string();
+    let post = || send(server.address, "POST", "/v1/chat/completions", &[], body.as_bytes());
+    let _running = post();
+    eventually("one runs", || server.metric("vllm:num_requests_running") == 1.0);
+    let _waiting = post();
+    eventually("one waits", || server.metric("vllm:num_requests_waiting") == 1.0);
+    let refused = read(post());
+    assert_eq!(refused.status, 429, "{}", refused.text());
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(refused.json()["error"]["code"], "queue_full");
+}
+
+#[test]
+fn at_shutdown_running_answers_are_completed_and_new_ones_refused() {
+    let dir = ingested();
+    let mut server = Server::start(&dir.path().join("data"), &[]);
+    let mut body = long_answer();
+    body["max_tokens"] = json!(600);
+    let mut running = send(server.address, "POST", "/v1/chat/completions", &[], body.to_string().as_bytes());
+    eventually("the request runs", || server.metric("vllm:num_requests_running") == 1.0);
+    server.terminate();
+    eventually("the server is unready", || server.get("/readyz").status == 503);
+    let refused = server.chat(&body);
+    assert_eq!((refused.status, refused.header("retry-after").is_some()), (503, true), "{}", refused.text());
+    assert_eq!(server.get("/livez").status, 200);
+    let mut text = String::new();
+    running.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"finish_reason\":\"length\"") && text.contains("data: [DONE]"), "{text}");
+    assert_eq!(server.wait().code(), Some(0));
+}

@@ -1,0 +1,164 @@
+//! What a machine can check of the house rules.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Lines of a Rust file without its tests, at most.
+const FILE_LINES: usize = 600;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+}
+
+/// All files below `dir` with this ending, as (path from the root, text).
+fn files(dir: &str, ending: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(dir)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().to_string();
+            if path.is_dir() {
+                if name != "target" && !name.starts_with('.') {
+                    folders.push(path);
+                }
+            } else if name.ends_with(ending) {
+                let relative = path.strip_prefix(root()).unwrap().to_string_lossy().to_string();
+                found.push((relative, std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    assert!(!found.is_empty(), "no {ending} below {dir}");
+    found
+}
+
+fn rust_sources() -> Vec<(String, String)> {
+    ["ann-index/src", "chunk-cache/src", "engine/src", "eval/src", "server/src"]
+        .iter()
+        .flat_map(|dir| files(dir, ".rs"))
+        .collect()
+}
+
+/// The part of a file before its unit tests.
+fn without_tests(text: &str) -> &str {
+    text.find("\n#[cfg(test)]\nmod ").or_else(|| text.find("\n#[cfg(test)]\n#[path")).map_or(text, |at| &text[..at])
+}
+
+fn is_test_file(path: &str) -> bool {
+    path.ends_with("tests.rs")
+        || path.contains("/tests/")
+        || path.ends_with("properties.rs")
+        || path.ends_with("suite.rs")
+}
+
+fn complain(offences: Vec<String>, rule: &str) {
+    assert!(offences.is_empty(), "{rule}:\n  {}", offences.join("\n  "));
+}
+
+#[test]
+fn crates_depend_in_one_direction() {
+    let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
+        ("ann-index", &[][..]),
+        ("chunk-cache", &[]),
+        ("engine", &["ann-index"]),
+        ("eval", &["ann-index", "chunk-cache", "engine"]),
+        ("server", &["ann-index", "chunk-cache", "engine", "eval"]),
+    ]);
+    let ours = ["ann-index", "chunk-cache", "engine", "eval", "quire"];
+    let mut offences = Vec::new();
+    for (folder, allowed) in allowed {
+        let manifest = std::fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
+        let dependencies = manifest.split("[dev-dependencies]").next().unwrap();
+        for name in ours {
+            let used =
+                dependencies.lines().any(|l| l.starts_with(&format!("{name}.")) || l.starts_with(&format!("{name} ")));
+            if used && !allowed.contains(&name) {
+                offences.push(format!("{folder} -> {name}"));
+            }
+        }
+    }
+    complain(offences, "crate edges that the architecture forbids");
+}
+
+#[test]
+fn files_are_short() {
+    let long = rust_sources().into_iter().filter(|(path, _)| !is_test_file(path)).filter_map(|(path, text)| {
+        let lines = without_tests(&text).lines().count();
+        (lines > FILE_LINES).then(|| format!("{path}: {lines} lines"))
+    });
+    complain(long.collect(), "files of more than 600 lines without tests");
+}
+
+#[test]
+fn the_environment_is_read_in_one_file() {
+    let reads = rust_sources().into_iter().filter(|(path, text)| {
+        path != "server/src/config.rs" && !is_test_file(path) && without_tests(text).contains("env::var")
+    });
+    complain(reads.map(|(path, _)| path).collect(), "files that read the environment");
+}
+
+#[test]
+fn no_feature_switches() {
+    let mut offences = Vec::new();
+    for (path, text) in rust_sources() {
+        for (i, line) in text.lines().enumerate() {
+            if line.contains("cfg(feature") || line.contains("cfg!(feature") {
+                offences.push(format!("{path}:{}", i + 1));
+            }
+        }
+    }
+    complain(offences, "cfg(feature): what a machine has is found at run time");
+}
+
+#[test]
+fn every_unsafe_block_says_why_it_is_sound() {
+    let mut offences = Vec::new();
+    for (path, text) in rust_sources() {
+        let excused = text.contains("// SAFETY (all blocks of this impl)") || text.contains("// SAFETY (both impls)");
+        let lines: Vec<&str> = text.lines().collect();
+        for (i, line) in lines.iter().enumerate() {
+            let code = line.split("//").next().unwrap();
+            let block = code.contains("unsafe {") || code.contains("unsafe impl");
+            let reasoned = lines[i.saturating_sub(8)..=i].iter().any(|l| l.contains("SAFETY"));
+            if block && !reasoned && !excused {
+                offences.push(format!("{path}:{}", i + 1));
+            }
+        }
+    }
+    complain(offences, "unsafe without a SAFETY comment");
+}
+
+#[test]
+fn nothing_is_left_unfinished() {
+    let marks = [concat!("todo", "!("), concat!("unimple", "mented!("), concat!("FIX", "ME"), concat!("#[ign", "ore")];
+    let mut offences = Vec::new();
+    for (path, text) in rust_sources().into_iter().chain(files("tests/tests", ".rs")) {
+        for mark in marks {
+            if text.contains(mark) {
+                offences.push(format!("{path}: {mark}"));
+            }
+        }
+    }
+    complain(offences, "placeholders and switched-off tests");
+}
+
+#[test]
+fn paths_named_in_the_architecture_exist() {
+    let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let quoted = text.split('`').skip(1).step_by(2);
+    let missing = quoted.filter(|q| q.contains('/') && !q.contains([' ', '<', '{', '*', ':']) && !q.starts_with('/'));
+    let missing = missing.filter(|q| !root().join(q).exists()).map(ToString::to_string);
+    complain(missing.collect(), "paths in ARCHITECTURE.md that do not exist");
+}
+
+#[test]
+fn the_repository_stays_small_enough_to_travel() {
+    let listed = std::process::Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().unwrap();
+    let sizes = listed.stdout.split(|b| *b == 0).filter(|p| !p.is_empty()).filter_map(|path| {
+        std::fs::metadata(root().join(String::from_utf8_lossy(path).as_ref())).ok().map(|m| m.len())
+    });
+    let total: u64 = sizes.sum();
+    assert!(total < 30 << 20, "tracked files come to {total} bytes; 30 MiB is the limit");
+}
