@@ -20,6 +20,8 @@ use crate::kv::{KvDtype, KvShape};
 
 /// Keys of a block; divides a page.
 const BLOCK: usize = 128;
+/// Tokens whose values are fetched ahead of their use.
+const VALUES_AHEAD: usize = 32;
 /// Query rows (tokens times heads of a group) of a tile, a multiple of the register kernel's 12.
 const TILE_ROWS: usize = 48;
 
@@ -234,6 +236,8 @@ impl<'a, E: KvElement> Tile<'a, E> {
             c: self.scores.as_mut_ptr(),
             c_stride: BLOCK,
             accumulate: false,
+            // The next four groups, one tile of the register kernel.
+            ahead: 4 * LANES * dim,
         };
         // SAFETY: the block's slots lie inside the page; all buffers have `rows` rows.
         unsafe { product::<S, E>(&scores) };
@@ -253,6 +257,7 @@ impl<'a, E: KvElement> Tile<'a, E> {
             c: self.out.as_mut_ptr(),
             c_stride: dim,
             accumulate: true,
+            ahead: VALUES_AHEAD * dim,
         };
         // SAFETY: as above; `dim` is a multiple of 16.
         unsafe { product::<S, E>(&values) };

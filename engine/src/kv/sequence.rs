@@ -110,6 +110,9 @@ impl SequenceKv {
         config: &AttentionConfig,
         stats: &mut ColdStats,
     ) -> Result<AttentionState> {
+        if config.strategy == Strategy::Retrieval {
+            *stats += self.unindexed(queries, config);
+        }
         let Some(sinks) = &self.sinks else { return Ok(attend(cpu, &self.recent[layer], queries)) };
         let window = match config.strategy {
             Strategy::Window => Some(config.window),
@@ -124,6 +127,14 @@ impl SequenceKv {
             state.merge(&cold);
         }
         Ok(state)
+    }
+
+    /// Keys that have left the window and wait for their index: attended exactly, so all of them are read.
+    fn unindexed(&self, queries: &Queries<'_>, config: &AttentionConfig) -> ColdStats {
+        let first = self.recent[0].positions().start.max(config.sinks);
+        let waiting = |position: &usize| (position + 1).saturating_sub(config.window).saturating_sub(first);
+        let keys = (queries.positions.iter().map(waiting).sum::<usize>() * queries.heads) as u64;
+        ColdStats { cold_keys: keys, keys_scored: keys, keys_attended: keys }
     }
 
     /// Moves what has left the window to its place under the strategy. Called between steps.

@@ -129,6 +129,9 @@ pub struct RecordArgs {
     /// Write no records
     #[arg(long)]
     pub no_records: bool,
+    /// The commit that the program was built from, for the records [default: what git says of the current folder]
+    #[arg(long, value_name = "HASH", conflicts_with = "no_records")]
+    pub commit: Option<String>,
 }
 
 /// What of quality is measured.

@@ -16,6 +16,8 @@ const ROW_BLOCK: usize = 96;
 const GROUP_BLOCK: usize = 16;
 /// Inner steps (pairs) of a pass: a panel of 32 outputs stays in L1.
 const STEP_BLOCK: usize = 128;
+/// Inner steps that weights are fetched ahead of their use.
+const STEPS_AHEAD: usize = 32;
 
 /// A linear layer's weights.
 pub(crate) enum Linear {
@@ -191,6 +193,7 @@ unsafe fn block_product<S: Steps<E>, E: Element>(b: &Block<'_, E>) {
             c,
             c_stride,
             accumulate: first > 0 || (b.accumulate && !padded),
+            ahead: STEPS_AHEAD * E::STEP * LANES,
         };
         // SAFETY: all extents lie inside the slices above.
         unsafe { product::<S, E>(&p) }

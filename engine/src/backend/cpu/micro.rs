@@ -107,7 +107,13 @@ pub(crate) struct Product<E> {
     pub c_stride: usize,
     /// Add to `C` instead of overwriting it.
     pub accumulate: bool,
+    /// How far ahead of its use B is fetched into the cache when few rows share it, so that waiting for memory
+    /// and not arithmetic decides; 0: not at all.
+    pub ahead: usize,
 }
+
+/// Rows up to which a product waits for B rather than for its arithmetic.
+const FEW_ROWS: usize = 6;
 
 #[inline(always)]
 unsafe fn tile<S: Steps<E>, E: Element, const MR: usize, const NR: usize>(p: &Product<E>, row: usize, group: usize) {
@@ -128,6 +134,11 @@ unsafe fn tile<S: Steps<E>, E: Element, const MR: usize, const NR: usize>(p: &Pr
             let mut bs = [S::load_b(b.add(s * p.b_step)); NR];
             for (n, x) in bs.iter_mut().enumerate().skip(1) {
                 *x = S::load_b(b.add(s * p.b_step + n * p.b_group));
+            }
+            if MR <= FEW_ROWS && p.ahead > 0 {
+                for n in 0..NR {
+                    S::prefetch(b.wrapping_add(s * p.b_step + n * p.b_group + p.ahead).cast());
+                }
             }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let x = S::splat_a(a.add(r * p.a_stride + s * E::STEP));
@@ -272,6 +283,7 @@ mod tests {
                             c: c.as_mut_ptr(),
                             c_stride: lanes,
                             accumulate,
+                            ahead: lanes * E::STEP,
                         };
                         run(isa, &p);
                         for r in 0..rows {

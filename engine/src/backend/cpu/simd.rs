@@ -81,6 +81,18 @@ pub(crate) trait Simd: Copy + 'static {
     /// Thirty-two bf16 from memory, widened: those at even places, and those at odd places.
     unsafe fn load_pairs(p: *const bf16) -> (Self::V, Self::V);
 
+    /// Begins to fetch the cache line at `p`, which may be any address.
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch never faults, and every x86-64 machine has it.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = p;
+    }
+
     #[inline(always)]
     unsafe fn zero() -> Self::V {
         // SAFETY: the caller is compiled for this instruction set.
