@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
+use crate::kv::sequence::SequenceKv;
+use crate::model::transformer::{Piece, Transformer, Want};
 
 /// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`,
 /// little-endian, in the engine's KV format.
@@ -33,6 +35,27 @@ pub struct ChunkKv {
     pub tokens: usize,
     /// One per layer.
     pub layers: Vec<ChunkLayer>,
+}
+
+impl ChunkKv {
+    /// KV of `tokens` behind `prefix`, computed in isolation, `step` tokens at a time.
+    pub(crate) fn compute(model: &Transformer, prefix: &[u32], tokens: &[u32], step: usize) -> Result<ChunkKv> {
+        let shape = model.shape;
+        let mut kv = SequenceKv::new(shape);
+        let mut tap = Vec::new();
+        for part in [prefix, tokens].concat().chunks(step) {
+            let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, part, Want::Nothing) }];
+            model.forward(&mut pieces)?;
+        }
+        let skip = prefix.len() * shape.width();
+        let layers = tap.iter().map(|(keys, values)| {
+            let mut layer = ChunkLayer { keys: Vec::new(), values: Vec::new() };
+            shape.dtype.encode(&keys[skip..], &mut layer.keys);
+            shape.dtype.encode(&values[skip..], &mut layer.values);
+            layer
+        });
+        Ok(ChunkKv { tokens: tokens.len(), layers: layers.collect() })
+    }
 }
 
 impl ChunkSource for ChunkKv {

@@ -38,19 +38,7 @@ fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
 
 /// A chunk with its KV computed alone behind the bos.
 fn chunk(model: &Transformer, tokens: &[u32]) -> PromptChunk {
-    let mut kv = SequenceKv::new(model.shape);
-    let mut tap = Vec::new();
-    let all = [&[BOS], tokens].concat();
-    let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, &all, Want::Nothing) }];
-    model.forward(&mut pieces).unwrap();
-    let width = model.shape.width();
-    let encode = |x: &[f32]| {
-        let mut out = Vec::new();
-        model.shape.dtype.encode(&x[width..], &mut out);
-        out
-    };
-    let layers = tap.iter().map(|(k, v)| ChunkLayer { keys: encode(k), values: encode(v) }).collect();
-    let kv = ChunkKv { tokens: tokens.len(), layers };
+    let kv = ChunkKv::compute(model, &[BOS], tokens, 512).unwrap();
     PromptChunk { tokens: tokens.into(), prefix: [BOS].into(), source: Some(Arc::new(kv)) }
 }
 
@@ -78,6 +66,19 @@ fn prefill_does_not_depend_on_how_it_is_cut() {
             rest = &rest[n..];
         }
         assert_close(&whole, &last, 1e-3, name);
+    }
+}
+
+#[test]
+fn the_kv_of_a_chunk_does_not_depend_on_how_it_is_cut() {
+    let mut rng = ChaCha8Rng::seed_from_u64(10);
+    let model = model("llama3");
+    let text = tokens(&mut rng, 150);
+    let width = model.shape.width() * model.shape.dtype.size();
+    let whole = ChunkKv::compute(&model, &[BOS], &text, 512).unwrap();
+    assert_eq!((whole.layers.len(), whole.layers[0].keys.len()), (model.spec.layers, 150 * width));
+    for step in [1, 64, 150] {
+        assert_eq!(ChunkKv::compute(&model, &[BOS], &text, step).unwrap(), whole, "{step} tokens at a time");
     }
 }
 

@@ -9,11 +9,10 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::blend::blend;
-use crate::chunk::{ChunkKv, ChunkLayer, PromptChunk};
+use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig};
 use crate::error::{EngineError, Result};
-use crate::kv::sequence::SequenceKv;
-use crate::model::transformer::{Piece, Transformer, Want};
+use crate::model::transformer::{Piece, Transformer};
 use crate::request::{Event, PreparedContext, Request};
 use crate::sequence::{Phase, Sequence};
 use crate::tokenizer::Tokenizer;
@@ -89,7 +88,10 @@ impl Runner {
                     waiting.push_back(Waiting { request, events, submitted });
                 }
                 // Whoever asked may have gone away: then the reply is dropped.
-                Ok(Command::ChunkKv { prefix, tokens, reply }) => drop(reply.send(self.chunk_kv(&prefix, &tokens))),
+                Ok(Command::ChunkKv { prefix, tokens, reply }) => {
+                    let step = self.config.prefill_chunk.max(1);
+                    drop(reply.send(ChunkKv::compute(&self.model, &prefix, &tokens, step)));
+                }
                 Ok(Command::Prepare { prefix, chunks, blend, reply }) => {
                     drop(reply.send(self.prepare(&prefix, &chunks, &blend)));
                 }
@@ -177,26 +179,6 @@ impl Runner {
     fn report(&self, running: &[Sequence]) {
         self.load.running.store(running.len(), Ordering::Relaxed);
         self.load.kv_bytes.store(running.iter().map(|s| s.kv.bytes() as u64).sum(), Ordering::Relaxed);
-    }
-
-    /// KV of `tokens` behind `prefix`, computed in isolation.
-    fn chunk_kv(&self, prefix: &[u32], tokens: &[u32]) -> Result<ChunkKv> {
-        let (model, shape) = (&*self.model, self.model.shape);
-        let mut kv = SequenceKv::new(shape);
-        let mut tap = Vec::new();
-        let all = [prefix, tokens].concat();
-        for part in all.chunks(self.config.prefill_chunk.max(1)) {
-            let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, part, Want::Nothing) }];
-            model.forward(&mut pieces)?;
-        }
-        let skip = prefix.len() * shape.width();
-        let layers = tap.iter().map(|(keys, values)| {
-            let mut layer = ChunkLayer { keys: Vec::new(), values: Vec::new() };
-            shape.dtype.encode(&keys[skip..], &mut layer.keys);
-            shape.dtype.encode(&values[skip..], &mut layer.values);
-            layer
-        });
-        Ok(ChunkKv { tokens: tokens.len(), layers: layers.collect() })
     }
 
     fn prepare(&self, prefix: &[u32], chunks: &[PromptChunk], config: &BlendConfig) -> Result<PreparedContext> {

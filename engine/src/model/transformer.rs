@@ -72,7 +72,7 @@ pub(crate) struct Piece<'a> {
     pub(crate) attention: Option<&'a AttentionConfig>,
     pub(crate) want: Want,
     pub(crate) stats: ColdStats,
-    /// Receives each layer's keys (not rotated) and values.
+    /// Receives, appended, each layer's keys (not rotated) and values.
     pub(crate) tap: Option<&'a mut Vec<(Vec<f32>, Vec<f32>)>>,
 }
 
@@ -256,7 +256,11 @@ impl Transformer {
             let part = rows.part(range.clone());
             self.write_kv(piece.kv.recent_mut(layer), &part, keys, values);
             if let Some(tap) = &mut piece.tap {
-                tap.push((keys.to_vec(), values.to_vec()));
+                if tap.len() <= layer {
+                    tap.resize_with(layer + 1, Default::default);
+                }
+                tap[layer].0.extend_from_slice(keys);
+                tap[layer].1.extend_from_slice(values);
             }
             let picked: Vec<usize> = match kept {
                 Some(kept) => kept.iter().copied().filter(|r| range.contains(r)).collect(),
