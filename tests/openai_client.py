@@ -91,6 +91,7 @@ def decoding():
     for more in (
         {"blend": "full-recompute"},
         {"strategy": "retrieval", "window": 64, "k": 4096, "ef": 4096, "index": "flat"},
+        {"strategy": "retrieval", "window": 64, "k": 4096, "index": "hnsw", "wait_for_index": True},
         {"ratio": 1.0},
     ):
         body = {"quire": quire["quire"] | more}
@@ -100,6 +101,7 @@ def decoding():
         if more.get("blend"):
             assert stats["reused_tokens"] == 0 and done.usage.prompt_tokens_details.cached_tokens == 0, stats
         if more.get("strategy"):
+            # Short answers end before an index is ready: all cold keys are read then.
             assert stats["cold_keys"] > 0 and 0 < stats["scored_share"] <= 1, stats
 
 
@@ -131,6 +133,9 @@ def errors():
     refused(bad, 400, "temperature", temperature=3)
     refused(bad, 400, "quire.magic", extra_body={"quire": {"magic": 1}})
     refused(bad, 400, "messages", messages=[{"role": "user", "content": "word " * 40000}])
+    refused(bad, 400, "messages", messages=[{"role": "user", "content": " "}], extra_body=quire)
+    huge = {"collection": "default", "strategy": "retrieval", "window": 64, "k": 10**15}
+    refused(bad, 400, None, extra_body={"quire": huge})
     refused(openai.NotFoundError, 404, "model", model="another")
     refused(openai.NotFoundError, 404, "quire.collection", extra_body={"quire": {"collection": "absent"}})
     stranger = openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0)

@@ -39,6 +39,9 @@ pub struct ChunkKv {
 
 impl ChunkKv {
     /// KV of `tokens` behind `prefix`, computed in isolation, `step` tokens at a time.
+    ///
+    /// # Errors
+    /// [`EngineError::NotFinite`]: such numbers must not be stored.
     pub(crate) fn compute(model: &Transformer, prefix: &[u32], tokens: &[u32], step: usize) -> Result<ChunkKv> {
         let shape = model.shape;
         let mut kv = SequenceKv::new(shape);
@@ -46,6 +49,10 @@ impl ChunkKv {
         for part in [prefix, tokens].concat().chunks(step) {
             let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, part, Want::Nothing) }];
             model.forward(&mut pieces)?;
+        }
+        let finite = |(keys, values): &(Vec<f32>, Vec<f32>)| keys.iter().chain(values).all(|x| x.is_finite());
+        if let Some(layer) = tap.iter().position(|layer| !finite(layer)) {
+            return Err(EngineError::NotFinite { layer });
         }
         let skip = prefix.len() * shape.width();
         let layers = tap.iter().map(|(keys, values)| {

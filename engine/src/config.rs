@@ -143,9 +143,20 @@ impl Default for AttentionConfig {
 }
 
 impl AttentionConfig {
+    /// Most that sinks, window, `k` and `ef` may be: beyond any context, and small enough to add and multiply.
+    pub const LIMIT: usize = 1 << 24;
+
     /// # Errors
-    /// [`EngineError::InvalidRequest`] for a window or `k` of 0.
+    /// [`EngineError::InvalidRequest`] for a window or `k` of 0, and for numbers above [`LIMIT`](Self::LIMIT).
     pub fn validate(&self) -> Result<()> {
+        for (name, value) in [("sinks", self.sinks), ("window", self.window), ("k", self.k), ("ef", self.ef)] {
+            if value > Self::LIMIT {
+                return Err(EngineError::InvalidRequest(format!(
+                    "attention {name}: expected at most {}, found {value}",
+                    Self::LIMIT
+                )));
+            }
+        }
         if self.strategy != Strategy::Full && self.window == 0 {
             return Err(EngineError::InvalidRequest("attention window: expected at least 1, found 0".into()));
         }
@@ -222,5 +233,7 @@ mod tests {
         assert!(BlendConfig::default().validate(8).is_ok());
         let attention = AttentionConfig { strategy: Strategy::Retrieval, k: 0, ..Default::default() };
         assert!(attention.validate().is_err());
+        let attention = AttentionConfig { k: usize::MAX, ..Default::default() };
+        assert!(attention.validate().unwrap_err().to_string().contains("attention k"));
     }
 }

@@ -85,6 +85,7 @@ impl Engine {
             load: Arc::clone(&load),
             commands: receiver,
         };
+        let fingerprint = fingerprint(&weights, &model.spec);
         let thread = std::thread::Builder::new()
             .name("quire-engine".into())
             .spawn(move || runner.run())
@@ -95,7 +96,7 @@ impl Engine {
             chat,
             kv_budget,
             max_context,
-            fingerprint: weights.fingerprint(),
+            fingerprint,
             identity,
             load,
             commands,
@@ -153,7 +154,8 @@ impl Engine {
         self.inner.model.bytes_per_step()
     }
 
-    /// Hash of the weights: names, shapes, formats, bytes.
+    /// Hash of the weights (names, shapes, formats, bytes) and of everything else in the model's folder that its
+    /// attention state depends on.
     #[must_use]
     pub fn model_fingerprint(&self) -> [u8; 32] {
         self.inner.fingerprint
@@ -213,7 +215,7 @@ impl Engine {
         self.check_chunks(&request.prompt.chunks)?;
         // At least one token of the answer has to fit.
         self.check_length(context + request.prompt.len() + request.max_tokens.min(1))?;
-        let tokens = (context + request.prompt.len() + request.max_tokens).min(self.inner.max_context);
+        let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.inner.max_context);
         self.check_budget(tokens)
     }
 
@@ -275,6 +277,13 @@ impl Engine {
         ask(&self.inner.commands, |reply| Command::Prepare { prefix, chunks, blend, reply }).map(Arc::new)
     }
 
+    /// Whether the engine's thread runs, so that requests can be answered.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// What the engine is doing.
     #[must_use]
     pub fn load_report(&self) -> EngineLoad {
@@ -311,6 +320,13 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+fn fingerprint(weights: &Weights, spec: &ModelSpec) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&weights.fingerprint());
+    hasher.update(spec.arithmetic().as_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 /// Half of the machine's memory; 4 GiB where the system does not say.

@@ -158,6 +158,16 @@ pub enum EngineError {
         value: f32,
     },
 
+    /// The model computed keys or values that are no finite numbers: damaged weights, or an overflow.
+    #[error(
+        "layer {layer}: the model computed keys or values that are not finite; nothing was stored. \
+         The weights may be damaged: compare their checksum with the publisher's"
+    )]
+    NotFinite {
+        /// The first such layer.
+        layer: usize,
+    },
+
     /// Prompt and wanted answer exceed the model's context.
     #[error(
         "the request needs {tokens} tokens of context, the limit is {limit}. \

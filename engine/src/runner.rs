@@ -107,7 +107,7 @@ impl Runner {
     /// Bytes of KV that a request needs at most.
     fn kv_need(&self, request: &Request) -> u64 {
         let context = request.context.as_ref().map_or(0, |c| c.len());
-        let tokens = (context + request.prompt.len() + request.max_tokens).min(self.max_context);
+        let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.max_context);
         (tokens * self.model.shape.token_bytes()) as u64
     }
 

@@ -118,7 +118,7 @@ pub trait Flag {
 }
 
 macro_rules! plain_flags { ($($type:ty),*) => { $(impl Flag for $type { type Value = $type; })* } }
-plain_flags!(usize, u64, u16, f32, String, PathBuf);
+plain_flags!(bool, usize, u64, u16, f32, String, PathBuf);
 
 impl<T: Clone + Send + Sync + 'static> Flag for Named<T> {
     type Value = Named<T>;
@@ -183,6 +183,8 @@ settings! {
         ef: usize = 256, "256";
         /// Index over cold keys: flat or hnsw
         index: Named<IndexKind> = Named(IndexKind::Flat), "flat";
+        /// Wait for an index instead of attending its tokens exactly meanwhile: true or false
+        wait_for_index: bool = false, "false";
     }
     "Blending" {
         /// What becomes of cached chunks: cacheblend, reuse or full-recompute
@@ -211,6 +213,9 @@ settings! {
         log: String = "warn".into(), "warn";
     }
 }
+
+/// Most chunks that a question may retrieve.
+pub const MAX_TOP_CHUNKS: usize = 1024;
 
 /// Where a value came from.
 const FROM_DEFAULTS: &str = "default";
@@ -375,6 +380,11 @@ impl Settings {
                 return refuse(key, "expected at least 1, found 0".into());
             }
         }
+        for (key, value, limit) in [("top_chunks", self.top_chunks, MAX_TOP_CHUNKS), ("threads", self.threads, 1024)] {
+            if value > limit {
+                return refuse(key, format!("expected at most {limit}, found {value}"));
+            }
+        }
         if self.chunk_tokens < 16 {
             return refuse("chunk_tokens", format!("expected at least 16, found {}", self.chunk_tokens));
         }
@@ -406,7 +416,7 @@ impl Settings {
             k: self.k,
             ef: self.ef,
             index: self.index.0,
-            wait_for_index: false,
+            wait_for_index: self.wait_for_index,
         }
     }
 

@@ -59,6 +59,13 @@ pub enum QuireError {
         offset: usize,
     },
 
+    /// A document's name is not UTF-8, so that no answer could cite it.
+    #[error("document {}: expected a file name in UTF-8. Rename the file, then ingest it again", path.display())]
+    DocumentName {
+        /// The document.
+        path: PathBuf,
+    },
+
     /// A document has no text.
     #[error(
         "document {}: expected text, found {found} at offset 0. Remove it from the folder, or write something into it",
@@ -145,7 +152,7 @@ pub enum QuireError {
     },
 
     /// A file operation failed.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}. Check the path, and that this user may use it", path.display())]
     Io {
         /// What was attempted.
         action: &'static str,

@@ -96,6 +96,28 @@ fn corrupt_weights() {
 }
 
 #[test]
+fn weights_that_are_not_finite_leave_nothing_in_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = linked_model(dir.path());
+    replace(&folder, "model.safetensors", |mut bytes| {
+        // The last tensor's last number becomes a NaN, and every other one of its end as well.
+        let end = bytes.len();
+        bytes[end - 4096..].fill(0xff);
+        bytes
+    });
+    let data = dir.path().join("data");
+    let mut command = Command::new(binary());
+    clean(&mut command, &data);
+    command.arg("ingest").args(example().documents).arg("--data-dir").arg(&data).arg("--model").arg(&folder);
+    fail(&mut command, 1, &["not finite", "nothing was stored", "checksum"]);
+    let mut stats = Command::new(binary());
+    clean(&mut stats, &data);
+    let stats = stats.args(["cache", "stats", "--json", "--data-dir"]).arg(&data).arg("--model").arg(&folder);
+    let stats: Value = serde_json::from_str(&succeed(stats)).unwrap();
+    assert_eq!(stats["chunks"], 0);
+}
+
+#[test]
 fn unknown_architecture() {
     let change = |config: &mut Value| {
         config["architectures"] = json!(["GPTNeoXForCausalLM"]);
@@ -180,7 +202,16 @@ fn a_store_of_another_model() {
     let mut command = Command::new(binary());
     clean(&mut command, &data);
     command.args(["ask", &example().question, "--data-dir"]).arg(&data).arg("--model").arg(&other);
-    fail(&mut command, 1, &["another model", "expected", "found", "use another directory", "chunks"]);
+    let parts = ["another model", "expected", "found", "use another directory", "chunks"];
+    fail(&mut command, 1, &parts);
+    // The same weights under another configuration give other numbers: another model as well.
+    let third = tempfile::tempdir().unwrap();
+    let third = linked_model(third.path());
+    replace_json(&third, "config.json", |config| config["rms_norm_eps"] = json!(0.5));
+    let mut command = Command::new(binary());
+    clean(&mut command, &data);
+    command.args(["ask", &example().question, "--data-dir"]).arg(&data).arg("--model").arg(&third);
+    fail(&mut command, 1, &parts);
     assert_eq!(chunks(&data), before);
     assert!(before > 0);
     succeed(quire(&data).args(["cache", "verify"]));
@@ -299,5 +330,7 @@ fn wrong_usage_has_an_exit_code_of_its_own() {
     fail(quire(&data).args(["ask", "Who?", "--strategy", "magic"]), 2, &["magic", "retrieval"]);
     fail(quire(&data).args(["ask", "Who?", "--collection", "../x"]), 2, &["../x", "letters"]);
     fail(quire(&data).args(["ask", "Who?"]).env("QUIRE_RATIO", "2"), 2, &["ratio", "QUIRE_RATIO", "0 to 1"]);
+    fail(quire(&data).args(["ask", "Who?", "--k", "18446744073709551615"]), 2, &["attention k", "at most"]);
+    fail(quire(&data).args(["search", "x", "--top-chunks", "99999999999"]), 2, &["top_chunks", "at most 1024"]);
     fail(quire(&data).args(["search", "x"]), 1, &["collection `default` does not exist", "quire ingest"]);
 }

@@ -106,6 +106,24 @@ impl ModelSpec {
         ModelSpec::from_fields(&config, generation.as_ref())
     }
 
+    /// What of this spec changes the numbers that the same weights give, in a canonical text form. The rotary embedding
+    /// has a fingerprint of its own.
+    pub(crate) fn arithmetic(&self) -> String {
+        format!(
+            "layers {} heads {}/{} x {} eps {:08x} biases {} {} {} qk_norm {} window {:?}",
+            self.layers,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.norm_eps.to_bits(),
+            self.attention_bias,
+            self.output_bias,
+            self.mlp_bias,
+            self.qk_norm,
+            self.sliding_window
+        )
+    }
+
     fn from_fields(config: &Fields, generation: Option<&Fields>) -> Result<ModelSpec> {
         let family = family(config)?;
         refuse_unsupported(config, family)?;

@@ -97,7 +97,7 @@ pub enum CacheCommand {
     Stats,
     /// List all chunks
     Ls,
-    /// Read everything and compare it with its checksums; exit code 1 if anything is damaged
+    /// Read everything and compare it with its checksums; remove what is damaged; exit code 1 if anything was
     Verify,
     /// Remove chunks; they are computed again when they are needed
     Evict {

@@ -74,6 +74,8 @@ fn verify(store: &ChunkStore, out: &Out) -> Result<()> {
     let report = store.verify()?;
     for chunk in &report.damaged {
         out.note(&format!("damaged: {}: expected {}, found {}", chunk.key, chunk.expected, chunk.found));
+        // It would never be served; gone, it is computed and stored anew when it is ingested or needed.
+        store.remove(&chunk.key)?;
     }
     for place in &report.unreadable {
         out.note(&format!("unreadable: {place}"));
@@ -94,7 +96,7 @@ fn verify(store: &ChunkStore, out: &Out) -> Result<()> {
         return Ok(());
     }
     Err(QuireError::CheckFailed(format!(
-        "the chunk store has {}, {} and {}; damaged chunks are computed again when they are needed",
+        "the chunk store has {}, {} and {}; damaged chunks were removed and are computed again when they are needed",
         count(report.damaged.len(), "damaged chunk"),
         count(report.orphans.len(), "orphan"),
         count(report.unreadable.len(), "unreadable part")

@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use chunk_cache::StoreError;
 use engine::{Engine, ModelSpec, Tokenizer};
 use serde::Serialize;
 
@@ -11,7 +12,7 @@ use super::output::{Out, bytes, count};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::library::collection_names;
-use crate::store::store_dir;
+use crate::store::{KvStore, store_dir};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -44,8 +45,9 @@ impl Check {
 
 pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
     let mut checks = vec![cpu(), memory(), gpu()];
-    checks.extend(model(settings));
-    checks.extend(data(settings));
+    let (about_model, engine) = model(settings);
+    checks.extend(about_model);
+    checks.extend(data(settings, engine.as_ref()));
     for check in &checks {
         if out.json {
             out.value(check);
@@ -121,15 +123,15 @@ fn gpu() -> Check {
     Check::good("gpu", "none used: this build computes on the CPU only".into())
 }
 
-fn model(settings: &Settings) -> Vec<Check> {
+fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
     let dir = match settings.model_dir() {
         Ok(dir) => dir,
-        Err(error) => return vec![Check::bad("model", "none".into(), error.to_string())],
+        Err(error) => return (vec![Check::bad("model", "none".into(), error.to_string())], None),
     };
     let fix = "point --model at a complete folder as Hugging Face publishes it";
     let spec = match ModelSpec::from_dir(&dir) {
         Ok(spec) => spec,
-        Err(error) => return vec![Check::bad("model", error.to_string(), fix.into())],
+        Err(error) => return (vec![Check::bad("model", error.to_string(), fix.into())], None),
     };
     let shape = format!(
         "{} ({}, {} layers, {} wide, {} tokens of context)",
@@ -154,17 +156,27 @@ fn model(settings: &Settings) -> Vec<Check> {
                     count(engine.threads(), "thread")
                 ),
             ));
+            (checks, Some(engine))
         }
-        Err(error) => checks.push(Check::bad("weights", error.to_string(), fix.into())),
+        Err(error) => {
+            checks.push(Check::bad("weights", error.to_string(), fix.into()));
+            (checks, None)
+        }
     }
-    checks
 }
 
-fn data(settings: &Settings) -> Vec<Check> {
+fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
     let dir = &settings.data_dir;
     let mut checks = Vec::new();
     if dir.is_dir() {
-        checks.push(Check::good("data", dir.display().to_string()));
+        checks.push(match tempfile_in(dir) {
+            Ok(()) => Check::good("data", dir.display().to_string()),
+            Err(error) => Check::bad(
+                "data",
+                format!("{} cannot be written: {error}", dir.display()),
+                "make it writable for this user, or choose another with --data-dir".into(),
+            ),
+        });
     } else {
         let found = format!("{} (not there yet)", dir.display());
         checks.push(Check::note("data", found, "`quire ingest PATH` makes it"));
@@ -177,7 +189,7 @@ fn data(settings: &Settings) -> Vec<Check> {
     }
     let store = store_dir(dir);
     if store.is_dir() {
-        checks.push(Check::good("chunks", format!("{} (`quire cache verify` reads it all)", store.display())));
+        checks.extend(engine.map(|engine| chunks(settings, engine)));
     }
     match free_bytes(dir) {
         Some(free) if free < settings.cache_bytes => checks.push(Check::note(
@@ -189,6 +201,34 @@ fn data(settings: &Settings) -> Vec<Check> {
         None => checks.push(Check::note("disk", "unknown".into(), "the free space cannot be read here")),
     }
     checks
+}
+
+/// Writes a file and removes it again.
+fn tempfile_in(dir: &Path) -> std::io::Result<()> {
+    let path = dir.join(format!(".doctor-{}", std::process::id()));
+    std::fs::write(&path, b"x")?;
+    std::fs::remove_file(&path)
+}
+
+/// Opens the store as every command does.
+fn chunks(settings: &Settings, engine: &Engine) -> Check {
+    let dir = store_dir(&settings.data_dir);
+    let opened = KvStore::open(engine, &settings.data_dir, "doctor", settings.cache_bytes, &settings.tenant);
+    match opened.and_then(|store| Ok(store.chunks().stats()?)) {
+        Ok(stats) => Check::good(
+            "chunks",
+            format!(
+                "{}: {}, {} (`quire cache verify` reads it all)",
+                dir.display(),
+                count(stats.chunks as usize, "chunk"),
+                bytes(stats.payload_bytes)
+            ),
+        ),
+        Err(QuireError::Store(error @ StoreError::Locked { .. })) => {
+            Check::note("chunks", error.to_string(), "nothing to do if that is your server")
+        }
+        Err(error) => Check::bad("chunks", dir.display().to_string(), error.to_string()),
+    }
 }
 
 /// Free bytes where `path` lies or would lie.

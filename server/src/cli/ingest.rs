@@ -52,14 +52,14 @@ pub(super) fn ingest(service: &Service, collection: &str, paths: &[PathBuf], out
 fn print_json(event: &IngestEvent<'_>, out: &Out) {
     out.value(&match event {
         IngestEvent::Chunk { key, path, span, tokens, origin } => json!({
-            "event": "chunk", "key": key.to_string(), "document": path, "span": span, "tokens": tokens,
+            "event": "chunk", "key": key.to_string(), "document": path.to_string_lossy(), "span": span, "tokens": tokens,
             "computed": *origin == Origin::Computed,
         }),
         IngestEvent::Document { path, state, chunks, computed, .. } => json!({
-            "event": "document", "document": path, "state": state, "chunks": chunks, "computed": computed,
+            "event": "document", "document": path.to_string_lossy(), "state": state, "chunks": chunks, "computed": computed,
         }),
         IngestEvent::Failed { path, error } => {
-            json!({"event": "failed", "document": path, "error": error.to_string()})
+            json!({"event": "failed", "document": path.to_string_lossy(), "error": error.to_string()})
         }
     });
 }
@@ -96,8 +96,15 @@ pub(super) fn summary(report: &IngestReport) -> String {
         0 => format!("every one of {} was cached, 0 computed", count(chunks, "chunk")),
         computed => format!("{}: {computed} computed, {} cached", count(chunks, "chunk"), report.chunks_cached),
     };
+    let evicted = match report.chunks_evicted {
+        0 => String::new(),
+        evicted => format!(
+            "; {} made way in the cache and will be computed again: raise --cache-bytes",
+            count(evicted as usize, "chunk")
+        ),
+    };
     format!(
-        "{} in `{}` ({state}); {cached}; {} in {}",
+        "{} in `{}` ({state}); {cached}; {} in {}{evicted}",
         count(documents, "document"),
         report.collection,
         count(report.tokens, "token"),

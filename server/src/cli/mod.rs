@@ -39,7 +39,9 @@ pub fn run(cli: Cli) -> ExitCode {
 
 fn dispatch(cli: Cli, out: &Out) -> Result<()> {
     if let Command::Completions { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "quire", &mut std::io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "quire", &mut script);
+        Out::new(false).text(&String::from_utf8_lossy(&script));
         return Ok(());
     }
     let config = Config::load(&cli.settings, cli.config.as_deref())?;

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use engine::ChatMessage;
 use serde_json::{Map, Value};
 
-use crate::config::Settings;
+use crate::config::{MAX_TOP_CHUNKS, Settings};
 use crate::error::{QuireError, Result};
 use crate::service::Options;
 
@@ -106,13 +106,14 @@ impl ChatRequest {
             let blend = &mut self.options.blend;
             match key.as_str() {
                 "collection" => self.collection = Some(text(&name, value)?),
-                "top_chunks" => self.top_chunks = size(&name, value, 1)?.min(1024),
+                "top_chunks" => self.top_chunks = size(&name, value, 1)?.min(MAX_TOP_CHUNKS),
                 "strategy" => attention.strategy = named(&name, value)?,
                 "sinks" => attention.sinks = size(&name, value, 0)?,
                 "window" => attention.window = size(&name, value, 1)?,
                 "k" => attention.k = size(&name, value, 1)?,
                 "ef" => attention.ef = size(&name, value, 1)?,
                 "index" => attention.index = named(&name, value)?,
+                "wait_for_index" => attention.wait_for_index = boolean(&name, value)?,
                 "blend" => blend.mode = named(&name, value)?,
                 "ratio" => {
                     blend.ratio = number(&name, value)?;
@@ -131,12 +132,15 @@ impl ChatRequest {
     pub(super) fn query(&self) -> Result<String> {
         let asked = self.messages.iter().rev().find(|message| message.role == "user");
         let asked = asked.map(|message| message.content.clone());
+        if asked.as_ref().is_some_and(|text| text.trim().is_empty()) {
+            return Err(invalid("messages", "expected the last message of role `user` to have a text".into()));
+        }
         asked.ok_or_else(|| invalid("messages", "expected a message of role `user` to search with, found none".into()))
     }
 }
 
-const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, strategy, sinks, window, k, ef, index, blend, \
-                            ratio and check_layer";
+const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, strategy, sinks, window, k, ef, index, \
+                            wait_for_index, blend, ratio and check_layer";
 
 fn invalid(param: &str, problem: String) -> QuireError {
     QuireError::InvalidParameter { param: param.into(), problem }

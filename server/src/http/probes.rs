@@ -15,7 +15,9 @@ pub(super) async fn live() -> Json<Value> {
 }
 
 pub(super) async fn ready(State(app): State<App>) -> Response {
+    let dead = app.loaded().is_some_and(|service| !service.engine().is_alive());
     let (status, text) = match app.phase() {
+        Phase::Ready if dead => (StatusCode::SERVICE_UNAVAILABLE, "the engine has stopped"),
         Phase::Ready => return Json(json!({"status": "ready"})).into_response(),
         Phase::Loading => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
         Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining"),

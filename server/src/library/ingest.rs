@@ -41,6 +41,8 @@ pub fn discover(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             if found.len() == before {
                 return Err(QuireError::NoDocuments { path: path.clone() });
             }
+        } else if !absolute.is_file() {
+            return Err(QuireError::UnsupportedDocument { path: path.clone(), found: "no regular file".into() });
         } else if format_of(&absolute).is_some() {
             found.push(absolute);
         } else {
@@ -76,8 +78,13 @@ fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
 /// Reads one document.
 ///
 /// # Errors
-/// [`QuireError::Io`], [`QuireError::NotUtf8`] with the offset of the first bad byte, [`QuireError::EmptyDocument`].
+/// [`QuireError::Io`], [`QuireError::DocumentName`], [`QuireError::NotUtf8`] with the offset of the first bad byte,
+/// [`QuireError::EmptyDocument`].
 pub fn read_document(path: &Path) -> Result<Document> {
+    // A collection knows documents by their names as text.
+    if path.to_str().is_none() {
+        return Err(QuireError::DocumentName { path: path.into() });
+    }
     let bytes = std::fs::read(path).map_err(|source| QuireError::Io { action: "read", path: path.into(), source })?;
     let text = String::from_utf8(bytes)
         .map_err(|e| QuireError::NotUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })?;
@@ -93,6 +100,7 @@ pub fn read_document(path: &Path) -> Result<Document> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn folders_are_searched_to_every_depth_and_other_files_left_out() {
@@ -122,6 +130,11 @@ mod tests {
         assert!(error.contains("latin1.txt") && error.contains("offset 3"), "{error}");
         let error = read_document(&write("empty.md", b"")).unwrap_err().to_string();
         assert!(error.contains("empty.md") && error.contains("no bytes"), "{error}");
+        let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.txt"));
+        std::fs::write(&odd, "text").unwrap();
+        assert!(matches!(read_document(&odd), Err(QuireError::DocumentName { .. })));
+        let error = discover(&["/dev/null".into()]).unwrap_err().to_string();
+        assert!(error.contains("no regular file"), "{error}");
         let error = read_document(&write("blank.md", b" \n\t")).unwrap_err().to_string();
         assert!(error.contains("only white space"), "{error}");
     }

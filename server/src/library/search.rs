@@ -316,6 +316,9 @@ fn index_error(dir: &Path, source: TantivyError) -> QuireError {
         TantivyError::OpenWriteError(tantivy::directory::error::OpenWriteError::IoError { io_error, .. }) => {
             Some(io_error.kind())
         }
+        TantivyError::OpenReadError(tantivy::directory::error::OpenReadError::IoError { io_error, .. }) => {
+            Some(io_error.kind())
+        }
         TantivyError::OpenDirectoryError(tantivy::directory::error::OpenDirectoryError::IoError {
             io_error, ..
         }) => Some(io_error.kind()),

@@ -72,7 +72,7 @@ impl Service {
             notes.push("no passage of the collection shares a word with the question".to_string());
         }
         let rendered = self.engine.chat().render_with_context(self.engine.tokenizer(), &question.messages)?;
-        let fixed = rendered.prefix.len() + rendered.suffix.len() + options.max_tokens;
+        let fixed = (rendered.prefix.len() + rendered.suffix.len()).saturating_add(options.max_tokens);
         let limit = self.engine.max_context();
         let room = limit.checked_sub(fixed).ok_or(EngineError::ContextLimit { tokens: fixed, limit })?;
         let chosen = fit(self.candidates(found)?, room, &mut notes);

@@ -83,6 +83,8 @@ pub struct IngestReport {
     pub chunks_cached: usize,
     /// Chunks that were computed and stored.
     pub chunks_computed: usize,
+    /// Chunks that had to leave the store meanwhile, for its byte budget.
+    pub chunks_evicted: u64,
     /// Tokens of all chunks.
     pub tokens: usize,
     /// Duration.
@@ -122,6 +124,7 @@ impl Service {
         let collection_name = collection;
         let collection = self.library().collection_or_new(collection_name)?;
         let mut writer = collection.writer()?;
+        let evicted = self.store.chunks().stats()?.evicted;
         let mut report = IngestReport { collection: collection_name.into(), ..IngestReport::default() };
         for (index, path) in documents.iter().enumerate() {
             let progress = (index + 1, documents.len());
@@ -136,6 +139,7 @@ impl Service {
             self.ingest_one(&collection, &mut writer, &document, progress, &mut report, on_event)?;
         }
         writer.finish()?;
+        report.chunks_evicted = self.store.chunks().stats()?.evicted - evicted;
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }

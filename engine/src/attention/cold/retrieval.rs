@@ -79,7 +79,8 @@ fn attend_row(
     lse: &mut f32,
 ) -> Result<ColdStats> {
     let mut stats = ColdStats::default();
-    let mut hits: Vec<(usize, u32, f32)> = Vec::with_capacity(params.k * segments.len());
+    let mut hits: Vec<(usize, u32, f32)> =
+        Vec::with_capacity(segments.iter().map(|s| params.k.min(s.positions().len())).sum());
     for (i, segment) in segments.iter().enumerate() {
         let found = segment.head(layer, head).index.search(q, params, None)?;
         stats.cold_keys += segment.positions().len() as u64;
