@@ -59,8 +59,23 @@ def options() -> argparse.Namespace:
     o.add_argument("--engine", choices=("own", "transformers"), default="own")
     o.add_argument("--device", default="", help="cuda or cpu (default: cuda where there is one)")
     o.add_argument("--dump", type=Path, help="write the generated questions here, as JSON lines")
-    o.add_argument("--out", type=Path, help="where measured.json goes (default: into the model's folder)")
+    o.add_argument("--out", help="the file to write, or a folder for measured.json (default: the model's folder)")
     return o.parse_args()
+
+
+def target(o: argparse.Namespace) -> Path:
+    """The file that the results go to; ends the program where it cannot be written."""
+    given = o.out or str(o.model)
+    path = Path(given)
+    if path.is_dir() or given.endswith(os.sep):
+        path /= "measured.json"
+    if not path.parent.is_dir():
+        sys.exit(f"--out: expected an existing folder at {path.parent}, found none; create it or name another")
+    if path.exists() and not path.is_file():
+        sys.exit(f"--out: expected a file at {path}, found something else; name another")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        sys.exit(f"--out: expected leave to write {path}, found none; name another place")
+    return path
 
 
 class Generator:
@@ -197,31 +212,33 @@ def training(folder: Path) -> list[dict]:
 def main() -> int:
     """Model to measured.json."""
     o = options()
+    out = target(o)
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         torch.set_num_threads(1)
     tokenizer = load_tokenizer(o.model / "tokenizer.json")
     records = read(o.records) if o.records else generated(o, tokenizer)
     if o.dump:
-        with o.dump.open("w", encoding="utf-8") as out:
+        with o.dump.open("w", encoding="utf-8") as dump:
             for number, r in enumerate(records):
-                out.write(json.dumps({"id": f"{r.task}-{r.length}-{number}"} | vars(r), ensure_ascii=False) + "\n")
+                dump.write(json.dumps({"id": f"{r.task}-{r.length}-{number}"} | vars(r), ensure_ascii=False) + "\n")
     start = time.monotonic()
     run = own_answers if o.engine == "own" else transformers_answers
     found = run(o, device, [prompt(tokenizer, r) for r in records])
+    seconds = round(time.monotonic() - start, 1)
     rows = table(records, [tokenizer.decode(ids) for ids in found])
+    for row in rows:  # before anything else can fail
+        print(f"{row['task']:<16} {row['length']:>6}  n {row['n']:>4}  exact {row['exact']:5.1f}  part {row['part']:5.1f}")
+    print(f"{len(records)} questions in {seconds} s", flush=True)
     weights = (o.model / "model.safetensors").read_bytes()
     result = {
         "command": "python3 " + " ".join(["eval/train/evaluate.py", *sys.argv[1:]]), "engine": o.engine,
         "machine": machine(device), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
         "weights": {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()},
-        "seconds": round(time.monotonic() - start, 1), "results": rows, "training": training(o.model),
+        "seconds": seconds, "results": rows, "training": training(o.model),
     }
-    out = o.out or o.model / "measured.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
-        print(f"{row['task']:<16} {row['length']:>6}  n {row['n']:>4}  exact {row['exact']:5.1f}  part {row['part']:5.1f}")
-    print(f"{len(records)} questions in {result['seconds']} s; wrote {out}")
+    print(f"wrote {out}")
     return 0
 
 

@@ -10,10 +10,14 @@ use std::ops::Range;
 use half::bf16;
 
 use super::state::{AttentionState, merge_row};
-use crate::backend::cpu::Cpu;
+#[cfg(target_arch = "x86_64")]
+use crate::backend::cpu::amx;
+#[cfg(target_arch = "x86_64")]
+use crate::backend::cpu::micro::for_tiles;
 use crate::backend::cpu::micro::{Product, Steps, product};
 use crate::backend::cpu::pool::Shards;
 use crate::backend::cpu::simd::{LANES, MASKED, Simd, simd_dispatch};
+use crate::backend::cpu::{Cpu, Isa};
 use crate::kv::dense::DenseKv;
 use crate::kv::page::{KvElement, PAGE};
 use crate::kv::{KvDtype, KvShape};
@@ -24,6 +28,8 @@ const BLOCK: usize = 128;
 const VALUES_AHEAD: usize = 32;
 /// Query rows (tokens times heads of a group) of a tile, a multiple of the register kernel's 12.
 const TILE_ROWS: usize = 48;
+/// The same for matrix tiles, which want pairs of sixteen.
+const TILES_ROWS: usize = 96;
 
 /// Queries of some tokens, of all heads.
 #[derive(Clone, Copy)]
@@ -99,7 +105,8 @@ impl Plan {
     fn new(cpu: &Cpu, shape: &KvShape, queries: &Queries<'_>, keys: usize) -> Plan {
         let group = queries.heads / shape.kv_heads;
         let tokens = queries.positions.len();
-        let tile_tokens = (TILE_ROWS / group).max(1);
+        let tile_rows = if cpu.isa == Isa::Amx && shape.dtype == KvDtype::Bf16 { TILES_ROWS } else { TILE_ROWS };
+        let tile_tokens = (tile_rows / group).max(1);
         let tiles = shape.kv_heads * tokens.div_ceil(tile_tokens);
         let threads = cpu.pool.threads();
         // One tile a thread is enough when they are alike; a split costs a merge.
@@ -155,6 +162,9 @@ struct Tile<'a, E> {
     dim: usize,
     /// `[rows, dim]`, scaled to log2 units.
     q: Vec<f32>,
+    /// The same, split for matrix tiles.
+    #[cfg(target_arch = "x86_64")]
+    q_tiles: amx::Packed,
     element: PhantomData<E>,
     /// Visible positions of each row.
     visible: Vec<Range<usize>>,
@@ -191,6 +201,8 @@ impl<'a, E: KvElement> Tile<'a, E> {
             rows,
             dim,
             q,
+            #[cfg(target_arch = "x86_64")]
+            q_tiles: amx::Packed::default(),
             element: PhantomData,
             visible,
             scores: vec![0.0; rows * BLOCK],
@@ -202,6 +214,11 @@ impl<'a, E: KvElement> Tile<'a, E> {
 
     #[inline(always)]
     unsafe fn run<S: Steps<E>>(mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if S::TILES && E::DTYPE == KvDtype::Bf16 {
+            // SAFETY: `q` has `rows` rows of `dim`; tiles are there where `S` says so.
+            unsafe { self.q_tiles.fill(self.q.as_ptr(), self.rows, self.dim, self.dim) }
+        }
         let last = self.visible.iter().map(|v| v.end).max().unwrap_or(0);
         let first = self.visible.iter().map(|v| v.start).min().unwrap_or(0);
         let keys = self.job.keys.clone();
@@ -240,7 +257,7 @@ impl<'a, E: KvElement> Tile<'a, E> {
             ahead: 4 * LANES * dim,
         };
         // SAFETY: the block's slots lie inside the page; all buffers have `rows` rows.
-        unsafe { product::<S, E>(&scores) };
+        unsafe { self.q_product::<S>(&scores) };
         for row in 0..self.rows {
             // SAFETY: the caller is compiled for `S`.
             unsafe { self.soften::<S>(row, block, groups * LANES) }
@@ -261,6 +278,18 @@ impl<'a, E: KvElement> Tile<'a, E> {
         };
         // SAFETY: as above; `dim` is a multiple of 16.
         unsafe { product::<S, E>(&values) };
+    }
+
+    /// QK^T. For matrix tiles, the queries were split once for all blocks.
+    #[inline(always)]
+    unsafe fn q_product<S: Steps<E>>(&self, p: &Product<E>) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(p) = for_tiles::<S, E>(p) {
+            // SAFETY: the caller's extents; `run` has split the queries.
+            return unsafe { amx::product_packed(&self.q_tiles, p) };
+        }
+        // SAFETY: the caller's extents.
+        unsafe { product::<S, E>(p) }
     }
 
     /// Turns a row's scores into weights relative to its running maximum.

@@ -1,5 +1,4 @@
 use super::*;
-use crate::backend::cpu::Isa;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -110,11 +109,12 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
     let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 };
     let c = case(&mut rng, shape, 6, 0, 500, 40);
     let all = attend(&cpu, &c.kv, &queries(&c));
-    for token in [0, 13, 39] {
-        let rows = token * 6..(token + 1) * 6;
-        let alone =
-            Queries { q: &c.q[rows.start * 64..rows.end * 64], positions: &c.positions[token..=token], ..queries(&c) };
-        assert_eq!(attend(&cpu, &c.kv, &alone).out, all.out[rows.start * 64..rows.end * 64]);
+    // Three tokens at least: fewer rows use another kernel where there are matrix tiles.
+    for token in [0, 13, 37] {
+        let rows = token * 6..(token + 3) * 6;
+        let some = &c.q[rows.start * 64..rows.end * 64];
+        let alone = Queries { q: some, positions: &c.positions[token..token + 3], ..queries(&c) };
+        assert!(attend(&cpu, &c.kv, &alone).out == all.out[rows.start * 64..rows.end * 64], "token {token}");
     }
 }
 

@@ -4,14 +4,16 @@
 
 use half::bf16;
 
-use super::Cpu;
 use super::micro::{Element, Product, Steps, product};
 use super::pool::Shards;
 use super::simd::{LANES, Simd, simd_dispatch};
+use super::{Cpu, Isa};
 use crate::weights::{Dtype, Tensor};
 
 /// Rows of a task, a multiple of the register kernel's 12.
 const ROW_BLOCK: usize = 96;
+/// Rows of a task of matrix tiles: four tiles.
+const TILES_ROW_BLOCK: usize = 64;
 /// Groups of sixteen outputs of a task.
 const GROUP_BLOCK: usize = 16;
 /// Inner steps (pairs) of a pass: a panel of 32 outputs stays in L1.
@@ -109,13 +111,21 @@ impl<E: Element> Packed<E> {
         Packed<E>: BlockProduct<E>,
     {
         let (rows, groups) = (a.len() / self.inputs, self.outputs.div_ceil(LANES));
-        // Few rows: the weights are read once, so the groups are shared out evenly among the threads.
-        let group_block = if rows <= 16 { groups.div_ceil(2 * cpu.pool.threads()).max(1) } else { GROUP_BLOCK };
-        let (row_tasks, group_tasks) = (rows.div_ceil(ROW_BLOCK), groups.div_ceil(group_block));
+        let tiles = E::STEP == 2 && cpu.isa == Isa::Amx;
+        let row_block = if tiles { TILES_ROW_BLOCK } else { ROW_BLOCK };
+        let row_tasks = rows.div_ceil(row_block);
+        // Few rows: the weights are read once, so the groups are shared out evenly among the threads. Tiles want whole
+        // rows, so that a row is split into its two parts once.
+        let group_block = if rows <= 16 || tiles {
+            groups.div_ceil((2 * cpu.pool.threads()).div_ceil(row_tasks.max(1))).max(1)
+        } else {
+            GROUP_BLOCK
+        };
+        let group_tasks = groups.div_ceil(group_block);
         let out = Shards::new(y);
         cpu.pool.run(row_tasks * group_tasks, |t| {
-            let (row, group) = (t % row_tasks * ROW_BLOCK, t / row_tasks * group_block);
-            let rows = row..rows.min(row + ROW_BLOCK);
+            let (row, group) = (t % row_tasks * row_block, t / row_tasks * group_block);
+            let rows = row..rows.min(row + row_block);
             let groups = group..groups.min(group + group_block);
             Self::block(cpu, &Block { matrix: self, a, rows, groups, out, accumulate });
         });
@@ -180,11 +190,12 @@ unsafe fn block_product<S: Steps<E>, E: Element>(b: &Block<'_, E>) {
         // SAFETY: blocks of rows and groups are disjoint; only their elements are touched below.
         (unsafe { b.out.part_ptr(b.rows.start * outputs + b.groups.start * LANES) }, outputs)
     };
-    for first in (0..steps).step_by(STEP_BLOCK) {
+    let step_block = if S::TILES { steps } else { STEP_BLOCK };
+    for first in (0..steps).step_by(step_block) {
         let p = Product {
             rows,
             groups,
-            steps: STEP_BLOCK.min(steps - first),
+            steps: step_block.min(steps - first),
             a: b.a[b.rows.start * width + first * E::STEP..].as_ptr(),
             a_stride: width,
             b: b.matrix.elements[b.groups.start * LANES * width + first * E::STEP * LANES..].as_ptr(),
@@ -213,7 +224,6 @@ unsafe fn block_product<S: Steps<E>, E: Element>(b: &Block<'_, E>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Isa;
     use super::*;
 
     fn values(n: usize, seed: usize) -> Vec<f32> {

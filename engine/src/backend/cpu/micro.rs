@@ -3,7 +3,8 @@
 //! `C[rows, 16 * groups] (+)= A[rows, inner] * B`, where `B` is packed so that one vector load yields
 //! sixteen output lanes for one step of the inner dimension. A step is one element in f32 and a pair
 //! of elements in bf16; `A` and `C` are f32, and bf16 is widened in registers, once for all rows of a tile. Each output is summed over the inner dimension in order, whatever the
-//! number of rows: **a row's result does not depend on which rows share the call**.
+//! number of rows: **a row's result does not depend on which rows share the call** - with one exception: where the
+//! machine has matrix tiles, more than six rows go through them, which sum in another order.
 
 use half::bf16;
 
@@ -112,7 +113,7 @@ pub(crate) struct Product<E> {
     pub ahead: usize,
 }
 
-/// Rows up to which a product waits for B rather than for its arithmetic.
+/// Rows up to which a product waits for B rather than for its arithmetic: matrix tiles would be mostly empty.
 const FEW_ROWS: usize = 6;
 
 #[inline(always)]
@@ -177,6 +178,11 @@ unsafe fn columns<S: Steps<E>, E: Element, const MR: usize, const NR: usize>(p: 
 /// compiled for `S`.
 #[inline(always)]
 pub(crate) unsafe fn product<S: Steps<E>, E: Element>(p: &Product<E>) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(p) = for_tiles::<S, E>(p) {
+        // SAFETY: `TILES` is set only where tiles are available; the extents are the caller's.
+        return unsafe { super::amx::product(p) };
+    }
     // SAFETY: rows stay inside `p.rows`; the rest is the caller's contract.
     unsafe {
         if S::WIDE && p.rows >= 12 {
@@ -201,6 +207,13 @@ pub(crate) unsafe fn product<S: Steps<E>, E: Element>(p: &Product<E>) {
             rest::<S, E>(p, 0);
         }
     }
+}
+
+/// `p` as a product with bf16, where such products go through matrix tiles.
+#[inline(always)]
+pub(crate) fn for_tiles<S: Simd, E: Element>(p: &Product<E>) -> Option<&Product<bf16>> {
+    // SAFETY: only bf16 has steps of two, and the element type occurs in one pointer alone.
+    (S::TILES && E::STEP == 2 && p.rows > FEW_ROWS).then(|| unsafe { &*std::ptr::from_ref(p).cast() })
 }
 
 #[inline(always)]
@@ -295,11 +308,13 @@ mod tests {
                                 assert!((f64::from(c[r * lanes + n]) - want).abs() < 1e-4, "{isa:?} {rows}x{groups}");
                             }
                         }
-                        // The same row alone gives the same bits.
-                        for r in [0, rows - 1] {
-                            let mut one = vec![3.0f32; lanes];
-                            run(isa, &Product { rows: 1, a: a[r * inner..].as_ptr(), c: one.as_mut_ptr(), ..p });
-                            assert_eq!(one, c[r * lanes..(r + 1) * lanes], "{isa:?} row {r} of {rows}");
+                        // The same row with fewer beside it gives the same bits.
+                        let fewer = if isa == Isa::Amx && rows > FEW_ROWS { FEW_ROWS + 1 } else { 1 };
+                        for r in [0, rows - fewer] {
+                            let mut some = vec![3.0f32; fewer * lanes];
+                            let a = a[r * inner..].as_ptr();
+                            run(isa, &Product { rows: fewer, a, c: some.as_mut_ptr(), ..p });
+                            assert_eq!(some, c[r * lanes..(r + fewer) * lanes], "{isa:?} row {r} of {rows}");
                         }
                     }
                 }

@@ -1,6 +1,8 @@
 //! The CPU backend: a thread pool, vector instruction sets chosen at run time, and the
 //! operations of a forward pass written once over them.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod micro;

@@ -16,6 +16,8 @@ pub(crate) const LANES: usize = 16;
 /// The instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512, and matrix tiles for products with bf16 (AMX).
+    Amx,
     /// AVX-512 (F, BW, DQ, VL).
     Avx512,
     /// AVX2 with FMA.
@@ -39,6 +41,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
+            if avx512 && super::amx::available() {
+                sets.push(Isa::Amx);
+            }
             if avx512 {
                 sets.push(Isa::Avx512);
             }
@@ -57,6 +62,8 @@ pub(crate) trait Simd: Copy + 'static {
     type V: Copy;
     /// Whether there are enough registers for 12 x 2 accumulators.
     const WIDE: bool;
+    /// Whether products with bf16 go through matrix tiles.
+    const TILES: bool = false;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -302,18 +309,19 @@ impl Simd for Avx2 {
     }
 }
 
-/// AVX-512.
+/// AVX-512, with or without matrix tiles.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512;
+pub(crate) struct Avx512<const TILES: bool>;
 
 // SAFETY (all blocks of this impl): the methods are only called from functions compiled with
 // AVX-512, on machines that have it; pointers cover the lanes that the contract names.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Simd for Avx512 {
+impl<const TILES: bool> Simd for Avx512<TILES> {
     type V = __m512;
     const WIDE: bool = true;
+    const TILES: bool = TILES;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -403,7 +411,13 @@ macro_rules! simd_dispatch {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
         unsafe fn avx512(arg: $ty) {
             // SAFETY: this function is compiled for the instruction set.
-            unsafe { $kernel::<$crate::backend::cpu::simd::Avx512>(arg) }
+            unsafe { $kernel::<$crate::backend::cpu::simd::Avx512<false>>(arg) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        unsafe fn amx(arg: $ty) {
+            // SAFETY: this function is compiled for the instruction set.
+            unsafe { $kernel::<$crate::backend::cpu::simd::Avx512<true>>(arg) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma")]
@@ -414,6 +428,8 @@ macro_rules! simd_dispatch {
         // SAFETY: an `Isa` other than `Scalar` only exists where `Isa::available` found it.
         unsafe {
             match $isa {
+                #[cfg(target_arch = "x86_64")]
+                $crate::backend::cpu::simd::Isa::Amx => amx($arg),
                 #[cfg(target_arch = "x86_64")]
                 $crate::backend::cpu::simd::Isa::Avx512 => avx512($arg),
                 #[cfg(target_arch = "x86_64")]
