@@ -1,12 +1,14 @@
 //! The exact index: every search reads every key, in order, at the speed of memory.
 
 use std::fmt;
+use std::path::Path;
 
 use crate::bitmap::Bitmap;
 use crate::check::{check_query, check_rows};
+use crate::element::Element;
 use crate::error::IndexError;
-use crate::key_index::{KeyIndex, SearchParams, SearchResult};
-use crate::metric::Element;
+use crate::key_index::{KeyIndex, SearchResult};
+use crate::params::{IndexKind, SearchParams};
 use crate::rows::Rows;
 use crate::scan::{read_key, scan};
 
@@ -58,6 +60,15 @@ impl<T: Element> KeyIndex for FlatIndex<T> {
 
     fn memory_bytes(&self) -> usize {
         size_of::<Self>() + self.rows.memory_bytes()
+    }
+
+    fn kind(&self) -> IndexKind {
+        IndexKind::Flat
+    }
+
+    fn save(&self, path: &Path) -> Result<(), IndexError> {
+        let _ = path;
+        Err(IndexError::Unsupported { what: "file format", kind: self.kind(), instead: "build it again" })
     }
 }
 

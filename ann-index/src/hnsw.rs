@@ -18,13 +18,15 @@ use std::collections::HashMap;
 use std::collections::hash_map::{DefaultHasher, Entry};
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::bitmap::Bitmap;
 use crate::check::{check_query, check_rows};
+use crate::element::Element;
 use crate::error::IndexError;
-use crate::key_index::{IndexParams, KeyIndex, SearchParams, SearchResult, SearchStats};
-use crate::metric::Element;
+use crate::key_index::{KeyIndex, SearchResult, SearchStats};
+use crate::params::{IndexKind, IndexParams, SearchParams};
 use crate::rows::Rows;
 use crate::scan::{read_key, scan};
 use crate::top_k::TopK;
@@ -224,6 +226,19 @@ impl<T: Element> KeyIndex for HnswIndex<T> {
         let writer_bytes = self.len() * 28;
         let graph_bytes = self.graph().map_or(0, |graph| graph.memory_bytes());
         size_of::<Self>() + self.rows.memory_bytes() + twin_bytes + writer_bytes + graph_bytes
+    }
+
+    fn kind(&self) -> IndexKind {
+        IndexKind::Hnsw
+    }
+
+    fn link_bytes(&self) -> usize {
+        self.graph().map_or(0, |graph| graph.memory_bytes())
+    }
+
+    fn save(&self, path: &Path) -> Result<(), IndexError> {
+        let _ = path;
+        Err(IndexError::Unsupported { what: "file format", kind: self.kind(), instead: "build it again" })
     }
 }
 

@@ -12,7 +12,7 @@
 //! let index = build(2, &keys, &[], &IndexParams::default())?;
 //! index.append(&[8.0, -1.0])?;
 //!
-//! let two = SearchParams { k: 2, ef: 64 };
+//! let two = SearchParams { k: 2, ..SearchParams::default() };
 //! let found = index.search(&[1.0, 1.0], &two, None)?;
 //! let best: Vec<_> = found.hits.iter().map(|hit| (hit.id, hit.score)).collect();
 //! assert_eq!(best, [(3, 7.0), (2, 4.0)]);
@@ -37,18 +37,28 @@
 mod bitmap;
 mod build;
 mod check;
+mod element;
 mod error;
 mod flat;
 mod hnsw;
+mod isa;
 mod key_index;
 mod metric;
+mod neighbours;
+mod order;
+mod panels;
+mod params;
 mod rows;
 mod scan;
+mod storage;
 #[cfg(test)]
 mod suite;
 mod top_k;
 
 pub use bitmap::Bitmap;
-pub use build::build;
+pub use build::{build, build_with_neighbours};
 pub use error::IndexError;
-pub use key_index::{Hit, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchResult, SearchStats};
+pub use key_index::{Hit, KeyIndex, SearchResult, SearchStats, Zone, Zones};
+pub use neighbours::{Neighbours, exact_neighbours};
+pub use params::{ClustersParams, GraphParams, IndexKind, IndexParams, IvfParams, KeyPrecision, SearchParams};
+pub use storage::open;

@@ -10,8 +10,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use crate::element::Element;
 use crate::error::IndexError;
-use crate::metric::Element;
 
 /// Rows in the first block that appending adds.
 const GROWTH: usize = 256;
@@ -23,6 +23,8 @@ const MAX_ROWS: usize = u32::MAX as usize;
 /// See the module. `T` is the stored type of a number.
 pub(crate) struct Rows<T> {
     dim: usize,
+    /// Places of a row.
+    stride: usize,
     first: usize,
     blocks: [OnceLock<Block<T>>; BLOCKS],
     len: AtomicUsize,
@@ -34,6 +36,7 @@ impl<T: Element> Rows<T> {
     pub(crate) fn new(dim: usize, expected: usize) -> Self {
         Self {
             dim,
+            stride: T::stride(dim),
             first: expected,
             blocks: [const { OnceLock::new() }; BLOCKS],
             len: AtomicUsize::new(0),
@@ -53,7 +56,7 @@ impl<T: Element> Rows<T> {
 
     /// Bytes of one row.
     pub(crate) fn row_bytes(&self) -> usize {
-        self.dim * size_of::<T>()
+        self.stride * size_of::<T>()
     }
 
     /// Bytes of all blocks.
@@ -94,17 +97,21 @@ impl<T: Element> Rows<T> {
         if end > MAX_ROWS {
             return Err(IndexError::Full { found: end, limit: MAX_ROWS });
         }
+        if let Some(at) = values.iter().position(|x| x.abs() > T::LARGEST) {
+            let (row, column) = (at / self.dim, at % self.dim);
+            return Err(IndexError::TooLarge { row, column, value: values[at], limit: T::LARGEST });
+        }
+        let mut encoded = vec![T::default(); self.stride];
         for (id, value) in (start..).zip(values.chunks_exact(self.dim)) {
+            T::encode(value, &mut encoded);
             let (block, offset) = self.locate(id);
             let rows = self.block_rows(block);
-            let memory = self.blocks[block].get_or_init(|| Block::new(rows * self.dim));
-            for (i, &x) in value.iter().enumerate() {
-                // SAFETY: `offset < rows`, so the place lies inside the block; only the holder of
-                // the writer lock writes, and no reader looks at rows from `len` on.
-                unsafe {
-                    let place = memory.start.add(offset * self.dim + i);
-                    place.write(T::from_f32(x));
-                }
+            let memory = self.blocks[block].get_or_init(|| Block::new(rows * self.stride));
+            // SAFETY: `offset < rows`, so the row lies inside the block; only the holder of the
+            // writer lock writes, and no reader looks at rows from `len` on.
+            unsafe {
+                let place = memory.start.add(offset * self.stride);
+                place.copy_from_nonoverlapping(NonNull::from(&encoded[..]).cast(), self.stride);
             }
         }
         self.len.store(end, Ordering::Release);
@@ -139,8 +146,8 @@ impl<T: Element> Rows<T> {
         // SAFETY: `locate` keeps `offset + count` within the block; all rows below `len` were
         // written before `len` was published with release order, and are never written again.
         unsafe {
-            let start = memory.start.add(offset * self.dim);
-            std::slice::from_raw_parts(start.as_ptr(), count * self.dim)
+            let start = memory.start.add(offset * self.stride);
+            std::slice::from_raw_parts(start.as_ptr(), count * self.stride)
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use crate::bitmap::Bitmap;
 use crate::check::check_len;
+use crate::element::Element;
 use crate::error::IndexError;
 use crate::key_index::{SearchResult, SearchStats};
-use crate::metric::{Element, dot_rows};
+use crate::metric::dot_rows;
 use crate::rows::Rows;
 use crate::top_k::TopK;
 
@@ -20,12 +21,13 @@ pub(crate) fn scan<T: Element>(
     exclude: Option<&Bitmap>,
 ) -> SearchResult {
     let mut top = TopK::new(k.min(len));
+    let stride = T::stride(rows.dim());
     let mut keys_touched = 0;
     let mut scores = [0.0; TILE];
     for (run_start, run) in rows.runs(len) {
-        for (tile, keys) in run.chunks(TILE * rows.dim()).enumerate() {
+        for (tile, keys) in run.chunks(TILE * stride).enumerate() {
             let start = run_start + tile * TILE;
-            let scores = &mut scores[..keys.len() / rows.dim()];
+            let scores = &mut scores[..keys.len() / stride];
             let all = u64::MAX >> (TILE - scores.len());
             let hidden = exclude.map_or(0, |set| set.bits_from(start)) & all;
             if hidden == all {
@@ -57,8 +59,6 @@ pub(crate) fn read_key<T: Element>(rows: &Rows<T>, id: u32, out: &mut [f32]) -> 
     if id as usize >= len {
         return Err(IndexError::UnknownId { id, len });
     }
-    for (to, from) in out.iter_mut().zip(rows.row(id as usize)) {
-        *to = from.to_f32();
-    }
+    T::decode(rows.row(id as usize), out);
     Ok(())
 }

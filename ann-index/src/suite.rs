@@ -120,7 +120,7 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
 }
 
 fn search(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize) -> Vec<Hit> {
-    index.search(query, &SearchParams { k, ef }, None).unwrap().hits
+    index.search(query, &SearchParams { k, ef, ..SearchParams::default() }, None).unwrap().hits
 }
 
 /// All inner products with the stored keys in f64, best first, hidden keys left out.
@@ -139,7 +139,7 @@ fn truth(index: &dyn KeyIndex, query: &[f32], hidden: &Bitmap) -> Vec<(f64, u32)
 /// Checks what must hold of any answer; returns the share of the true top k that was found.
 fn check(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize, hidden: &Bitmap) -> f64 {
     let exclude = (!hidden.is_empty()).then_some(hidden);
-    let found = index.search(query, &SearchParams { k, ef }, exclude).unwrap();
+    let found = index.search(query, &SearchParams { k, ef, ..SearchParams::default() }, exclude).unwrap();
     let truth = truth(index, query, hidden);
     let hits = &found.hits;
     assert_eq!(hits.len(), k.min(truth.len()), "as many hits as there can be");
@@ -204,7 +204,7 @@ fn a_graph_reads_fewer_keys_than_a_scan() {
     each(|subject| {
         let mut data = HeadLike::new(32, 2);
         let index = subject.build(32, &data.keys(4000));
-        let params = SearchParams { k: 10, ef: 64 };
+        let params = SearchParams { k: 10, ef: 64, ..SearchParams::default() };
         let stats = index.search(&data.query(), &params, None).unwrap().stats;
         match subject.kind {
             IndexKind::Flat => assert_eq!((stats.keys_touched, stats.nodes_visited), (4000, 0)),
@@ -325,7 +325,7 @@ fn one_key() {
             assert_eq!(hits, [Hit { id: 0, score: 1.0 }]);
         }
         let hidden: Bitmap = [0].into_iter().collect();
-        let params = SearchParams { k: 4, ef: 4 };
+        let params = SearchParams { k: 4, ef: 4, ..SearchParams::default() };
         let found = index.search(&[1.0; 3], &params, Some(&hidden)).unwrap();
         assert_eq!(found.hits, []);
     });
@@ -347,7 +347,7 @@ fn dimension_one() {
 fn no_hits_asked_for() {
     each(|subject| {
         let index = subject.build(2, &[1.0; 40]);
-        let params = SearchParams { k: 0, ef: 0 };
+        let params = SearchParams { k: 0, ef: 0, ..SearchParams::default() };
         let found = index.search(&[1.0, 2.0], &params, None).unwrap();
         assert_eq!(found, Default::default());
     });
@@ -375,7 +375,7 @@ fn equal_keys_are_all_found_and_do_not_hide_others() {
         let ids: Vec<u32> = search(&*long, &mean, 2, 10).iter().map(|h| h.id).collect();
         assert_eq!(ids, [1600, 1601]);
         let hidden: Bitmap = [1600].into_iter().collect();
-        let params = SearchParams { k: 1, ef: 10 };
+        let params = SearchParams { k: 1, ef: 10, ..SearchParams::default() };
         let found = long.search(&mean, &params, Some(&hidden)).unwrap();
         assert_eq!(found.hits[0].id, 1601, "a twin of a hidden key is found");
     });
@@ -410,7 +410,7 @@ fn what_cannot_be_ordered_is_refused_whole() {
             let error = index.append(&[5.0, 6.0, 7.0, bad]).unwrap_err();
             let place = matches!(error, IndexError::NotFinite { row: 1, column: 1, .. });
             assert!(place, "{error}");
-            let params = SearchParams { k: 1, ef: 1 };
+            let params = SearchParams { k: 1, ef: 1, ..SearchParams::default() };
             assert!(index.search(&[bad, 0.0], &params, None).is_err());
         }
         let error = index.append(&[0.0, 0.0, 3e38, 0.0]).unwrap_err();
@@ -431,7 +431,7 @@ fn wrong_lengths_are_refused() {
         let index = subject.build(3, &[1.0; 6]);
         let error = index.append(&[1.0; 4]).unwrap_err();
         assert!(matches!(error, IndexError::NotRows { dim: 3, found: 4, .. }));
-        let params = SearchParams { k: 1, ef: 1 };
+        let params = SearchParams { k: 1, ef: 1, ..SearchParams::default() };
         for len in [0, 2, 4, 6] {
             let error = index.search(&vec![1.0; len], &params, None).unwrap_err();
             assert!(matches!(error, IndexError::DimensionMismatch { .. }));
