@@ -6,6 +6,7 @@ use crate::check::check_rows;
 use crate::element::Element;
 use crate::error::IndexError;
 use crate::flat::FlatIndex;
+use crate::graph::GraphIndex;
 use crate::hnsw::HnswIndex;
 use crate::key_index::KeyIndex;
 use crate::neighbours::Neighbours;
@@ -58,17 +59,24 @@ fn build_any(
         neighbours.check(keys.len() / dim, sample_queries.len() / dim)?;
     }
     match params.precision {
-        KeyPrecision::F32 => build_as::<f32>(dim, keys, params),
-        KeyPrecision::Bf16 => build_as::<bf16>(dim, keys, params),
-        KeyPrecision::F16 => build_as::<f16>(dim, keys, params),
-        KeyPrecision::Int8 => build_as::<i8>(dim, keys, params),
+        KeyPrecision::F32 => build_as::<f32>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::Bf16 => build_as::<bf16>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::F16 => build_as::<f16>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::Int8 => build_as::<i8>(dim, keys, sample_queries, neighbours, params),
     }
 }
 
-fn build_as<T: Element>(dim: usize, keys: &[f32], params: &IndexParams) -> Result<Box<dyn KeyIndex>, IndexError> {
+fn build_as<T: Element>(
+    dim: usize,
+    keys: &[f32],
+    samples: &[f32],
+    neighbours: Option<&Neighbours>,
+    params: &IndexParams,
+) -> Result<Box<dyn KeyIndex>, IndexError> {
     Ok(match params.kind {
         IndexKind::Flat => Box::new(FlatIndex::<T>::build(dim, keys)?),
         IndexKind::Hnsw => Box::new(HnswIndex::<T>::build(dim, keys, params)?),
+        IndexKind::Graph => Box::new(GraphIndex::<T>::build(dim, keys, samples, neighbours, &params.graph)?),
         kind => {
             return Err(IndexError::Unsupported { what: "implementation", kind, instead: "take another kind" });
         }

@@ -2,11 +2,12 @@
 
 use half::{bf16, f16};
 
+use crate::blocks::Plain;
 use crate::params::KeyPrecision;
 
 /// A number as it is stored. A stored row is its numbers and, where [`TAIL`](Element::TAIL) is not
 /// 0, as many more places that hold the row's scale.
-pub(crate) trait Element: Copy + Default + PartialEq + Send + Sync + 'static {
+pub(crate) trait Element: Plain + Copy + Default + PartialEq {
     const PRECISION: KeyPrecision;
     /// Places of a row behind its numbers.
     const TAIL: usize = 0;

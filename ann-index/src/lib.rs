@@ -35,11 +35,14 @@
 //! `build` and a line in the behavioural suite that all indexes pass.
 
 mod bitmap;
+mod blocks;
 mod build;
 mod check;
+mod codes;
 mod element;
 mod error;
 mod flat;
+mod graph;
 mod hnsw;
 mod isa;
 mod key_index;
@@ -47,6 +50,7 @@ mod metric;
 mod neighbours;
 mod order;
 mod panels;
+mod parallel;
 mod params;
 mod rows;
 mod scan;
@@ -54,6 +58,7 @@ mod storage;
 #[cfg(test)]
 mod suite;
 mod top_k;
+mod twins;
 
 pub use bitmap::Bitmap;
 pub use build::{build, build_with_neighbours};
