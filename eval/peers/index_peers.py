@@ -5,12 +5,13 @@ files of raw little-endian f32, found ids as files of raw little-endian i32 (-1:
 
     {"cmd": "data", "keys": PATH, "dim": 128, "threads": 2}    the keys of all that follows; drops what was built
     {"cmd": "build", "peer": "hnswlib"}                         -> seconds, bytes, settings, knob
-    {"cmd": "search", "peer": "hnswlib", "knob": 256, "queries": PATH, "k": 100, "ids": PATH}
+    {"cmd": "search", "peer": "hnswlib", "knob": 256, "queries": PATH, "k": 100, "ids": PATH, "batched": true}
                                                                 -> latency_us, batched_us, touched
     {"cmd": "quit"}
 
 Building uses `threads` threads, searching one. `latency_us` is the median over queries of a call with one query, the
-cost of the call from Python included; `batched_us` is the time of one call with all queries, over their number;
+cost of the call from Python included; `batched_us` is the time of one call with all queries, over their number, null
+unless asked for;
 `touched` is the mean number of keys that were compared with a query, null where the library does not tell. `bytes` is
 what the resident memory grew by, the keys that the library copies included.
 
@@ -46,6 +47,9 @@ except ImportError as error:
 LINKS, CANDIDATES = 32, 200
 
 
+# A peer's `compared` is how many keys it has compared with queries since it was built; only differences count.
+
+
 class Hnswlib:
     knob = "ef"
 
@@ -61,7 +65,7 @@ class Hnswlib:
     def search(self, queries, k):
         return self.index.knn_query(queries, k, num_threads=1)[0]
 
-    def touched(self, queries, k):
+    def compared(self):
         return None
 
 
@@ -80,10 +84,8 @@ class FaissHnsw:
     def search(self, queries, k):
         return self.index.search(queries, k)[1]
 
-    def touched(self, queries, k):
-        faiss.cvar.hnsw_stats.reset()
-        self.search(queries, k)
-        return faiss.cvar.hnsw_stats.ndis / len(queries)
+    def compared(self):
+        return faiss.cvar.hnsw_stats.ndis
 
 
 class FaissIvf:
@@ -104,10 +106,8 @@ class FaissIvf:
     def search(self, queries, k):
         return self.index.search(queries, k)[1]
 
-    def touched(self, queries, k):
-        faiss.cvar.indexIVF_stats.reset()
-        self.search(queries, k)
-        return faiss.cvar.indexIVF_stats.ndis / len(queries)
+    def compared(self):
+        return faiss.cvar.indexIVF_stats.ndis
 
 
 class Usearch:
@@ -119,16 +119,18 @@ class Usearch:
         )
         self.index.add(np.arange(len(keys)), keys, threads=threads)
         self.settings = f"connectivity={LINKS} expansion_add={CANDIDATES} f32 {self.index.hardware_acceleration}"
+        self.distances = 0
 
     def set(self, knob):
         self.index.expansion_search = knob
 
     def search(self, queries, k):
         found = self.index.search(queries, k, threads=1)
+        self.distances += found.computed_distances
         return np.atleast_2d(np.asarray(found.keys))
 
-    def touched(self, queries, k):
-        return self.index.search(queries, k, threads=1).computed_distances / len(queries)
+    def compared(self):
+        return self.distances
 
 
 PEERS = {"hnswlib": Hnswlib, "faiss-hnsw": FaissHnsw, "faiss-ivf": FaissIvf, "usearch": Usearch}
@@ -167,22 +169,21 @@ def search(state, command):
     queries = rows(command["queries"], state["dim"])
     peer.set(command["knob"])
     found, times = np.full((len(queries), k), -1, dtype="<i4"), []
+    before = peer.compared()
     for number in range(len(queries)):
         query = queries[number : number + 1]
         start = time.perf_counter()
         ids = peer.search(query, k)
         times.append(time.perf_counter() - start)
         found[number] = whole(ids, 1, k)[0]
-    start = time.perf_counter()
-    peer.search(queries, k)
-    batched = (time.perf_counter() - start) / len(queries)
+    touched = None if before is None else (peer.compared() - before) / len(queries)
+    batched_us = None
+    if command.get("batched"):
+        start = time.perf_counter()
+        peer.search(queries, k)
+        batched_us = (time.perf_counter() - start) / len(queries) * 1e6
     found.tofile(command["ids"])
-    touched = peer.touched(queries, k)
-    reply(
-        latency_us=float(np.median(times)) * 1e6,
-        batched_us=batched * 1e6,
-        touched=None if touched is None else float(touched),
-    )
+    reply(latency_us=float(np.median(times)) * 1e6, batched_us=batched_us, touched=touched)
 
 
 def main():

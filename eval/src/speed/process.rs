@@ -29,7 +29,9 @@ impl Process {
     pub(super) fn start(python: &Path, needs: &'static str, script: &str, arguments: &[String]) -> Result<Process> {
         let failed = |reason: String| EvalError::Peer { python: python.to_owned(), needs, reason };
         let mut command = Command::new(python);
-        TUNING.iter().for_each(|name| drop(command.env_remove(name)));
+        for name in TUNING {
+            command.env_remove(name);
+        }
         let mut child = command
             .args(["-c", script])
             .args(arguments)

@@ -33,8 +33,8 @@ pub(super) struct Pass {
     pub(super) bytes: Option<f64>,
     /// Microseconds of a search for one query.
     pub(super) latency_us: f64,
-    /// Microseconds a query when several are handed over at once.
-    pub(super) batched_us: f64,
+    /// Microseconds a query when several are handed over at once; only where it was asked for.
+    pub(super) batched_us: Option<f64>,
 }
 
 /// What building gave.
@@ -61,7 +61,8 @@ pub(super) trait Side {
 
     fn built(&self) -> &Built;
 
-    fn search(&mut self, knob: usize, queries: &Queries<'_>) -> Result<Pass>;
+    /// `batched`: also with several queries at once.
+    fn search(&mut self, knob: usize, queries: &Queries<'_>, batched: bool) -> Result<Pass>;
 }
 
 /// One of ours.
@@ -98,7 +99,7 @@ impl Side for Ours {
         match self.index.kind() {
             IndexKind::Flat => vec![0],
             IndexKind::Graph => candidates(100, 4096, 1.1),
-            IndexKind::Hnsw => candidates(100, 16_384, 1.6),
+            IndexKind::Hnsw => candidates(128, 16_384, 2.0),
             // From half a percent of about one cluster in 16 keys to all of them.
             IndexKind::Clusters => candidates((self.index.len() / 3200).max(1), self.index.len().div_ceil(16), 1.7),
             IndexKind::Ivf => candidates(4, self.index.len(), 1.5),
@@ -113,7 +114,7 @@ impl Side for Ours {
         &self.built
     }
 
-    fn search(&mut self, knob: usize, queries: &Queries<'_>) -> Result<Pass> {
+    fn search(&mut self, knob: usize, queries: &Queries<'_>, batched: bool) -> Result<Pass> {
         let (judge, dim) = (&queries.judge, queries.judge.dim);
         let k = judge.k();
         let params = self.params(k, knob);
@@ -128,11 +129,14 @@ impl Side for Ours {
             bytes += result.stats.bytes;
         }
         let count = times.len().max(1) as f64;
-        let start = Instant::now();
-        for group in judge.queries.chunks(GROUP * dim) {
-            self.index.search_group(group, &params, None)?;
+        let mut batched_us = None;
+        if batched {
+            let start = Instant::now();
+            for group in judge.queries.chunks(GROUP * dim) {
+                self.index.search_group(group, &params, None)?;
+            }
+            batched_us = Some(start.elapsed().as_secs_f64() * 1e6 / count);
         }
-        let batched_us = start.elapsed().as_secs_f64() * 1e6 / count;
         Ok(Pass {
             recall: judge.recall(&found)?,
             touched: Some(touched as f64 / count),
@@ -210,13 +214,7 @@ impl Side for PeerSide {
     fn grid(&self) -> Vec<usize> {
         match self.name {
             "faiss-ivf" => candidates(8, (self.keys / 64).clamp(1, 1024), 1.25),
-            _ => {
-                let mut grid = candidates(128, self.keys.clamp(128, 16_384), 1.6);
-                grid.push(1024);
-                grid.sort_unstable();
-                grid.dedup();
-                grid
-            }
+            _ => candidates(128, self.keys.clamp(128, 16_384), 2.0),
         }
     }
 
@@ -228,16 +226,17 @@ impl Side for PeerSide {
         &self.built
     }
 
-    fn search(&mut self, knob: usize, queries: &Queries<'_>) -> Result<Pass> {
+    fn search(&mut self, knob: usize, queries: &Queries<'_>, batched: bool) -> Result<Pass> {
         #[derive(Deserialize)]
         struct Reply {
             latency_us: f64,
-            batched_us: f64,
+            batched_us: Option<f64>,
             touched: Option<f64>,
         }
         let k = queries.judge.k();
         let command = json!({
             "cmd": "search", "peer": self.name, "knob": knob, "k": k, "ids": self.ids, "queries": queries.file,
+            "batched": batched,
         });
         let reply: Reply = self.process.borrow_mut().ask(&command)?;
         Ok(Pass {

@@ -12,7 +12,7 @@ use super::IndexBenchOptions;
 use super::data::{Dataset, Judge, write_f32};
 use super::records::{Growth, Measured, Timed};
 use super::side::{Built, NEEDS, Ours, PEERS, PeerSide, Queries, SCRIPT, Side};
-use super::sweep::{operating_point, sweep, within_budget};
+use super::sweep::{Point, operating_point, sweep, within_budget};
 use crate::error::Result;
 use crate::progress::Meter;
 use crate::speed::membw::FloorRate;
@@ -56,15 +56,16 @@ pub(super) fn measure(
         meter.say(format!("{}: sweeping {}", data.name, side.name()));
         let peer = side.is_peer();
         let curve = sweep(*side, if peer { &few_tuning } else { &tuning })?;
+        meter.say(format!("{}: {}: {}", data.name, side.name(), shown(&curve)));
         let Some((knob, reaches)) = operating_point(&curve, peer) else { continue };
-        let at = side.search(knob, &test)?;
+        let at = side.search(knob, &test, false)?;
         let mut budgets = Vec::new();
         for share in BUDGETS {
-            if let Some(knob) = within_budget(&curve, data.len(), share).filter(|_| side.knob().is_some()) {
-                budgets.push((share, side.search(knob, &test)?));
+            if let Some(knob) = within_budget(&curve, data.len(), share).filter(|_| side.knob().is_some() && !peer) {
+                budgets.push((share, side.search(knob, &test, false)?));
             }
         }
-        let fixed = if side.name() == "hnswlib" { Some(side.search(HNSWLIB_EF, &test)?) } else { None };
+        let fixed = if side.name() == "hnswlib" { Some(side.search(HNSWLIB_EF, &test, false)?) } else { None };
         timed.push(Timed {
             name: side.name(),
             is_peer: peer,
@@ -79,7 +80,7 @@ pub(super) fn measure(
             latencies: Vec::new(),
             batched: Vec::new(),
         });
-        meter.advance(1, 1.0, format!("{}: {} reaches {:.3}", data.name, side.name(), at.recall.mean));
+        meter.advance(1, 1.0, format!("{}: {} reaches {:.3} with {knob}", data.name, side.name(), at.recall.mean));
     }
     in_turns(options, &mut sides, &mut timed, &few_test, meter)?;
     let rate = FloorRate::measure(1, (data.len() * dim * 2) as u64, options.repeats.max(1))?;
@@ -91,6 +92,11 @@ pub(super) fn measure(
     };
     meter.advance(1, 1.0, format!("{}: measured", data.name));
     Ok(Measured { sides: timed, knn_seconds, link_bytes, growth, read_gb_s: rate.strict(), peer_version })
+}
+
+/// Settings with their recall, for whoever waits.
+fn shown(curve: &[Point]) -> String {
+    curve.iter().map(|p| format!("{} {:.3}", p.knob, p.pass.recall.mean)).collect::<Vec<_>>().join(", ")
 }
 
 fn queries<'a>(data: &Dataset, rows: &'a [f32], k: usize, file: std::path::PathBuf) -> Result<Queries<'a>> {
@@ -177,9 +183,9 @@ fn in_turns(
             let entry = &mut timed[at];
             let side = sides.iter_mut().find(|side| side.name() == entry.name && side.is_peer() == entry.is_peer);
             if let Some(side) = side {
-                let pass = side.search(entry.knob, queries)?;
+                let pass = side.search(entry.knob, queries, true)?;
                 entry.latencies.push(pass.latency_us);
-                entry.batched.push(pass.batched_us);
+                entry.batched.extend(pass.batched_us);
             }
         }
     }
