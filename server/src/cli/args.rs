@@ -294,7 +294,7 @@ pub struct IndexArgs {
     #[arg(long, value_delimiter = ',', default_value = "flat,graph,clusters,hnsw")]
     pub kinds: Vec<Named<IndexKind>>,
     /// Timed rounds
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 3)]
     pub repeats: usize,
     /// Texts for the model's heads, in tokens, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "8192")]

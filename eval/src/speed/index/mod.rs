@@ -122,7 +122,7 @@ impl Default for IndexBenchOptions {
             seed: 1,
             kinds: vec![IndexKind::Flat, IndexKind::Graph, IndexKind::Clusters, IndexKind::Hnsw],
             params: IndexParams::default(),
-            repeats: 5,
+            repeats: 3,
             python: "python3".into(),
             peers: true,
             heads: HeadOptions::default(),
@@ -220,7 +220,6 @@ fn made_up(options: &IndexBenchOptions, data: &Dataset, info: &RunInfo, meter: &
         config,
         keys: data.len(),
         dim: DIM,
-        queries: options.queries,
         k: options.k,
         threads: options.threads(),
     };

@@ -23,8 +23,10 @@ pub(super) struct Timed {
     pub(super) knob: usize,
     /// Whether any setting reaches the target.
     pub(super) reaches: bool,
-    /// All test queries with that setting.
+    /// Test queries with that setting.
     pub(super) at: Pass,
+    /// How many.
+    pub(super) queries: usize,
     /// Test queries with the largest setting within these shares of the keys.
     pub(super) budgets: Vec<(f64, Pass)>,
     /// Test queries with a setting that is asked for by name.
@@ -64,7 +66,6 @@ pub(super) struct Frame<'a> {
     pub(super) config: Value,
     pub(super) keys: usize,
     pub(super) dim: usize,
-    pub(super) queries: usize,
     pub(super) k: usize,
     pub(super) threads: usize,
 }
@@ -81,7 +82,7 @@ impl Frame<'_> {
         let record = |metric: &str, unit: &str, value: f64, samples: usize| {
             info.record(BENCH, &case, metric, unit, round(value), samples)
         };
-        let (queries, rounds) = (self.queries, side.latencies.len());
+        let (queries, rounds) = (side.queries, side.latencies.len());
         let share = |touched: f64| touched / self.keys as f64;
         let mut records = vec![record(&format!("recall_at_{}", self.k), "ratio", side.at.recall.mean, queries)];
         records.extend(side.at.touched.map(|keys| record("keys_touched_share", "ratio", share(keys), queries)));
@@ -128,7 +129,7 @@ impl Frame<'_> {
                 "recall_loss_after_growth",
                 "ratio",
                 side.at.recall.mean - growth.recall,
-                self.queries,
+                side.queries,
             ));
             records.push(record("append_keys_per_second", "keys/s", growth.appended as f64 / growth.seconds, 1));
         }

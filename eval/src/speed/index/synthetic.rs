@@ -19,8 +19,10 @@ use crate::speed::membw::FloorRate;
 use crate::speed::process::Process;
 use crate::stats::median;
 
-/// Queries that slow peers are swept and timed with; medians settle with fewer queries than recall does.
-const TIMED: usize = 250;
+/// Queries of each set that graphs over key-key neighbours and the peers are searched for: they need up to 70 ms each.
+const FEW: usize = 250;
+/// Queries of a timed round; medians settle with few.
+const TIMED: usize = 100;
 /// Shares of the keys that recall is also reported at.
 const BUDGETS: [f64; 4] = [0.01, 0.02, 0.05, 0.1];
 /// The setting of `hnswlib` that is reported by itself.
@@ -38,8 +40,9 @@ pub(super) fn measure(
     let k = options.k;
     let tuning = queries(data, &data.tuning, k, scratch.join("tuning.f32"))?;
     let test = queries(data, &data.test, k, scratch.join("test.f32"))?;
-    let few_tuning = fewer(&tuning, scratch.join("tuning-timed.f32"))?;
-    let few_test = fewer(&test, scratch.join("test-timed.f32"))?;
+    let few_tuning = first(&tuning, FEW, scratch.join("tuning-few.f32"))?;
+    let few_test = first(&test, FEW, scratch.join("test-few.f32"))?;
+    let timing = first(&test, TIMED, scratch.join("test-timed.f32"))?;
     let mut knn_seconds = None;
     let mut ours = Vec::new();
     for kind in &options.kinds {
@@ -53,36 +56,11 @@ pub(super) fn measure(
     sides.extend(peers.iter_mut().map(|side| side as &mut dyn Side));
     let mut timed = Vec::new();
     for side in &mut sides {
-        meter.say(format!("{}: sweeping {}", data.name, side.name()));
-        let peer = side.is_peer();
-        let curve = sweep(*side, if peer { &few_tuning } else { &tuning })?;
-        meter.say(format!("{}: {}: {}", data.name, side.name(), shown(&curve)));
-        let Some((knob, reaches)) = operating_point(&curve, peer) else { continue };
-        let at = side.search(knob, &test, false)?;
-        let mut budgets = Vec::new();
-        for share in BUDGETS {
-            if let Some(knob) = within_budget(&curve, data.len(), share).filter(|_| side.knob().is_some() && !peer) {
-                budgets.push((share, side.search(knob, &test, false)?));
-            }
-        }
-        let fixed = if side.name() == "hnswlib" { Some(side.search(HNSWLIB_EF, &test, false)?) } else { None };
-        timed.push(Timed {
-            name: side.name(),
-            is_peer: peer,
-            knob_name: side.knob().map(str::to_owned),
-            built: side.built().clone(),
-            curve,
-            knob,
-            reaches,
-            at,
-            budgets,
-            fixed,
-            latencies: Vec::new(),
-            batched: Vec::new(),
-        });
-        meter.advance(1, 1.0, format!("{}: {} reaches {:.3} with {knob}", data.name, side.name(), at.recall.mean));
+        let slow = side.is_peer() || side.name() == "hnsw";
+        let (tuning, test) = if slow { (&few_tuning, &few_test) } else { (&tuning, &test) };
+        timed.extend(one_side(*side, data, tuning, test, meter)?);
     }
-    in_turns(options, &mut sides, &mut timed, &few_test, meter)?;
+    in_turns(options, &mut sides, &mut timed, &timing, meter)?;
     let rate = FloorRate::measure(1, (data.len() * dim * 2) as u64, options.repeats.max(1))?;
     let graph = ours.iter().find(|side| side.index.kind() == IndexKind::Graph);
     let link_bytes = graph.map(|side| side.index.link_bytes());
@@ -92,6 +70,46 @@ pub(super) fn measure(
     };
     meter.advance(1, 1.0, format!("{}: measured", data.name));
     Ok(Measured { sides: timed, knn_seconds, link_bytes, growth, read_gb_s: rate.strict(), peer_version })
+}
+
+/// Sweeps, chooses a setting and searches with it, and with the settings that fit the budgets. `None` for a side that
+/// has no setting.
+fn one_side(
+    side: &mut dyn Side,
+    data: &Dataset,
+    tuning: &Queries<'_>,
+    test: &Queries<'_>,
+    meter: &mut Meter<'_>,
+) -> Result<Option<Timed>> {
+    meter.say(format!("{}: sweeping {}", data.name, side.name()));
+    let peer = side.is_peer();
+    let curve = sweep(side, tuning)?;
+    meter.say(format!("{}: {}: {}", data.name, side.name(), shown(&curve)));
+    let Some((knob, reaches)) = operating_point(&curve, peer) else { return Ok(None) };
+    let at = side.search(knob, test, false)?;
+    let mut budgets = Vec::new();
+    for share in BUDGETS {
+        if let Some(knob) = within_budget(&curve, data.len(), share).filter(|_| side.knob().is_some() && !peer) {
+            budgets.push((share, side.search(knob, test, false)?));
+        }
+    }
+    let fixed = if side.name() == "hnswlib" { Some(side.search(HNSWLIB_EF, test, false)?) } else { None };
+    meter.advance(1, 1.0, format!("{}: {} reaches {:.3} with {knob}", data.name, side.name(), at.recall.mean));
+    Ok(Some(Timed {
+        name: side.name(),
+        is_peer: peer,
+        knob_name: side.knob().map(str::to_owned),
+        built: side.built().clone(),
+        curve,
+        knob,
+        reaches,
+        at,
+        queries: test.judge.queries.len() / data.dim,
+        budgets,
+        fixed,
+        latencies: Vec::new(),
+        batched: Vec::new(),
+    }))
 }
 
 /// Settings with their recall, for whoever waits.
@@ -104,8 +122,8 @@ fn queries<'a>(data: &Dataset, rows: &'a [f32], k: usize, file: std::path::PathB
     Ok(Queries { judge: Judge::new(data.dim, &data.keys, rows, k)?, file })
 }
 
-fn fewer<'a>(queries: &Queries<'a>, file: std::path::PathBuf) -> Result<Queries<'a>> {
-    let judge = queries.judge.first(TIMED);
+fn first<'a>(queries: &Queries<'a>, count: usize, file: std::path::PathBuf) -> Result<Queries<'a>> {
+    let judge = queries.judge.first(count);
     write_f32(&file, judge.queries)?;
     Ok(Queries { judge, file })
 }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::HeadOptions;
 use crate::ask::Material;
 use crate::error::{EvalError, Result};
-use crate::tasks::{Context, DataSource, GenerateOptions, generate, load_files};
+use crate::tasks::{Context, DataSource, GENERATED_TASKS, GenerateOptions, Question, Size, generate, load_files};
 
 /// Tokens at the end of a running text whose queries are tested.
 const TEXT_TESTS: usize = 32;
@@ -48,21 +48,18 @@ fn contexts(engine: &Engine, options: &HeadOptions, length: usize) -> Result<Vec
     let mut contexts = match &options.tasks {
         DataSource::Files(path) => {
             let mut contexts = load_files(path, length)?;
-            contexts.retain(|context| context.size == crate::tasks::Size::Tokens(length));
+            contexts.retain(|context| context.size == Size::Tokens(length));
             // A context of many tasks is asked one of each.
             let asked = contexts.iter().flat_map(|context| {
                 let of_task = |task: &&str| context.questions.iter().find(|q| q.task == **task);
-                let one = |question: &crate::tasks::Question| Context {
-                    questions: vec![question.clone()],
-                    ..context.clone()
-                };
+                let one = |question: &Question| Context { questions: vec![question.clone()], ..context.clone() };
                 TASKS.iter().filter_map(of_task).map(one).collect::<Vec<_>>()
             });
             asked.collect()
         }
         DataSource::Generated => {
             let count = |text: &str| engine.tokenizer().encode_plain(text).map_or(text.len(), |ids| ids.len());
-            let tasks = TASKS.iter().map(ToString::to_string).collect();
+            let tasks = TASKS.iter().filter(|task| GENERATED_TASKS.contains(task)).map(ToString::to_string).collect();
             generate(&GenerateOptions { tasks, lengths: vec![length], samples: 1, seed: 1 }, &count)?
         }
     };
