@@ -7,11 +7,30 @@ use std::time::Instant;
 
 const D: usize = 128;
 mod data {
-    pub(crate) struct Sizes { pub(crate) keys: usize, pub(crate) growth: usize, pub(crate) samples: usize, pub(crate) queries: usize }
-    pub(crate) struct Dataset { #[allow(dead_code)] pub(crate) name: &'static str, #[allow(dead_code)] pub(crate) dim: usize, pub(crate) keys: Vec<f32>, pub(crate) growth: Vec<f32>, pub(crate) samples: Vec<f32>, #[allow(dead_code)] pub(crate) tuning: Vec<f32>, pub(crate) test: Vec<f32> }
-    pub(crate) fn round_bf16(x: f32) -> f32 { half::bf16::from_f32(x).to_f32() }
+    pub(crate) struct Sizes {
+        pub(crate) keys: usize,
+        pub(crate) growth: usize,
+        pub(crate) samples: usize,
+        pub(crate) queries: usize,
+    }
+    pub(crate) struct Dataset {
+        #[allow(dead_code)]
+        pub(crate) name: &'static str,
+        #[allow(dead_code)]
+        pub(crate) dim: usize,
+        pub(crate) keys: Vec<f32>,
+        pub(crate) growth: Vec<f32>,
+        pub(crate) samples: Vec<f32>,
+        #[allow(dead_code)]
+        pub(crate) tuning: Vec<f32>,
+        pub(crate) test: Vec<f32>,
+    }
+    pub(crate) fn round_bf16(x: f32) -> f32 {
+        half::bf16::from_f32(x).to_f32()
+    }
 }
-#[path = "/tmp/oodgen.rs"] mod oodgen;
+#[path = "/tmp/oodgen.rs"]
+mod oodgen;
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     let n: usize = args[1].parse().unwrap();
