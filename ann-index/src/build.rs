@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use crate::check::check_rows;
+use crate::clusters::ClustersIndex;
 use crate::element::Element;
 use crate::error::IndexError;
 use crate::flat::FlatIndex;
@@ -77,6 +78,7 @@ fn build_as<T: Element>(
         IndexKind::Flat => Box::new(FlatIndex::<T>::build(dim, keys)?),
         IndexKind::Hnsw => Box::new(HnswIndex::<T>::build(dim, keys, params)?),
         IndexKind::Graph => Box::new(GraphIndex::<T>::build(dim, keys, samples, neighbours, &params.graph)?),
+        IndexKind::Clusters => Box::new(ClustersIndex::<T>::build(dim, keys, &params.clusters)?),
         kind => {
             return Err(IndexError::Unsupported { what: "implementation", kind, instead: "take another kind" });
         }

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use crate::blocks::Plain;
+use crate::error::IndexError;
 use crate::params::KeyPrecision;
 
 /// A number as it is stored. A stored row is its numbers and, where [`TAIL`](Element::TAIL) is not
@@ -17,6 +18,15 @@ pub(crate) trait Element: Plain + Copy + Default + PartialEq {
     /// Rounds a row to the nearest stored numbers, ties to even; `out` has
     /// [`stride`](Element::stride) places.
     fn encode(row: &[f32], out: &mut [Self]);
+    /// Refuses numbers that are too large to be stored, in rows of `dim`.
+    fn check(dim: usize, values: &[f32]) -> Result<(), IndexError> {
+        match values.iter().position(|x| x.abs() > Self::LARGEST) {
+            None => Ok(()),
+            Some(at) => {
+                Err(IndexError::TooLarge { row: at / dim, column: at % dim, value: values[at], limit: Self::LARGEST })
+            }
+        }
+    }
     /// The number, without the scale of its row.
     fn to_f32(self) -> f32;
     /// What the numbers of this stored row are multiplied with.
@@ -41,11 +51,16 @@ pub(crate) trait Element: Plain + Copy + Default + PartialEq {
             *to = from.to_f32() * scale;
         }
     }
+    /// Adds the bytes of stored numbers, little-endian.
+    fn append_bytes(numbers: &[Self], out: &mut Vec<u8>);
     /// The bits, equal for equal finite numbers except for the two zeros.
     fn bits(self) -> u32;
 }
 
 impl Element for f32 {
+    fn append_bytes(numbers: &[Self], out: &mut Vec<u8>) {
+        out.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
+    }
     const PRECISION: KeyPrecision = KeyPrecision::F32;
     fn encode(row: &[f32], out: &mut [Self]) {
         out.copy_from_slice(row);
@@ -61,6 +76,9 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    fn append_bytes(numbers: &[Self], out: &mut Vec<u8>) {
+        out.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
+    }
     const PRECISION: KeyPrecision = KeyPrecision::Bf16;
     fn encode(row: &[f32], out: &mut [Self]) {
         for (to, &from) in out.iter_mut().zip(row) {
@@ -78,6 +96,9 @@ impl Element for bf16 {
 }
 
 impl Element for f16 {
+    fn append_bytes(numbers: &[Self], out: &mut Vec<u8>) {
+        out.extend(numbers.iter().flat_map(|x| x.to_le_bytes()));
+    }
     const PRECISION: KeyPrecision = KeyPrecision::F16;
     const LARGEST: f32 = 65_504.0;
     fn encode(row: &[f32], out: &mut [Self]) {
@@ -99,6 +120,9 @@ impl Element for f16 {
 const INT8_MAX: f32 = 127.0;
 
 impl Element for i8 {
+    fn append_bytes(numbers: &[Self], out: &mut Vec<u8>) {
+        out.extend(numbers.iter().map(|&x| x as u8));
+    }
     const PRECISION: KeyPrecision = KeyPrecision::Int8;
     /// The bytes of an f32.
     const TAIL: usize = 4;

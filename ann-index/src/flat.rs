@@ -11,6 +11,7 @@ use crate::key_index::{KeyIndex, SearchResult};
 use crate::params::{IndexKind, SearchParams};
 use crate::rows::Rows;
 use crate::scan::{read_key, scan};
+use crate::storage::{Parts, Sections, Tag, Wrong};
 
 /// See the module.
 pub(crate) struct FlatIndex<T> {
@@ -24,6 +25,13 @@ impl<T: Element> FlatIndex<T> {
         let rows = Rows::new(dim, keys.len() / dim);
         rows.append(keys)?;
         Ok(Self { rows })
+    }
+}
+
+impl<T: Element> FlatIndex<T> {
+    /// An index from a file.
+    pub(crate) fn read(parts: &Parts) -> Result<Self, Wrong> {
+        Ok(Self { rows: parts.rows(Tag::Rows, parts.len, 0, parts.len)? })
     }
 }
 
@@ -67,8 +75,10 @@ impl<T: Element> KeyIndex for FlatIndex<T> {
     }
 
     fn save(&self, path: &Path) -> Result<(), IndexError> {
-        let _ = path;
-        Err(IndexError::Unsupported { what: "file format", kind: self.kind(), instead: "build it again" })
+        let len = self.len();
+        let mut sections = Sections::new::<T>(self.kind(), self.dim(), len);
+        sections.rows(Tag::Rows, &self.rows, len);
+        sections.write(path)
     }
 }
 

@@ -1,11 +1,24 @@
-//! The attention-aware graph.
+//! The attention-aware graph: RetrievalAttention (arXiv 2409.10516) on RoarGraph (arXiv 2408.08933).
+//!
+//! Its links follow which keys compete for the same queries, as the sample queries show (`graph/build.rs`,
+//! `graph/shape.rs`), its searches read keys of one byte a number (`codes.rs`) and rank the best ones by
+//! their stored numbers. One graph may serve a KV head or one query head: that is a matter of whose
+//! queries are handed in as samples. Around the graph, this module:
+//!
+//! * scans while the keys are few, or while a search asks for as many candidates as there are keys;
+//! * puts only the first of equal keys into the graph;
+//! * falls back to a scan when the walk found fewer keys than were asked for.
+//!
+//! Without sample queries the keys themselves are taken for queries, all directions counting alike.
 
 mod beam;
 mod build;
 mod core;
+mod file;
 mod links;
 mod shape;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -24,16 +37,33 @@ use crate::top_k::TopK;
 use crate::twins::{Distinct, Twins};
 use core::Core;
 
+/// Fewer distinct keys than this are scanned: that takes microseconds.
+const GRAPH_FROM: usize = 512;
+/// Keys at most that stand in for sample queries.
+const STAND_INS: usize = 8192;
+/// Keys at most: the beam marks ids in their highest bit.
+const MOST_KEYS: usize = 1 << 31;
+
 /// See the module.
 pub(crate) struct GraphIndex<T: Element> {
     rows: Rows<T>,
     params: GraphParams,
+    graph_from: usize,
     core: RwLock<Option<Arc<Core>>>,
     twins: Twins,
-    writer: Mutex<Distinct>,
+    writer: Mutex<Writer>,
+}
+
+/// What only the appending thread needs.
+struct Writer {
+    /// `None` after the index was opened, until it is needed.
+    distinct: Option<Distinct>,
+    /// Kept until there is a graph.
+    samples: Vec<f32>,
 }
 
 impl<T: Element> GraphIndex<T> {
+    /// An index over `keys`, rows of `dim` numbers; everything was checked.
     pub(crate) fn build(
         dim: usize,
         keys: &[f32],
@@ -41,27 +71,45 @@ impl<T: Element> GraphIndex<T> {
         neighbours: Option<&Neighbours>,
         params: &GraphParams,
     ) -> Result<Self, IndexError> {
+        Self::build_with_graph_from(dim, keys, samples, neighbours, params, GRAPH_FROM)
+    }
+
+    /// As `build`, with a graph from that many distinct keys on.
+    pub(crate) fn build_with_graph_from(
+        dim: usize,
+        keys: &[f32],
+        samples: &[f32],
+        neighbours: Option<&Neighbours>,
+        params: &GraphParams,
+        graph_from: usize,
+    ) -> Result<Self, IndexError> {
         let rows = Rows::new(dim, keys.len() / dim);
+        check_room(0, keys.len() / dim)?;
         rows.append(keys)?;
-        let twins = Twins::default();
-        let mut distinct = Distinct::default();
-        let fresh = distinct.take(&rows, &twins, 0, keys.len() / dim);
-        let computed;
-        let neighbours = match neighbours {
-            Some(n) => n,
-            None => {
-                computed = exact_neighbours(dim, keys, samples, params.sample_neighbours, 0)?;
-                &computed
-            }
+        let (twins, mut distinct) = (Twins::default(), Distinct::default());
+        distinct.take(&rows, &twins, 0, keys.len() / dim);
+        let core = match distinct.ids.len() >= graph_from.max(1) {
+            true => Some(Arc::new(build_core(dim, keys, &distinct.ids, &twins, samples, neighbours, params)?)),
+            false => None,
         };
-        let core = Core::build(dim, keys, &fresh, samples, neighbours, params)?;
+        let samples = if core.is_some() { Vec::new() } else { samples.to_vec() };
         Ok(Self {
             rows,
             params: params.clone(),
-            core: RwLock::new(Some(Arc::new(core))),
+            graph_from,
+            core: RwLock::new(core),
             twins,
-            writer: Mutex::new(distinct),
+            writer: Mutex::new(Writer { distinct: Some(distinct), samples }),
         })
+    }
+
+    /// All keys, widened.
+    fn all_keys(&self) -> Vec<f32> {
+        let mut keys = vec![0.0; self.len() * self.dim()];
+        for (id, key) in keys.chunks_exact_mut(self.dim()).enumerate() {
+            T::decode(self.rows.row(id), key);
+        }
+        keys
     }
 
     fn core(&self) -> Option<Arc<Core>> {
@@ -101,6 +149,53 @@ impl<T: Element> GraphIndex<T> {
     }
 }
 
+/// Refuses more keys than a graph can number.
+fn check_room(len: usize, more: usize) -> Result<(), IndexError> {
+    match len + more < MOST_KEYS {
+        true => Ok(()),
+        false => Err(IndexError::Full { found: len + more, limit: MOST_KEYS - 1 }),
+    }
+}
+
+/// A graph over the keys `distinct`; neighbours and samples are found where they are missing.
+fn build_core(
+    dim: usize,
+    keys: &[f32],
+    distinct: &[u32],
+    twins: &Twins,
+    samples: &[f32],
+    neighbours: Option<&Neighbours>,
+    params: &GraphParams,
+) -> Result<Core, IndexError> {
+    let stand_ins: Vec<f32>;
+    let (samples, known) = match samples.is_empty() {
+        false => (samples, true),
+        true => {
+            stand_ins = stand_in_queries(dim, keys, distinct);
+            (&stand_ins[..], false)
+        }
+    };
+    let mut neighbours = match neighbours.filter(|n| known && n.k > 0) {
+        Some(neighbours) => neighbours.clone(),
+        None => exact_neighbours(dim, keys, samples, params.sample_neighbours, 0)?,
+    };
+    // Only the first of equal keys is in the graph.
+    let firsts: HashMap<u32, u32> =
+        twins.read().iter().flat_map(|(&first, twins)| twins.iter().map(move |&twin| (twin, first))).collect();
+    if !firsts.is_empty() {
+        neighbours.ids.iter_mut().for_each(|id| *id = firsts.get(id).copied().unwrap_or(*id));
+    }
+    Core::build(dim, keys, distinct, known.then_some(samples), &neighbours, params)
+}
+
+/// Some of the keys without their mean, as queries.
+fn stand_in_queries(dim: usize, keys: &[f32], distinct: &[u32]) -> Vec<f32> {
+    let center = core::mean(dim, keys);
+    let chosen = distinct.iter().step_by(distinct.len().div_ceil(STAND_INS).max(1));
+    let row = |&id: &u32| keys[id as usize * dim..(id as usize + 1) * dim].iter().zip(&center).map(|(x, c)| x - c);
+    chosen.flat_map(row).collect()
+}
+
 impl<T: Element> KeyIndex for GraphIndex<T> {
     fn dim(&self) -> usize {
         self.rows.dim()
@@ -112,6 +207,31 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
 
     fn append(&self, keys: &[f32]) -> Result<(), IndexError> {
         check_rows("keys", self.dim(), keys)?;
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = keys.len() / self.dim();
+        check_room(self.len(), count)?;
+        if count == 0 {
+            return Ok(());
+        }
+        let known = self.len();
+        let start = self.rows.append(keys)?;
+        let Writer { distinct, samples } = &mut *writer;
+        let distinct = distinct.get_or_insert_with(|| {
+            let mut distinct = Distinct::default();
+            distinct.take(&self.rows, &Twins::default(), 0, known);
+            distinct
+        });
+        let fresh = distinct.take(&self.rows, &self.twins, start, start + count);
+        if let Some(core) = self.core() {
+            let decode = |id: u32, row: &mut [f32]| T::decode(self.rows.row(id as usize), row);
+            return core.append(keys, &fresh, &distinct.ids, &decode);
+        }
+        if distinct.ids.len() >= self.graph_from.max(1) {
+            let samples = std::mem::take(samples);
+            let keys = self.all_keys();
+            let core = build_core(self.dim(), &keys, &distinct.ids, &self.twins, &samples, None, &self.params)?;
+            *self.core.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(core));
+        }
         Ok(())
     }
 
@@ -164,8 +284,7 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
     }
 
     fn save(&self, path: &Path) -> Result<(), IndexError> {
-        let _ = (path, &self.params, &self.writer);
-        Err(IndexError::Unsupported { what: "file format", kind: self.kind(), instead: "build it again" })
+        self.write(path)
     }
 }
 

@@ -26,6 +26,7 @@ use crate::key_index::{KeyIndex, SearchResult, SearchStats};
 use crate::params::{IndexKind, IndexParams, SearchParams};
 use crate::rows::Rows;
 use crate::scan::{read_key, scan};
+use crate::storage::{Parts, Sections, Tag, Wrong};
 use crate::top_k::TopK;
 use crate::twins::{Distinct, Twins};
 use graph::Graph;
@@ -121,6 +122,32 @@ impl<T: Element> HnswIndex<T> {
     }
 }
 
+impl<T: Element> HnswIndex<T> {
+    /// An index from the keys in a file.
+    pub(crate) fn read(parts: &Parts) -> Result<Self, Wrong> {
+        let numbers = parts.numbers(Tag::Params, Some(2))?;
+        let (m, ef) = (numbers[0] as usize, numbers[1] as usize);
+        if !(2..=255).contains(&m) || !(1..=65_536).contains(&ef) {
+            return Err(format!("m {m} and ef_construction {ef} are out of range"));
+        }
+        let params = IndexParams { hnsw_m: m, hnsw_ef_construction: ef, ..IndexParams::default() };
+        let rows: Rows<T> = parts.rows(Tag::Rows, parts.len, 0, parts.len)?;
+        let index = Self {
+            rows: Arc::new(rows),
+            params,
+            graph_from: GRAPH_FROM,
+            graph: RwLock::default(),
+            twins: Twins::default(),
+            writer: Mutex::default(),
+        };
+        let mut writer = Distinct::default();
+        let fresh = writer.take(&index.rows, &index.twins, 0, parts.len);
+        index.extend_graph(&writer, &fresh);
+        *index.writer.lock().unwrap_or_else(PoisonError::into_inner) = writer;
+        Ok(index)
+    }
+}
+
 impl<T: Element> KeyIndex for HnswIndex<T> {
     fn dim(&self) -> usize {
         self.rows.dim()
@@ -192,8 +219,12 @@ impl<T: Element> KeyIndex for HnswIndex<T> {
     }
 
     fn save(&self, path: &Path) -> Result<(), IndexError> {
-        let _ = path;
-        Err(IndexError::Unsupported { what: "file format", kind: self.kind(), instead: "build it again" })
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let len = self.len();
+        let mut sections = Sections::new::<T>(self.kind(), self.dim(), len);
+        sections.numbers(Tag::Params, [self.params.hnsw_m, self.params.hnsw_ef_construction].map(|x| x as u32));
+        sections.rows(Tag::Rows, &self.rows, len);
+        sections.write(path)
     }
 }
 

@@ -38,6 +38,7 @@ mod bitmap;
 mod blocks;
 mod build;
 mod check;
+mod clusters;
 mod codes;
 mod element;
 mod error;

@@ -1,12 +1,11 @@
 //! The exact nearest keys of many queries: what an attention-aware graph is built from.
 
-use rayon::prelude::*;
-
 use crate::check::check_rows;
 use crate::error::IndexError;
 use crate::isa::Isa;
 use crate::order::{id_of, rank, score_of};
 use crate::panels::{HEIGHT, Panels, Tile, WIDTH, above, multiply};
+use crate::parallel::map_ranges_on;
 
 /// Queries that go over all keys together.
 const BLOCK: usize = 32 * HEIGHT;
@@ -42,11 +41,11 @@ impl Neighbours {
 /// The `min(k, keys)` keys with the largest inner products with each query, computed in f32 from the
 /// numbers as given: a blocked matrix product whose tiles are compared with each query's
 /// threshold in registers. `keys` and `queries` are rows of `dim` numbers; the lower id comes first
-/// among equal products. `threads` 0 means the current rayon pool.
+/// among equal products. `threads` 0 means as many as the caller's rayon pool has, or one inside it.
 ///
 /// # Errors
 /// What [`build`](crate::build) refuses in keys and queries; [`IndexError::BadParameter`] when `dim`
-/// is 0 or so many threads cannot be started.
+/// is 0.
 pub fn exact_neighbours(
     dim: usize,
     keys: &[f32],
@@ -63,23 +62,13 @@ pub fn exact_neighbours(
     if k == 0 {
         return Ok(Neighbours::default());
     }
-    let compute = || {
-        let panels = Panels::new(dim, keys);
-        let mut ids = vec![0; queries.len() / dim * k];
-        let blocks = ids.par_chunks_mut(BLOCK * k).zip(queries.par_chunks(BLOCK * dim));
-        blocks.for_each(|(ids, queries)| search_block(dim, &panels, queries, k, ids));
-        Neighbours { k, ids }
-    };
-    if threads == 0 {
-        return Ok(compute());
-    }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    let pool = pool.map_err(|_| IndexError::BadParameter {
-        name: "threads",
-        value: threads,
-        expected: "as many as the system can start",
-    })?;
-    Ok(pool.install(compute))
+    let panels = Panels::new(dim, keys);
+    let blocks = map_ranges_on(threads, queries.len() / dim, BLOCK, |range| {
+        let mut ids = vec![0; range.len() * k];
+        search_block(dim, &panels, &queries[range.start * dim..range.end * dim], k, &mut ids);
+        ids
+    });
+    Ok(Neighbours { k, ids: blocks.concat() })
 }
 
 /// The best `k` so far of one query, and later ones that were better than the threshold when they came.

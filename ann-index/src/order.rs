@@ -1,5 +1,7 @@
 //! Scored ids as one integer: a smaller one is a better hit, so that sorting integers ranks hits.
 
+use crate::key_index::Hit;
+
 /// The rank of an id with that score: a higher score ranks lower, and among equal scores a lower id.
 /// The two zeros are equal.
 #[inline]
@@ -22,6 +24,12 @@ pub(crate) fn score_of(rank: u64) -> f32 {
     let ascending = !((rank >> 32) as u32);
     let mask = if ascending >> 31 == 1 { 1 << 31 } else { u32::MAX };
     f32::from_bits(ascending ^ mask)
+}
+
+/// Ranks as hits, best first.
+pub(crate) fn into_hits(mut ranks: Vec<u64>) -> Vec<Hit> {
+    ranks.sort_unstable();
+    ranks.into_iter().map(|rank| Hit { id: id_of(rank), score: score_of(rank) }).collect()
 }
 
 #[cfg(test)]

@@ -11,11 +11,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Calls `work` on consecutive ranges of at most `grain` that cover `0..len`, on as many threads as the
 /// caller's rayon pool has, or on this one alone when it belongs to that pool. Results in order.
 pub(crate) fn map_ranges<R: Send>(len: usize, grain: usize, work: impl Fn(Range<usize>) -> R + Sync) -> Vec<R> {
+    map_ranges_on(0, len, grain, work)
+}
+
+/// As [`map_ranges`], on that many threads; 0 leaves it to the caller's pool.
+pub(crate) fn map_ranges_on<R: Send>(
+    threads: usize,
+    len: usize,
+    grain: usize,
+    work: impl Fn(Range<usize>) -> R + Sync,
+) -> Vec<R> {
     let pieces = len.div_ceil(grain);
     let range = |piece: usize| piece * grain..len.min((piece + 1) * grain);
-    let threads = match rayon::current_thread_index() {
-        Some(_) => 1,
-        None => rayon::current_num_threads().min(pieces),
+    let threads = match (threads, rayon::current_thread_index()) {
+        (0, Some(_)) => 1,
+        (0, None) => rayon::current_num_threads().min(pieces),
+        (wanted, _) => wanted.min(pieces),
     };
     if threads < 2 {
         return (0..pieces).map(|piece| work(range(piece))).collect();

@@ -26,6 +26,13 @@ impl<T: Element> Rows<T> {
         Some(Self { dim, blocks: Blocks::mapped(T::stride(dim), rows, map, offset)? })
     }
 
+    /// The same rows in memory of their own.
+    pub(crate) fn copied(&self) -> Result<Self, IndexError> {
+        let copy = Self::new(self.dim, self.len());
+        copy.blocks.append(self.len(), |i, out| out.copy_from_slice(self.row(i)))?;
+        Ok(copy)
+    }
+
     pub(crate) fn dim(&self) -> usize {
         self.dim
     }
@@ -38,10 +45,7 @@ impl<T: Element> Rows<T> {
     /// Rounds rows of `dim` numbers to the stored type and adds them; returns the first new id.
     /// Either all of them appear or, when there are too many or one is too large, none.
     pub(crate) fn append(&self, values: &[f32]) -> Result<usize, IndexError> {
-        if let Some(at) = values.iter().position(|x| x.abs() > T::LARGEST) {
-            let (row, column) = (at / self.dim, at % self.dim);
-            return Err(IndexError::TooLarge { row, column, value: values[at], limit: T::LARGEST });
-        }
+        T::check(self.dim, values)?;
         let row = |i: usize| &values[i * self.dim..(i + 1) * self.dim];
         self.blocks.append(values.len() / self.dim, |i, out| T::encode(row(i), out))
     }

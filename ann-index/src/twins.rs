@@ -88,6 +88,7 @@ fn hash_row<T: Element>(row: &[T]) -> u64 {
     hasher.finish()
 }
 
-fn same_row<T: Element>(a: &[T], b: &[T]) -> bool {
+/// Whether two rows are equal, whichever zeros they hold.
+pub(crate) fn same_row<T: Element>(a: &[T], b: &[T]) -> bool {
     a.iter().zip(b).all(|(x, y)| x.to_f32() == y.to_f32())
 }

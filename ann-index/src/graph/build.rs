@@ -100,53 +100,67 @@ fn prune(points: &Points, id: u32, candidates: &mut Vec<u32>, limit: usize) -> V
     candidates.sort_unstable();
     candidates.dedup();
     let others = candidates.iter().filter(|&&other| other != id);
-    let mut ranked: Vec<(f32, u32)> = others.map(|&other| (squared_distance(at, points.get(other)), other)).collect();
-    let order = |a: &(f32, u32), b: &(f32, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+    // Places are looked up once: later on, pairs of candidates are compared.
+    let mut ranked: Vec<(f32, u32, &[f32])> = others
+        .map(|&other| {
+            let point = points.get(other);
+            (squared_distance(at, point), other, point)
+        })
+        .collect();
+    let order = |a: &(f32, u32, &[f32]), b: &(f32, u32, &[f32])| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
     if ranked.len() > CANDIDATES {
         ranked.select_nth_unstable_by(CANDIDATES, order);
         ranked.truncate(CANDIDATES);
     }
     ranked.sort_unstable_by(order);
-    let mut taken: Vec<u32> = Vec::with_capacity(limit);
+    let mut taken: Vec<(u32, &[f32])> = Vec::with_capacity(limit);
     let mut left: Vec<u32> = Vec::new();
-    for &(distance, other) in &ranked {
+    for &(distance, other, point) in &ranked {
         if taken.len() == limit {
             break;
         }
-        let point = points.get(other);
-        if taken.iter().any(|&near| squared_distance(points.get(near), point) < distance) {
+        if taken.iter().any(|&(_, near)| squared_distance(near, point) < distance) {
             left.push(other);
         } else {
-            taken.push(other);
+            taken.push((other, point));
         }
     }
     let room = limit - taken.len();
-    taken.extend(left.into_iter().take(room));
-    taken
+    taken.iter().map(|&(other, _)| other).chain(left.into_iter().take(room)).collect()
 }
 
-/// Gives the keys `ids` links among the candidates and those they have, and the linked keys links back.
-pub(super) fn attach(links: &Links, points: &Points, ids: &[u32], candidates: impl Fn(u32, &mut Vec<u32>) + Sync) {
+/// Gives the keys `ids` links among the candidates and those they have. Returns what each of them got.
+pub(super) fn choose(
+    links: &Links,
+    points: &Points,
+    ids: &[u32],
+    candidates: impl Fn(usize, &mut Vec<u32>) + Sync,
+) -> Vec<Vec<u32>> {
     let limit = links.degree() - SPARE;
     let view = links.view();
     let chosen = map_ranges(ids.len(), GRAIN, |range| {
-        let (mut found, mut old) = (Vec::new(), Vec::new());
-        ids[range]
-            .iter()
-            .map(|&id| {
-                found.clear();
-                view.read(id, &mut old);
-                found.extend_from_slice(&old);
-                candidates(id, &mut found);
-                prune(points, id, &mut found, limit)
-            })
-            .collect::<Vec<_>>()
+        let mut found = Vec::new();
+        let one = |i: usize| {
+            view.read(ids[i], &mut found);
+            candidates(i, &mut found);
+            prune(points, ids[i], &mut found, limit)
+        };
+        range.map(one).collect::<Vec<_>>()
     });
-    let mut back: Vec<u64> = Vec::with_capacity(ids.len() * limit);
-    for (&id, chosen) in ids.iter().zip(chosen.iter().flatten()) {
+    let chosen: Vec<Vec<u32>> = chosen.into_iter().flatten().collect();
+    for (&id, chosen) in ids.iter().zip(&chosen) {
         links.set(id, chosen);
-        back.extend(chosen.iter().map(|&other| u64::from(other) << 32 | u64::from(id)));
     }
+    chosen
+}
+
+/// Gives the chosen keys links back to `ids`, and makes sure that each of `ids` keeps one that leads to it.
+pub(super) fn link_back(links: &Links, points: &Points, ids: &[u32], chosen: &[Vec<u32>]) {
+    let limit = links.degree() - SPARE;
+    let view = links.view();
+    let pairs = ids.iter().zip(chosen);
+    let mut back: Vec<u64> =
+        pairs.flat_map(|(&id, chosen)| chosen.iter().map(move |&to| u64::from(to) << 32 | u64::from(id))).collect();
     back.sort_unstable();
     let groups: Vec<&[u64]> = back.chunk_by(|a, b| a >> 32 == b >> 32).collect();
     map_ranges(groups.len(), GRAIN, |range| {
@@ -154,31 +168,94 @@ pub(super) fn attach(links: &Links, points: &Points, ids: &[u32], candidates: im
         for group in &groups[range] {
             let id = (group[0] >> 32) as u32;
             view.read(id, &mut list);
-            let before = list.len();
-            list.extend(
-                group
-                    .iter()
-                    .map(|&pair| pair as u32)
-                    .filter(|source| !list[..before].contains(source))
-                    .collect::<Vec<_>>(),
-            );
+            list.extend(group.iter().map(|&pair| pair as u32));
+            list.sort_unstable();
+            list.dedup();
             if list.len() > limit {
                 list = prune(points, id, &mut list, limit);
             }
             links.set(id, &list);
         }
     });
+    let mut list = Vec::new();
+    for (&id, chosen) in ids.iter().zip(chosen) {
+        let kept = |&to: &u32| {
+            let mut kept = false;
+            view.for_each(to, |link| kept |= link == id);
+            kept
+        };
+        if !chosen.iter().any(kept) {
+            lead_to(links, id, chosen, &mut list);
+        }
+    }
 }
+
+/// Lets one of the keys `from` link to `id`: the first with room, or the first one at the cost of its last link.
+fn lead_to(links: &Links, id: u32, from: &[u32], list: &mut Vec<u32>) {
+    let view = links.view();
+    let mut read = |from: u32| {
+        view.read(from, list);
+        list.clone()
+    };
+    let roomy = from.iter().find(|&&from| read(from).len() < links.degree());
+    let Some(&from) = roomy.or(from.first()) else { return };
+    let mut list = read(from);
+    list.truncate(links.degree() - 1);
+    list.push(id);
+    links.set(from, &list);
+}
+
+/// Widens key `id` into a row of `dim` numbers.
+pub(super) type Decode<'a> = &'a (dyn Fn(u32, &mut [f32]) + Sync);
 
 impl Core {
     /// Links for the keys `ids` from what the graph finds for them.
     pub(super) fn connect(&self, links: &Links, points: &Points, ids: &[u32]) {
+        for batch in ids.chunks(BATCH) {
+            let chosen = choose(links, points, batch, |i, out| self.rivals(links, points.get(batch[i]), out));
+            link_back(links, points, batch, &chosen);
+        }
+    }
+
+    /// As [`Core::connect`], for keys that come later: only the keys that are met are projected.
+    pub(super) fn connect_new(&self, links: &Links, decode: Decode<'_>, ids: &[u32]) {
         let mut done = 0;
         while done < ids.len() {
-            let batch = &ids[done..ids.len().min(done + BATCH)];
-            attach(links, points, batch, |id, out| self.rivals(links, points.get(id), out));
+            let size = (ids[done] as usize / 16).clamp(1, BATCH / 4);
+            let batch = &ids[done..ids.len().min(done + size)];
             done += batch.len();
+            let mine = self.project(decode, batch);
+            let found = map_ranges(batch.len(), GRAIN / 8, |range| {
+                let one = |i: usize| {
+                    let mut out = Vec::new();
+                    self.rivals(links, mine.get(batch[i]), &mut out);
+                    out
+                };
+                range.map(one).collect::<Vec<_>>()
+            });
+            let found: Vec<Vec<u32>> = found.into_iter().flatten().collect();
+            let near = self.project(decode, &union(batch.iter().chain(found.iter().flatten())));
+            let chosen = choose(links, &near, batch, |i, out| out.extend_from_slice(&found[i]));
+            let mut behind: Vec<u32> = Vec::new();
+            let targets = union(chosen.iter().flatten());
+            for &target in &targets {
+                links.view().for_each(target, |link| behind.push(link));
+            }
+            let all = union(batch.iter().chain(&targets).chain(&behind));
+            link_back(links, &self.project(decode, &all), batch, &chosen);
         }
+    }
+
+    pub(super) fn project(&self, decode: Decode<'_>, ids: &[u32]) -> Points {
+        let dim = self.codes.center().len();
+        let rows = map_ranges(ids.len(), 1024, |range| {
+            let mut rows = vec![0.0; range.len() * dim];
+            for (row, &id) in rows.chunks_exact_mut(dim).zip(&ids[range]) {
+                decode(id, row);
+            }
+            rows
+        });
+        Points::some(dim, self.shape.project(&rows.concat(), self.codes.center()), ids)
     }
 
     /// Adds the keys that a search with the query made for this projected key finds.
@@ -192,4 +269,97 @@ impl Core {
             out.extend(scratch.pool.iter().map(|&rank| id_of(rank) & !FOLLOWED));
         });
     }
+
+    /// Leads a path to each of the `distinct` keys; should there be no room for that, keys become entries of every search.
+    ///
+    /// Keys that compete for no query get few links back: those of strong keys go to their rivals. Each list has two
+    /// places left for this, a lost key hangs on to a reached one close to it, and lends its own places to others.
+    pub(super) fn reach_all(&self, links: &Links, distinct: &[u32]) {
+        let view = links.view();
+        let mut reached = self.reached(links);
+        let mut lost: Vec<u32> = distinct.iter().copied().filter(|&id| !reached[id as usize]).collect();
+        if lost.is_empty() {
+            return;
+        }
+        let mut lists = Vec::new();
+        let room = |id: u32, list: &mut Vec<u32>| {
+            view.read(id, list);
+            list.len() < links.degree()
+        };
+        let hang = |id: u32, from: u32, list: &mut Vec<u32>, reached: &mut Vec<bool>| {
+            list.push(id);
+            links.set(from, list);
+            self.spread(links, id, reached);
+        };
+        loop {
+            let before = lost.len();
+            lost.retain(|&id| {
+                if reached[id as usize] {
+                    return false;
+                }
+                let (mut near, mut own) = (None, Vec::new());
+                view.read(id, &mut own);
+                for &other in own.iter().rev() {
+                    if reached[other as usize] && room(other, &mut lists) {
+                        near = Some(other);
+                    }
+                }
+                if let Some(other) = near {
+                    view.read(other, &mut lists);
+                    hang(id, other, &mut lists, &mut reached);
+                }
+                near.is_none()
+            });
+            if lost.len() == before {
+                break;
+            }
+        }
+        let mut places = distinct.iter().copied().filter(|&id| reached[id as usize]).collect::<Vec<_>>().into_iter();
+        let mut place = places.next();
+        lost.retain(|&id| {
+            while let Some(from) = place.filter(|_| !reached[id as usize]) {
+                if room(from, &mut lists) {
+                    hang(id, from, &mut lists, &mut reached);
+                } else {
+                    place = places.next();
+                }
+            }
+            !reached[id as usize]
+        });
+        self.add_entries(&lost);
+    }
+
+    /// Whether a path from the entries leads to a key, for each of them.
+    fn reached(&self, links: &Links) -> Vec<bool> {
+        let mut reached = vec![false; links.len()];
+        for &id in self.entries().iter() {
+            if !reached[id as usize] {
+                self.spread(links, id, &mut reached);
+            }
+        }
+        reached
+    }
+
+    /// Marks what paths from a key lead to.
+    fn spread(&self, links: &Links, from: u32, reached: &mut [bool]) {
+        let view = links.view();
+        let mut open = vec![from];
+        reached[from as usize] = true;
+        while let Some(id) = open.pop() {
+            view.for_each(id, |link| {
+                if let Some(seen) = reached.get_mut(link as usize).filter(|seen| !**seen) {
+                    *seen = true;
+                    open.push(link);
+                }
+            });
+        }
+    }
+}
+
+/// Each id once, in order.
+fn union<'a>(ids: impl Iterator<Item = &'a u32>) -> Vec<u32> {
+    let mut ids: Vec<u32> = ids.copied().collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
 }

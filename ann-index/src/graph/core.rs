@@ -1,13 +1,15 @@
 //! A graph and what belongs to it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::beam::{FOLLOWED, Field, Walked, with_scratch};
-use super::build::{Incidences, Points, attach};
+use super::build::{Decode, Incidences, Points, choose, link_back};
 use super::links::Links;
 use super::shape::Shape;
 use crate::codes::Codes;
 use crate::error::IndexError;
+use crate::metric::dot;
 use crate::neighbours::Neighbours;
 use crate::order::id_of;
 use crate::params::GraphParams;
@@ -19,16 +21,26 @@ pub(super) struct Core {
     pub(super) shape: Shape,
     links: RwLock<Arc<Links>>,
     entries: RwLock<Arc<Vec<u32>>>,
+    /// The length at which every key was last known to be reached.
+    checked: AtomicUsize,
+    /// The root mean square of the projected keys' lengths at the build.
+    pub(super) typical: f32,
 }
 
+/// A key this many times as long as is typical may be a long way from all others, and still wins most
+/// inner products: every search scores such keys.
+const OUTLIER: f32 = 2.5;
+/// Entries at most through keys that are long.
+const LONG_ENTRIES: usize = 256;
+
 impl Core {
-    /// A graph over the keys `distinct`, of which `keys` holds all and their twins. `samples` are the queries
-    /// that the neighbours belong to.
+    /// A graph over the keys `distinct`, of which `keys` holds all and their twins. `samples` are queries
+    /// of the kind to come; without them all directions count alike.
     pub(super) fn build(
         dim: usize,
         keys: &[f32],
         distinct: &[u32],
-        samples: &[f32],
+        samples: Option<&[f32]>,
         neighbours: &Neighbours,
         params: &GraphParams,
     ) -> Result<Self, IndexError> {
@@ -38,24 +50,89 @@ impl Core {
         codes.append(keys)?;
         let links = Links::new(params.degree, Links::bits_for(count), count);
         links.append(count)?;
-        let core = Self {
+        let mut core = Self {
             params: params.clone(),
-            shape: Shape::of(dim, samples),
+            shape: samples.map_or_else(|| Shape::even(dim), |samples| Shape::of(dim, samples)),
             entries: RwLock::new(Arc::new(entries(neighbours, params.entry_points))),
             links: RwLock::new(Arc::new(links)),
+            checked: AtomicUsize::new(count),
+            typical: 0.0,
             codes,
         };
         let links = core.links();
-        let t = std::time::Instant::now();
         let points = Points::all(dim, core.shape.project(keys, core.codes.center()));
-        eprintln!("project {:?}", t.elapsed());
+        let squares = distinct.iter().map(|&id| f64::from(norm(points.get(id))).powi(2));
+        core.typical = (squares.sum::<f64>() / distinct.len().max(1) as f64).sqrt() as f32;
+        core.add_entries(&core.outliers(&points, distinct));
         let incidences = Incidences::new(count, neighbours);
-        attach(&links, &points, distinct, |id, out| incidences.candidates(neighbours, id, out));
-        eprintln!("lists {:?}", t.elapsed());
-        drop(incidences);
+        let chosen = choose(&links, &points, distinct, |i, out| incidences.candidates(neighbours, distinct[i], out));
+        link_back(&links, &points, distinct, &chosen);
+        drop((incidences, chosen));
         core.connect(&links, &points, distinct);
-        eprintln!("connect {:?}", t.elapsed());
+        core.reach_all(&links, distinct);
         Ok(core)
+    }
+
+    /// A graph from a file.
+    pub(super) fn from_parts(
+        params: GraphParams,
+        codes: Codes,
+        shape: Shape,
+        links: Links,
+        entries: Vec<u32>,
+        typical: f32,
+    ) -> Self {
+        let checked = AtomicUsize::new(links.len());
+        let (links, entries) = (RwLock::new(Arc::new(links)), RwLock::new(Arc::new(entries)));
+        Self { params, codes, shape, links, entries, checked, typical }
+    }
+
+    /// Adds keys: rows of `dim` numbers, of which those with the ids `fresh` equal no earlier one; `distinct` are all
+    /// of that kind. One thread at a time.
+    pub(super) fn append(
+        &self,
+        keys: &[f32],
+        fresh: &[u32],
+        distinct: &[u32],
+        decode: Decode<'_>,
+    ) -> Result<(), IndexError> {
+        let count = keys.len() / self.codes.center().len();
+        let mut links = self.links();
+        if !links.fits(links.len() + count) {
+            links = Arc::new(links.widened(links.len() + count)?);
+            *self.links.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&links);
+        }
+        self.codes.append(keys)?;
+        links.append(count)?;
+        self.connect_new(&links, decode, fresh);
+        self.add_entries(&self.outliers(&self.project(decode, fresh), fresh));
+        // Looking for lost keys costs a walk over all links: it is done once per sixteenth of growth.
+        let len = links.len();
+        let checked = self.checked.load(Ordering::Relaxed);
+        if len >= checked + checked / 16 {
+            self.reach_all(&links, distinct);
+            self.checked.store(len, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The longest of the keys that are far longer than is typical.
+    fn outliers(&self, points: &Points, ids: &[u32]) -> Vec<u32> {
+        let lengths = ids.iter().map(|&id| (norm(points.get(id)), id));
+        let mut long: Vec<(f32, u32)> = lengths.filter(|&(length, _)| length > OUTLIER * self.typical).collect();
+        long.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        long.truncate(LONG_ENTRIES.saturating_sub(self.entries().len()).min(LONG_ENTRIES / 4));
+        long.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// Lets every search score these keys first.
+    pub(super) fn add_entries(&self, ids: &[u32]) {
+        if ids.is_empty() {
+            return;
+        }
+        let mut all = self.entries().to_vec();
+        all.extend(ids.iter().filter(|id| !all.contains(id)).collect::<Vec<_>>());
+        *self.entries.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(all);
     }
 
     pub(super) fn links(&self) -> Arc<Links> {
@@ -84,7 +161,11 @@ impl Core {
     }
 }
 
-fn mean(dim: usize, keys: &[f32]) -> Vec<f32> {
+fn norm(point: &[f32]) -> f32 {
+    dot(point, point).sqrt()
+}
+
+pub(super) fn mean(dim: usize, keys: &[f32]) -> Vec<f32> {
     let mut sums = vec![0.0f64; dim];
     for row in keys.chunks_exact(dim) {
         for (sum, &x) in sums.iter_mut().zip(row) {

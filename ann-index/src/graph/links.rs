@@ -63,6 +63,11 @@ impl Links {
         self.rows.stride() * size_of::<u64>()
     }
 
+    /// Bytes of a row of such links.
+    pub(super) fn row_bytes_of(degree: usize, bits: u32) -> usize {
+        words(degree, bits) * size_of::<u64>()
+    }
+
     pub(super) fn memory_bytes(&self) -> usize {
         self.rows.memory_bytes()
     }
@@ -73,6 +78,18 @@ impl Links {
 
     pub(super) fn view(&self) -> LinksView<'_> {
         LinksView { rows: self.rows.view(), degree: self.degree, bits: self.bits }
+    }
+
+    /// A copy whose ids can number twice `keys`.
+    pub(super) fn widened(&self, keys: usize) -> Result<Self, IndexError> {
+        let wide = Self::new(self.degree, Self::bits_for(keys), self.len());
+        wide.append(self.len())?;
+        let (view, mut list) = (self.view(), Vec::new());
+        for id in 0..self.len() as u32 {
+            view.read(id, &mut list);
+            wide.set(id, &list);
+        }
+        Ok(wide)
     }
 
     /// Adds rows without links.

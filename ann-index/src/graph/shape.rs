@@ -28,8 +28,18 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Mean and covariance of `samples`, of which there is at least one.
+    /// Of queries of which nothing is known.
+    pub(super) fn even(dim: usize) -> Self {
+        let size = Self::factor_len(dim);
+        let factor = (0..size).map(|i| if size == dim || i % (dim + 1) == 0 { 1.0 } else { 0.0 }).collect();
+        Self::from_parts(vec![0.0; dim], factor)
+    }
+
+    /// Mean and covariance of `samples`, of which there is at least one, in a unit that keeps squares finite.
     pub(super) fn of(dim: usize, samples: &[f32]) -> Self {
+        let largest = samples.iter().fold(f32::MIN_POSITIVE, |m, x| m.max(x.abs()));
+        let scaled: Vec<f32> = samples.iter().map(|x| x / largest).collect();
+        let samples = &scaled[..];
         let count = (samples.len() / dim).max(1);
         let mut mean = vec![0.0f64; dim];
         for row in samples.chunks_exact(dim) {
@@ -186,6 +196,7 @@ mod tests {
             let mut draw = |scale: f32| -> f32 { (rng.random::<f32>() - 0.5) * scale };
             let samples: Vec<f32> =
                 (0..3000 * dim).map(|i| 4.0 + draw(if i % dim % 3 == 0 { 9.0 } else { 1.0 })).collect();
+            let largest = samples.iter().fold(0.0f32, |m, x| m.max(x.abs()));
             let shape = Shape::of(dim, &samples);
             let keys: Vec<f32> = (0..2 * dim).map(|_| draw(2.0)).collect();
             let points = shape.project(&keys, &vec![0.7; dim]);
@@ -194,6 +205,7 @@ mod tests {
             let scores: Vec<f32> = samples.chunks(dim).map(|q| dot(q, &apart[..])).collect();
             let mean = scores.iter().sum::<f32>() / 3000.0;
             let variance = scores.iter().map(|s| (s - mean).powi(2)).sum::<f32>() / 3000.0;
+            let variance = variance / largest.powi(2);
             assert!((near / variance - 1.0).abs() < 0.15, "{dim}: {near} {variance}");
             // No query as likely scores the key higher than the one that is made for it.
             let made = shape.query_for(&points[..dim]);
