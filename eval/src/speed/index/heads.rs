@@ -121,6 +121,11 @@ impl Group {
             let params = IndexParams { kind, ..options.params.clone() };
             let index = build(self.dim, &self.cold, &self.samples, &params)?;
             figures.extend(self.figures(kind.name(), &truths, &self.within_budget(index.as_ref())?));
+            if let Some(name) = attending(kind) {
+                let budget = (BUDGET * self.keys() as f64) as usize;
+                let found = self.tests.iter().map(|(_, query)| found(index.as_ref(), query, budget.max(1)));
+                figures.extend(self.figures(name, &truths, &found.collect::<Result<Vec<_>>>()?));
+            }
         }
         Ok(figures)
     }
@@ -236,6 +241,16 @@ impl Group {
 struct Found {
     ids: Vec<u32>,
     touched: usize,
+}
+
+/// The name of a graph's figures when it attends as many keys as the budget, whatever it reads to find them: a graph
+/// reads several keys for each that it keeps.
+fn attending(kind: IndexKind) -> Option<&'static str> {
+    match kind {
+        IndexKind::Graph => Some("graph-attends-2pct"),
+        IndexKind::Hnsw => Some("hnsw-attends-2pct"),
+        _ => None,
+    }
 }
 
 /// Everything that a search of this width knows the score of in the end: a graph's candidates, a cluster's members.
