@@ -1,8 +1,6 @@
 //! A generator of out-of-distribution queries, and the indexes on it.
 #![allow(clippy::unwrap_used, missing_docs)]
 use ann_index::*;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::time::Instant;
 
 const D: usize = 128;
@@ -61,6 +59,23 @@ fn main() {
             index.link_bytes() / n
         );
         curve(&*index, &tests, &truth);
+        if index.kind() == IndexKind::Flat {
+            let buf = vec![1u64; n * D / 4];
+            for _ in 0..3 {
+                let t = Instant::now();
+                let s: u64 = buf.iter().fold(0, |a, b| a.wrapping_add(*b));
+                println!("  read {:.1} GB/s {s}", buf.len() as f64 * 8.0 / t.elapsed().as_secs_f64() / 1e9);
+            }
+            for g in [1usize, 2, 4, 8] {
+                let p = SearchParams::default();
+                let t = Instant::now();
+                for i in 0..50 {
+                    index.search_group(&tests[i * D..(i + g) * D], &p, None).unwrap();
+                }
+                let us = t.elapsed().as_secs_f64() * 1e6 / 50.0;
+                println!("  group {g}: {us:.0} us, {:.1} GB/s", (n * D * 2) as f64 / us / 1e3);
+            }
+        }
         if args.len() > 4 {
             let t = Instant::now();
             for part in all[n * D..].chunks(D * 1024) {

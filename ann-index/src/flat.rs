@@ -10,7 +10,7 @@ use crate::error::IndexError;
 use crate::key_index::{KeyIndex, SearchResult};
 use crate::params::{IndexKind, SearchParams};
 use crate::rows::Rows;
-use crate::scan::{read_key, scan};
+use crate::scan::{read_key, scan, scan_group};
 use crate::storage::{Parts, Sections, Tag, Wrong};
 
 /// See the module.
@@ -60,6 +60,16 @@ impl<T: Element> KeyIndex for FlatIndex<T> {
             return Ok(SearchResult::default());
         }
         Ok(scan(&self.rows, self.len(), query, params.k, exclude))
+    }
+
+    fn search_group(
+        &self,
+        queries: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Result<Vec<SearchResult>, IndexError> {
+        check_rows("queries", self.dim(), queries)?;
+        Ok(scan_group(&self.rows, self.len(), queries, params.k, exclude))
     }
 
     fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError> {

@@ -15,6 +15,7 @@ mod beam;
 mod build;
 mod core;
 mod file;
+mod guides;
 mod links;
 mod shape;
 
@@ -39,6 +40,8 @@ use core::Core;
 
 /// Fewer distinct keys than this are scanned: that takes microseconds.
 const GRAPH_FROM: usize = 512;
+/// A graph of fewer keys is built again when it has four times as many: what it knows of the keys came from few.
+const SETTLED: usize = 4096;
 /// Keys at most that stand in for sample queries.
 const STAND_INS: usize = 8192;
 /// Keys at most: the beam marks ids in their highest bit.
@@ -58,7 +61,7 @@ pub(crate) struct GraphIndex<T: Element> {
 struct Writer {
     /// `None` after the index was opened, until it is needed.
     distinct: Option<Distinct>,
-    /// Kept until there is a graph.
+    /// Kept until the graph has settled.
     samples: Vec<f32>,
 }
 
@@ -92,7 +95,7 @@ impl<T: Element> GraphIndex<T> {
             true => Some(Arc::new(build_core(dim, keys, &distinct.ids, &twins, samples, neighbours, params)?)),
             false => None,
         };
-        let samples = if core.is_some() { Vec::new() } else { samples.to_vec() };
+        let samples = if distinct.ids.len() >= SETTLED { Vec::new() } else { samples.to_vec() };
         Ok(Self {
             rows,
             params: params.clone(),
@@ -185,7 +188,7 @@ fn build_core(
     if !firsts.is_empty() {
         neighbours.ids.iter_mut().for_each(|id| *id = firsts.get(id).copied().unwrap_or(*id));
     }
-    Core::build(dim, keys, distinct, known.then_some(samples), &neighbours, params)
+    Core::build(dim, keys, distinct, samples, known, &neighbours, params)
 }
 
 /// Some of the keys without their mean, as queries.
@@ -222,15 +225,18 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
             distinct
         });
         let fresh = distinct.take(&self.rows, &self.twins, start, start + count);
-        if let Some(core) = self.core() {
+        let outgrown = |core: &Core| core.built < SETTLED && distinct.ids.len() >= 4 * core.built;
+        if let Some(core) = self.core().filter(|core| !outgrown(core)) {
             let decode = |id: u32, row: &mut [f32]| T::decode(self.rows.row(id as usize), row);
             return core.append(keys, &fresh, &distinct.ids, &decode);
         }
         if distinct.ids.len() >= self.graph_from.max(1) {
-            let samples = std::mem::take(samples);
             let keys = self.all_keys();
-            let core = build_core(self.dim(), &keys, &distinct.ids, &self.twins, &samples, None, &self.params)?;
+            let core = build_core(self.dim(), &keys, &distinct.ids, &self.twins, samples, None, &self.params)?;
             *self.core.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(core));
+            if distinct.ids.len() >= SETTLED {
+                samples.clear();
+            }
         }
         Ok(())
     }

@@ -59,6 +59,8 @@ pub(crate) enum Tag {
     Ids = 13,
     Starts = 14,
     Tail = 15,
+    Guides = 16,
+    Bars = 17,
 }
 
 /// Collects sections and writes them.

@@ -9,7 +9,7 @@
 //! 3. links are made both ways, and a full list is pruned again;
 //! 4. keys that no path leads to are linked from what their own search finds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use super::beam::{FOLLOWED, Field, with_scratch};
 use super::core::Core;
@@ -226,12 +226,21 @@ impl Core {
             done += batch.len();
             let mine = self.project(decode, batch);
             let found = map_ranges(batch.len(), GRAIN / 8, |range| {
-                let one = |i: usize| {
+                let (mut rows, dim) = (Vec::new(), self.codes.center().len());
+                rows.resize(range.len() * dim, 0.0);
+                for (row, i) in rows.chunks_exact_mut(dim).zip(range.clone()) {
+                    decode(batch[i], row);
+                }
+                let guides = self.guides.best_for(&rows);
+                let one = |(i, guides): (usize, &Vec<u32>)| {
                     let mut out = Vec::new();
                     self.rivals(links, mine.get(batch[i]), &mut out);
+                    for &guide in guides {
+                        self.find(links, self.guides.query(guide), &mut out);
+                    }
                     out
                 };
-                range.map(one).collect::<Vec<_>>()
+                range.zip(&guides).map(one).collect::<Vec<_>>()
             });
             let found: Vec<Vec<u32>> = found.into_iter().flatten().collect();
             let near = self.project(decode, &union(batch.iter().chain(found.iter().flatten())));
@@ -260,8 +269,12 @@ impl Core {
 
     /// Adds the keys that a search with the query made for this projected key finds.
     fn rivals(&self, links: &Links, point: &[f32], out: &mut Vec<u32>) {
-        let query = self.shape.query_for(point);
-        let probe = self.codes.probe(&query);
+        self.find(links, &self.shape.query_for(point), out);
+    }
+
+    /// Adds the best keys for a query.
+    fn find(&self, links: &Links, query: &[f32], out: &mut Vec<u32>) {
+        let probe = self.codes.probe(query);
         let codes = self.codes.view();
         let field = Field { len: codes.len().min(links.len()), codes, links: links.view() };
         with_scratch(|scratch| {
@@ -314,14 +327,14 @@ impl Core {
                 break;
             }
         }
-        let mut places = distinct.iter().copied().filter(|&id| reached[id as usize]).collect::<Vec<_>>().into_iter();
-        let mut place = places.next();
+        let mut places: VecDeque<u32> = distinct.iter().copied().filter(|&id| reached[id as usize]).collect();
         lost.retain(|&id| {
-            while let Some(from) = place.filter(|_| !reached[id as usize]) {
+            while let Some(&from) = places.front().filter(|_| !reached[id as usize]) {
                 if room(from, &mut lists) {
                     hang(id, from, &mut lists, &mut reached);
+                    places.push_back(id);
                 } else {
-                    place = places.next();
+                    places.pop_front();
                 }
             }
             !reached[id as usize]

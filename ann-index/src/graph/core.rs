@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::beam::{FOLLOWED, Field, Walked, with_scratch};
 use super::build::{Decode, Incidences, Points, choose, link_back};
+use super::guides::Guides;
 use super::links::Links;
 use super::shape::Shape;
 use crate::codes::Codes;
@@ -19,6 +20,9 @@ pub(super) struct Core {
     pub(super) params: GraphParams,
     pub(super) codes: Codes,
     pub(super) shape: Shape,
+    pub(super) guides: Guides,
+    /// Distinct keys when it was built.
+    pub(super) built: usize,
     links: RwLock<Arc<Links>>,
     entries: RwLock<Arc<Vec<u32>>>,
     /// The length at which every key was last known to be reached.
@@ -34,13 +38,14 @@ const OUTLIER: f32 = 2.5;
 const LONG_ENTRIES: usize = 256;
 
 impl Core {
-    /// A graph over the keys `distinct`, of which `keys` holds all and their twins. `samples` are queries
-    /// of the kind to come; without them all directions count alike.
+    /// A graph over the keys `distinct`, of which `keys` holds all and their twins. `samples` are the queries that
+    /// the neighbours belong to; when they are not `known` to be of the kind to come, all directions count alike.
     pub(super) fn build(
         dim: usize,
         keys: &[f32],
         distinct: &[u32],
-        samples: Option<&[f32]>,
+        samples: &[f32],
+        known: bool,
         neighbours: &Neighbours,
         params: &GraphParams,
     ) -> Result<Self, IndexError> {
@@ -52,7 +57,9 @@ impl Core {
         links.append(count)?;
         let mut core = Self {
             params: params.clone(),
-            shape: samples.map_or_else(|| Shape::even(dim), |samples| Shape::of(dim, samples)),
+            shape: if known { Shape::of(dim, samples) } else { Shape::even(dim) },
+            guides: Guides::new(dim, samples, keys, neighbours),
+            built: distinct.len(),
             entries: RwLock::new(Arc::new(entries(neighbours, params.entry_points))),
             links: RwLock::new(Arc::new(links)),
             checked: AtomicUsize::new(count),
@@ -78,13 +85,14 @@ impl Core {
         params: GraphParams,
         codes: Codes,
         shape: Shape,
+        guides: Guides,
         links: Links,
         entries: Vec<u32>,
         typical: f32,
     ) -> Self {
-        let checked = AtomicUsize::new(links.len());
+        let (checked, built) = (AtomicUsize::new(links.len()), links.len());
         let (links, entries) = (RwLock::new(Arc::new(links)), RwLock::new(Arc::new(entries)));
-        Self { params, codes, shape, links, entries, checked, typical }
+        Self { params, codes, shape, guides, built, links, entries, checked, typical }
     }
 
     /// Adds keys: rows of `dim` numbers, of which those with the ids `fresh` equal no earlier one; `distinct` are all
@@ -157,7 +165,7 @@ impl Core {
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.codes.memory_bytes() + self.links().memory_bytes() + self.shape.memory_bytes()
+        self.codes.memory_bytes() + self.links().memory_bytes() + self.shape.memory_bytes() + self.guides.memory_bytes()
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::core::Core;
+use super::guides::Guides;
 use super::links::{ID_BITS, Links};
 use super::shape::Shape;
 use super::{GRAPH_FROM, GraphIndex, MOST_KEYS, Writer};
@@ -36,9 +37,9 @@ impl<T: Element> GraphIndex<T> {
         drop(twins);
         pairs.sort_unstable();
         sections.numbers(Tag::Twins, pairs.into_iter().flatten());
-        match core {
-            None => sections.floats(Tag::Samples, &writer.samples),
-            Some(core) => core.write(&mut sections, len),
+        sections.floats(Tag::Samples, &writer.samples);
+        if let Some(core) = core {
+            core.write(&mut sections, len);
         }
         sections.write(path)
     }
@@ -52,13 +53,11 @@ impl<T: Element> GraphIndex<T> {
         let rows: Rows<T> = parts.rows(Tag::Rows, parts.len, 0, parts.len)?;
         let twins = Twins::default();
         twins.extend(&read_twins(parts, &rows)?);
-        let (core, samples) = match bits {
-            0 => {
-                let samples = parts.floats(Tag::Samples, None)?;
-                check_rows("sample queries", parts.dim, &samples).map_err(|e| e.to_string())?;
-                (None, samples)
-            }
-            _ => (Some(Arc::new(Core::read(parts, &params, bits, typical, &twins)?)), Vec::new()),
+        let samples = parts.floats(Tag::Samples, None)?;
+        check_rows("sample queries", parts.dim, &samples).map_err(|e| e.to_string())?;
+        let core = match bits {
+            0 => None,
+            _ => Some(Arc::new(Core::read(parts, &params, bits, typical, &twins)?)),
         };
         Ok(Self {
             rows,
@@ -115,6 +114,9 @@ impl Core {
         sections.floats(Tag::Mean, &self.shape.mean);
         sections.floats(Tag::Factor, &self.shape.factor);
         sections.numbers(Tag::Entries, self.entries().iter().copied());
+        let (queries, bars) = self.guides.parts();
+        sections.floats(Tag::Guides, queries);
+        sections.floats(Tag::Bars, bars);
         let links = self.links();
         let words = links.rows().runs(len).flat_map(|(_, run)| run);
         sections.bytes(Tag::Links, words.flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect());
@@ -156,7 +158,13 @@ impl Core {
                 return Err(format!("key {id} has a link to a key that is not in the graph"));
             }
         }
+        let bars = parts.floats(Tag::Bars, None)?;
+        let queries = parts.floats(Tag::Guides, bars.len().checked_mul(dim))?;
+        if queries.iter().any(|x| x.abs() > 1.0 + 1e-3) {
+            return Err("a kept query is longer than 1".to_owned());
+        }
+        let guides = Guides::from_parts(dim, queries, bars);
         let codes = Codes::from_parts(center, codes, scales);
-        Ok(Self::from_parts(params.clone(), codes, shape, links, entries, typical))
+        Ok(Self::from_parts(params.clone(), codes, shape, guides, links, entries, typical))
     }
 }
