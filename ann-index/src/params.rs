@@ -27,7 +27,7 @@ pub enum IndexKind {
     Flat,
     /// A hierarchical navigable small-world graph: approximate, reads few keys.
     Hnsw,
-    /// Inverted lists of faiss; needs the cargo feature `faiss`.
+    /// Inverted lists of faiss; not part of this build, which says so.
     Ivf,
     /// A graph shaped after sample queries (RetrievalAttention, RoarGraph).
     Graph,

@@ -158,9 +158,9 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
     (-2.0 * (1.0 - u).ln()).sqrt() * (std::f32::consts::TAU * v).cos()
 }
 
-/// `ef` candidates, or clusters with about four times as many keys.
+/// `ef` candidates, or clusters with about eight times as many keys.
 fn wish(k: usize, ef: usize) -> SearchParams {
-    SearchParams { k, ef, probes: ef.div_ceil(4) }
+    SearchParams { k, ef, probes: ef.div_ceil(2) }
 }
 
 fn search(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize) -> Vec<Hit> {
