@@ -30,13 +30,19 @@ const HUGE: usize = 2 << 20;
 /// Every bit pattern is a value, and there is nothing to drop.
 pub(crate) unsafe trait Plain: Send + Sync + 'static {}
 
-// SAFETY (all blocks of this impl): integers, floats and atomics of integers are plain.
+// SAFETY: all bit patterns of floats are values.
 unsafe impl Plain for f32 {}
+// SAFETY: all bit patterns of floats are values.
 unsafe impl Plain for half::bf16 {}
+// SAFETY: all bit patterns of floats are values.
 unsafe impl Plain for half::f16 {}
+// SAFETY: all bit patterns of integers are values.
 unsafe impl Plain for i8 {}
+// SAFETY: all bit patterns of integers are values.
 unsafe impl Plain for u8 {}
+// SAFETY: all bit patterns of integers are values.
 unsafe impl Plain for u32 {}
+// SAFETY: all bit patterns of integers are values.
 unsafe impl Plain for std::sync::atomic::AtomicU64 {}
 
 /// See the module.

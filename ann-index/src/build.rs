@@ -17,11 +17,12 @@ use crate::params::{IndexKind, IndexParams, KeyPrecision};
 /// append to.
 ///
 /// `sample_queries` are rows of `dim` numbers drawn from the queries to come, for indexes that
-/// shape themselves after them. They are checked and then not used by `flat` and `hnsw`.
+/// shape themselves after them: `graph` does, and without any takes the keys for queries. The others
+/// check them and do not use them.
 ///
 /// # Errors
-/// [`IndexError::BadParameter`] when `dim` is 0 or a setting is out of range, and what
-/// [`KeyIndex::append`] refuses.
+/// [`IndexError::BadParameter`] when `dim` is 0 or a setting is out of range, [`IndexError::Unsupported`]
+/// for `ivf`, and what [`KeyIndex::append`] refuses.
 pub fn build(
     dim: usize,
     keys: &[f32],
@@ -79,9 +80,7 @@ fn build_as<T: Element>(
         IndexKind::Hnsw => Box::new(HnswIndex::<T>::build(dim, keys, params)?),
         IndexKind::Graph => Box::new(GraphIndex::<T>::build(dim, keys, samples, neighbours, &params.graph)?),
         IndexKind::Clusters => Box::new(ClustersIndex::<T>::build(dim, keys, &params.clusters)?),
-        kind => {
-            return Err(IndexError::Unsupported { what: "implementation", kind, instead: "take another kind" });
-        }
+        IndexKind::Ivf => return Err(crate::ivf::unavailable()),
     })
 }
 

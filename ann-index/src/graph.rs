@@ -225,12 +225,13 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
             distinct
         });
         let fresh = distinct.take(&self.rows, &self.twins, start, start + count);
-        let outgrown = |core: &Core| core.built < SETTLED && distinct.ids.len() >= 4 * core.built;
+        let enough = distinct.ids.len() >= self.graph_from.max(1);
+        let outgrown = |core: &Core| enough && core.built < SETTLED && distinct.ids.len() >= 4 * core.built;
         if let Some(core) = self.core().filter(|core| !outgrown(core)) {
             let decode = |id: u32, row: &mut [f32]| T::decode(self.rows.row(id as usize), row);
             return core.append(keys, &fresh, &distinct.ids, &decode);
         }
-        if distinct.ids.len() >= self.graph_from.max(1) {
+        if enough {
             let keys = self.all_keys();
             let core = build_core(self.dim(), &keys, &distinct.ids, &self.twins, samples, None, &self.params)?;
             *self.core.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(core));

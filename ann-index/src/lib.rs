@@ -28,7 +28,15 @@
 //!
 //! * [`KeyIndex`] is the contract: threads, order, what is refused.
 //! * [`build`] makes one; [`IndexParams`] says which and how.
-//! * [`IndexKind::Flat`] reads every key and is exact; [`IndexKind::Hnsw`] walks a graph.
+//! * [`IndexKind::Flat`] reads every key and is exact; [`IndexKind::Hnsw`] walks a graph that keys alone have
+//!   shaped; [`IndexKind::Graph`] one that sample queries have shaped; [`IndexKind::Clusters`] reads clusters and can
+//!   say what the next ones hold ([`KeyIndex::search_zones`]). [`IndexKind::Ivf`] is a name without an
+//!   implementation here.
+//! * [`exact_neighbours`] finds the keys that `graph` is shaped by; [`build_with_neighbours`] takes them from elsewhere.
+//! * [`KeyIndex::save`] and [`open`] keep an index in a file; what is opened is searched where it lies.
+//! * Keys know no positions. Rotary embeddings turn keys and queries alike, R(a)k . R(b)q = k . R(b - a)q, so an
+//!   index over keys at positions of their chunk answers for the chunk at start p when the query is turned by
+//!   R(-p).
 //! * [`SearchStats`] says what a search really read.
 //!
 //! A new index is a module that implements [`KeyIndex`], a variant of [`IndexKind`], a line in
@@ -46,6 +54,7 @@ mod flat;
 mod graph;
 mod hnsw;
 mod isa;
+mod ivf;
 mod key_index;
 mod metric;
 mod neighbours;

@@ -27,7 +27,7 @@ pub enum IndexKind {
     Flat,
     /// A hierarchical navigable small-world graph: approximate, reads few keys.
     Hnsw,
-    /// Inverted lists of faiss; needs the cargo feature `faiss`.
+    /// Inverted lists of faiss; not part of this build, which says so.
     Ivf,
     /// A graph shaped after sample queries (RetrievalAttention, RoarGraph).
     Graph,
@@ -140,16 +140,10 @@ impl Default for ClustersParams {
 }
 
 /// Settings of faiss' inverted lists.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IvfParams {
     /// Lists, up to 65,536; 0, the default, means four times the root of the number of keys.
     pub lists: usize,
-}
-
-impl Default for IvfParams {
-    fn default() -> Self {
-        Self { lists: 0 }
-    }
 }
 
 /// What a search is asked for.

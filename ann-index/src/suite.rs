@@ -158,9 +158,9 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
     (-2.0 * (1.0 - u).ln()).sqrt() * (std::f32::consts::TAU * v).cos()
 }
 
-/// `ef` candidates, or clusters with about four times as many keys.
+/// `ef` candidates, or clusters with about eight times as many keys.
 fn wish(k: usize, ef: usize) -> SearchParams {
-    SearchParams { k, ef, probes: ef.div_ceil(4) }
+    SearchParams { k, ef, probes: ef.div_ceil(2) }
 }
 
 fn search(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize) -> Vec<Hit> {
@@ -641,7 +641,7 @@ fn only_clusters_have_zones() {
         let estimated: usize = rest.estimated.iter().map(|zone| zone.size).sum();
         assert_eq!(rest.hits.len() + estimated, 1530);
         // Means times sizes are what the keys that were not read add up to.
-        let mut sums = vec![0.0f64; 24];
+        let mut sums = [0.0f64; 24];
         let mut key = [0.0; 24];
         let read: BTreeSet<u32> = rest.hits.iter().map(|hit| hit.id).collect();
         for id in (0..1530).filter(|id| !read.contains(id)) {
