@@ -93,7 +93,7 @@ fn index(records: &[&Record]) -> String {
         for (place, by_method) in &places {
             let heads = by_method.values().map(Vec::len).max().unwrap_or_default();
             for head in 0..heads {
-                let cell = |method: &&str| by_method.get(method).and_then(|shares| shares.get(head));
+                let cell = |method: &str| by_method.get(method).and_then(|shares| shares.get(head)).copied();
                 let cells: Vec<String> =
                     methods.iter().map(|m| cell(m).map_or("-".into(), |share| format!("{share:.3}"))).collect();
                 let _ = writeln!(text, "| {place} H{head} | {} |", cells.join(" | "));
