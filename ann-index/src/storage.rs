@@ -282,7 +282,7 @@ fn read(map: MmapMut) -> Result<Box<dyn KeyIndex>, Wrong> {
         let at = HEADER + ENTRY * i;
         let (tag, sum, offset, bytes) = (word(at), word(at + 4), long(at + 8), long(at + 16));
         let start = end.next_multiple_of(ALIGN);
-        let inside = offset == start as u64 && bytes <= (map.len() as u64).saturating_sub(offset);
+        let inside = offset == start as u64 && (map.len() as u64).checked_sub(offset).is_some_and(|rest| bytes <= rest);
         if !inside || map[end..start].iter().any(|&byte| byte != 0) {
             return Err(format!("section {tag}: {bytes} bytes from {offset} on are not where they belong"));
         }

@@ -83,8 +83,14 @@ fn what_is_wrong_is_named() {
     foreign[12..16].reverse();
     std::fs::write(&path, &foreign).unwrap();
     assert!(open(&path).unwrap_err().to_string().contains("order the bytes"));
-    std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
-    assert!(open(&path).is_err());
+    for index in indexes(20) {
+        index.save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for len in (0..whole.len().min(1500)).chain([whole.len() - 1]) {
+            std::fs::write(&path, &whole[..len]).unwrap();
+            assert!(open(&path).is_err(), "{index:?} cut to {len} bytes");
+        }
+    }
 }
 
 /// Files that the first program with this format wrote. To write them for a new version:

@@ -6,15 +6,15 @@ use ann_index::{IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, Se
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-pub const DIM: usize = 12;
+pub(crate) const DIM: usize = 12;
 
-pub fn numbers(count: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn numbers(count: usize, seed: u64) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..count).map(|_| rng.random::<f32>() * 4.0 - 2.0 + rng.random::<f32>()).collect()
 }
 
 /// One index of every kind that has files, and precision.
-pub fn indexes(keys: usize) -> Vec<Box<dyn KeyIndex>> {
+pub(crate) fn indexes(keys: usize) -> Vec<Box<dyn KeyIndex>> {
     use KeyPrecision::{Bf16, F16, F32, Int8};
     let mut all = Vec::new();
     for kind in IndexKind::ALL.into_iter().filter(|&kind| kind != IndexKind::Ivf) {
@@ -31,13 +31,13 @@ pub fn indexes(keys: usize) -> Vec<Box<dyn KeyIndex>> {
 }
 
 /// The answers to a few queries.
-pub fn answers(index: &dyn KeyIndex) -> Vec<SearchResult> {
+pub(crate) fn answers(index: &dyn KeyIndex) -> Vec<SearchResult> {
     let ask = |query: &[f32]| index.search(query, &SearchParams { k: 10, ef: 24, probes: 6 }, None).unwrap();
     numbers(6 * index.dim(), 4).chunks(index.dim()).map(ask).collect()
 }
 
 /// Flips, sets, cuts, doubles or moves some bytes.
-pub fn mutate(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
+pub(crate) fn mutate(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
     for _ in 0..rng.random_range(1..4) {
         let len = bytes.len();
         if len == 0 {
@@ -65,7 +65,7 @@ fn word(bytes: &[u8], at: usize) -> Option<usize> {
 }
 
 /// Makes all checksums right again, as far as there is what they cover.
-pub fn mend(bytes: &mut [u8]) {
+pub(crate) fn mend(bytes: &mut [u8]) {
     let Some(count) = word(bytes, 40) else { return };
     let table = 64 + 32 * count.min(64);
     for i in 0..count.min(64) {
