@@ -1,39 +1,104 @@
 //! From settings to an index.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::check::check_rows;
+use crate::clusters::ClustersIndex;
+use crate::element::Element;
 use crate::error::IndexError;
 use crate::flat::FlatIndex;
+use crate::graph::GraphIndex;
 use crate::hnsw::HnswIndex;
-use crate::key_index::{IndexKind, IndexParams, KeyIndex, KeyPrecision};
+use crate::key_index::KeyIndex;
+use crate::neighbours::Neighbours;
+use crate::params::{IndexKind, IndexParams, KeyPrecision};
 
 /// Builds an index over `keys`, rows of `dim` numbers; no rows at all gives an empty index to
 /// append to.
 ///
 /// `sample_queries` are rows of `dim` numbers drawn from the queries to come, for indexes that
-/// shape themselves after them. They are checked and then not used by `flat` and `hnsw`.
+/// shape themselves after them: `graph` does, and without any takes the keys for queries. The others
+/// check them and do not use them.
 ///
 /// # Errors
-/// [`IndexError::BadParameter`] when `dim` is 0 or a setting is out of range, and what
-/// [`KeyIndex::append`] refuses.
+/// [`IndexError::BadParameter`] when `dim` is 0 or a setting is out of range, [`IndexError::Unsupported`]
+/// for `ivf`, and what [`KeyIndex::append`] refuses.
 pub fn build(
     dim: usize,
     keys: &[f32],
     sample_queries: &[f32],
     params: &IndexParams,
 ) -> Result<Box<dyn KeyIndex>, IndexError> {
+    build_any(dim, keys, sample_queries, None, params)
+}
+
+/// As [`build`], with the keys nearest to each of the `sample_queries` computed elsewhere, on a device or
+/// by [`exact_neighbours`](crate::exact_neighbours). Only `graph` uses them.
+///
+/// # Errors
+/// As [`build`], and [`IndexError::BadNeighbours`] when they do not fit the keys and queries.
+pub fn build_with_neighbours(
+    dim: usize,
+    keys: &[f32],
+    sample_queries: &[f32],
+    neighbours: &Neighbours,
+    params: &IndexParams,
+) -> Result<Box<dyn KeyIndex>, IndexError> {
+    build_any(dim, keys, sample_queries, Some(neighbours), params)
+}
+
+fn build_any(
+    dim: usize,
+    keys: &[f32],
+    sample_queries: &[f32],
+    neighbours: Option<&Neighbours>,
+    params: &IndexParams,
+) -> Result<Box<dyn KeyIndex>, IndexError> {
+    check_params(dim, params)?;
+    check_rows("keys", dim, keys)?;
+    check_rows("sample queries", dim, sample_queries)?;
+    if let Some(neighbours) = neighbours {
+        neighbours.check(keys.len() / dim, sample_queries.len() / dim)?;
+    }
+    match params.precision {
+        KeyPrecision::F32 => build_as::<f32>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::Bf16 => build_as::<bf16>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::F16 => build_as::<f16>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::Int8 => build_as::<i8>(dim, keys, sample_queries, neighbours, params),
+    }
+}
+
+fn build_as<T: Element>(
+    dim: usize,
+    keys: &[f32],
+    samples: &[f32],
+    neighbours: Option<&Neighbours>,
+    params: &IndexParams,
+) -> Result<Box<dyn KeyIndex>, IndexError> {
+    Ok(match params.kind {
+        IndexKind::Flat => Box::new(FlatIndex::<T>::build(dim, keys)?),
+        IndexKind::Hnsw => Box::new(HnswIndex::<T>::build(dim, keys, params)?),
+        IndexKind::Graph => Box::new(GraphIndex::<T>::build(dim, keys, samples, neighbours, &params.graph)?),
+        IndexKind::Clusters => Box::new(ClustersIndex::<T>::build(dim, keys, &params.clusters)?),
+        IndexKind::Ivf => return Err(crate::ivf::unavailable()),
+    })
+}
+
+fn check_params(dim: usize, params: &IndexParams) -> Result<(), IndexError> {
     check_range("dim", dim, 1..=65_536, "1 to 65,536")?;
     check_range("hnsw_m", params.hnsw_m, 2..=255, "2 to 255")?;
     let ef = params.hnsw_ef_construction;
     check_range("hnsw_ef_construction", ef, 1..=65_536, "1 to 65,536")?;
-    check_rows("sample queries", dim, sample_queries)?;
-    Ok(match (params.kind, params.precision) {
-        (IndexKind::Flat, KeyPrecision::F32) => Box::new(FlatIndex::<f32>::build(dim, keys)?),
-        (IndexKind::Flat, KeyPrecision::Bf16) => Box::new(FlatIndex::<bf16>::build(dim, keys)?),
-        (IndexKind::Hnsw, KeyPrecision::F32) => Box::new(HnswIndex::<f32>::build(dim, keys, params)?),
-        (IndexKind::Hnsw, KeyPrecision::Bf16) => Box::new(HnswIndex::<bf16>::build(dim, keys, params)?),
-    })
+    let graph = &params.graph;
+    check_range("graph.degree", graph.degree, 4..=255, "4 to 255")?;
+    check_range("graph.build_ef", graph.build_ef, 1..=65_536, "1 to 65,536")?;
+    check_range("graph.entry_points", graph.entry_points, 1..=4096, "1 to 4,096")?;
+    check_range("graph.sample_neighbours", graph.sample_neighbours, 2..=4096, "2 to 4,096")?;
+    let clusters = &params.clusters;
+    check_range("clusters.segment", clusters.segment, 64..=65_536, "64 to 65,536")?;
+    check_range("clusters.keys_per_cluster", clusters.keys_per_cluster, 1..=1024, "1 to 1,024")?;
+    check_range("clusters.iterations", clusters.iterations, 1..=100, "1 to 100")?;
+    check_range("ivf.lists", params.ivf.lists, 0..=65_536, "0 to 65,536")
 }
 
 fn check_range(

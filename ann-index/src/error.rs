@@ -1,6 +1,10 @@
 //! What can go wrong when an index is built, extended or asked.
 
+use std::path::PathBuf;
+
 use thiserror::Error;
+
+use crate::params::IndexKind;
 
 /// Why an index refused. A refused call has changed nothing.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -17,7 +21,7 @@ pub enum IndexError {
         expected: &'static str,
     },
     /// No index is called that.
-    #[error("unknown index kind `{found}`, expected `flat` or `hnsw`")]
+    #[error("unknown index kind `{found}`, expected `flat`, `hnsw`, `ivf`, `graph` or `clusters`")]
     UnknownKind {
         /// The name that was given.
         found: String,
@@ -66,6 +70,18 @@ pub enum IndexError {
         /// The longest norm taken.
         limit: f64,
     },
+    /// A number that the stored precision cannot hold.
+    #[error("keys: row {row}, column {column} is {value:e}, expected at most {limit:e}: store bf16 or f32")]
+    TooLarge {
+        /// The row, from 0.
+        row: usize,
+        /// The column, from 0.
+        column: usize,
+        /// The number found there.
+        value: f32,
+        /// The largest that can be stored.
+        limit: f32,
+    },
     /// A key that is not there.
     #[error("no key {id}: the index holds {len} keys, numbered from 0")]
     UnknownId {
@@ -81,5 +97,39 @@ pub enum IndexError {
         found: usize,
         /// How many there may be.
         limit: usize,
+    },
+    /// This kind of index cannot do that.
+    #[error("index `{kind}` has no {what}: {instead}")]
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+        /// The index that was asked.
+        kind: IndexKind,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// Neighbours that do not belong to these keys and queries.
+    #[error("neighbours of sample queries: {what}: compute them from the same keys and queries")]
+    BadNeighbours {
+        /// What is wrong.
+        what: String,
+    },
+    /// The operating system refused.
+    #[error("{action} {}: {reason}", path.display())]
+    Io {
+        /// What was tried: `reading` or `writing`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        reason: String,
+    },
+    /// The file is not a whole index of this version.
+    #[error("{} is not a usable index: {what}; build the index again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        what: String,
     },
 }

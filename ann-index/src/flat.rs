@@ -1,14 +1,17 @@
 //! The exact index: every search reads every key, in order, at the speed of memory.
 
 use std::fmt;
+use std::path::Path;
 
 use crate::bitmap::Bitmap;
 use crate::check::{check_query, check_rows};
+use crate::element::Element;
 use crate::error::IndexError;
-use crate::key_index::{KeyIndex, SearchParams, SearchResult};
-use crate::metric::Element;
+use crate::key_index::{KeyIndex, SearchResult};
+use crate::params::{IndexKind, SearchParams};
 use crate::rows::Rows;
-use crate::scan::{read_key, scan};
+use crate::scan::{read_key, scan, scan_group};
+use crate::storage::{Parts, Sections, Tag, Wrong};
 
 /// See the module.
 pub(crate) struct FlatIndex<T> {
@@ -22,6 +25,13 @@ impl<T: Element> FlatIndex<T> {
         let rows = Rows::new(dim, keys.len() / dim);
         rows.append(keys)?;
         Ok(Self { rows })
+    }
+}
+
+impl<T: Element> FlatIndex<T> {
+    /// An index from a file.
+    pub(crate) fn read(parts: &Parts) -> Result<Self, Wrong> {
+        Ok(Self { rows: parts.rows(Tag::Rows, parts.len, 0, parts.len)? })
     }
 }
 
@@ -52,12 +62,33 @@ impl<T: Element> KeyIndex for FlatIndex<T> {
         Ok(scan(&self.rows, self.len(), query, params.k, exclude))
     }
 
+    fn search_group(
+        &self,
+        queries: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Result<Vec<SearchResult>, IndexError> {
+        check_rows("queries", self.dim(), queries)?;
+        Ok(scan_group(&self.rows, self.len(), queries, params.k, exclude))
+    }
+
     fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError> {
         read_key(&self.rows, id, out)
     }
 
     fn memory_bytes(&self) -> usize {
         size_of::<Self>() + self.rows.memory_bytes()
+    }
+
+    fn kind(&self) -> IndexKind {
+        IndexKind::Flat
+    }
+
+    fn save(&self, path: &Path) -> Result<(), IndexError> {
+        let len = self.len();
+        let mut sections = Sections::new::<T>(self.kind(), self.dim(), len);
+        sections.rows(Tag::Rows, &self.rows, len);
+        sections.write(path)
     }
 }
 

@@ -14,20 +14,21 @@ mod graph;
 mod lift;
 mod visits;
 
-use std::collections::HashMap;
-use std::collections::hash_map::{DefaultHasher, Entry};
 use std::fmt;
-use std::hash::{Hash, Hasher};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::bitmap::Bitmap;
 use crate::check::{check_query, check_rows};
+use crate::element::Element;
 use crate::error::IndexError;
-use crate::key_index::{IndexParams, KeyIndex, SearchParams, SearchResult, SearchStats};
-use crate::metric::Element;
+use crate::key_index::{KeyIndex, SearchResult, SearchStats};
+use crate::params::{IndexKind, IndexParams, SearchParams};
 use crate::rows::Rows;
 use crate::scan::{read_key, scan};
+use crate::storage::{Parts, Sections, Tag, Wrong};
 use crate::top_k::TopK;
+use crate::twins::{Distinct, Twins};
 use graph::Graph;
 
 /// Fewer distinct keys than this are scanned: that takes microseconds, and a centre and a longest
@@ -40,20 +41,8 @@ pub(crate) struct HnswIndex<T: Element> {
     params: IndexParams,
     graph_from: usize,
     graph: RwLock<Option<Arc<Graph<T>>>>,
-    twins: RwLock<Twins>,
-    writer: Mutex<Writer>,
-}
-
-/// Later equal keys, in order of their ids, by the first of them.
-type Twins = HashMap<u32, Vec<u32>>;
-
-/// What only the appending thread needs.
-#[derive(Default)]
-struct Writer {
-    /// The first key with a given hash.
-    first: HashMap<u64, u32>,
-    /// The keys that the graph holds, or will hold once there is one.
-    distinct: Vec<u32>,
+    twins: Twins,
+    writer: Mutex<Distinct>,
 }
 
 impl<T: Element> HnswIndex<T> {
@@ -75,45 +64,17 @@ impl<T: Element> HnswIndex<T> {
             params: params.clone(),
             graph_from,
             graph: RwLock::default(),
-            twins: RwLock::default(),
+            twins: Twins::default(),
             writer: Mutex::default(),
         };
         index.append(keys)?;
         Ok(index)
     }
 
-    /// The ids among `start..end` that equal no earlier key; the others become twins.
-    fn take_distinct(&self, writer: &mut Writer, start: usize, end: usize) -> Vec<u32> {
-        let mut fresh = Vec::with_capacity(end - start);
-        let mut twins: Vec<(u32, u32)> = Vec::new();
-        for id in start..end {
-            let row = self.rows.row(id);
-            match writer.first.entry(hash_row(row)) {
-                Entry::Vacant(free) => {
-                    free.insert(id as u32);
-                    fresh.push(id as u32);
-                }
-                Entry::Occupied(first) if same_row(self.rows.row(*first.get() as usize), row) => {
-                    twins.push((*first.get(), id as u32));
-                }
-                // Two keys share a hash: nothing but a twin that stays unnoticed comes of it.
-                Entry::Occupied(_) => fresh.push(id as u32),
-            }
-        }
-        if !twins.is_empty() {
-            let mut known = self.twins.write().unwrap_or_else(PoisonError::into_inner);
-            for (first, twin) in twins {
-                known.entry(first).or_default().push(twin);
-            }
-        }
-        writer.distinct.extend(&fresh);
-        fresh
-    }
-
     /// Brings new distinct keys into the graph, or builds it again when they do not fit it.
     /// Returns a graph that is no longer needed.
-    fn extend_graph(&self, writer: &Writer, fresh: &[u32]) -> Option<Arc<Graph<T>>> {
-        if fresh.is_empty() || writer.distinct.len() < self.graph_from {
+    fn extend_graph(&self, writer: &Distinct, fresh: &[u32]) -> Option<Arc<Graph<T>>> {
+        if fresh.is_empty() || writer.ids.len() < self.graph_from {
             return None;
         }
         if let Some(graph) = self.graph()
@@ -122,7 +83,7 @@ impl<T: Element> HnswIndex<T> {
             graph.insert(fresh);
             return None;
         }
-        let graph = Graph::build(Arc::clone(&self.rows), &writer.distinct, &self.params);
+        let graph = Graph::build(Arc::clone(&self.rows), &writer.ids, &self.params);
         let mut current = self.graph.write().unwrap_or_else(PoisonError::into_inner);
         current.replace(Arc::new(graph))
     }
@@ -134,7 +95,7 @@ impl<T: Element> HnswIndex<T> {
 
     /// The best `k` of the keys that a walk with `ef` candidates meets.
     fn walk(&self, graph: &Graph<T>, query: &[f32], k: usize, ef: usize, exclude: Option<&Bitmap>) -> SearchResult {
-        let twins = self.twins.read().unwrap_or_else(PoisonError::into_inner);
+        let twins = self.twins.read();
         let twins_of = |id: u32| twins.get(&id).map_or(&[][..], Vec::as_slice);
         let visible = |id: u32| !exclude.is_some_and(|set| set.contains(id));
         let wanted = |id: u32| visible(id) || twins_of(id).iter().any(|&twin| visible(twin));
@@ -161,6 +122,32 @@ impl<T: Element> HnswIndex<T> {
     }
 }
 
+impl<T: Element> HnswIndex<T> {
+    /// An index from the keys in a file.
+    pub(crate) fn read(parts: &Parts) -> Result<Self, Wrong> {
+        let numbers = parts.numbers(Tag::Params, Some(2))?;
+        let (m, ef) = (numbers[0] as usize, numbers[1] as usize);
+        if !(2..=255).contains(&m) || !(1..=65_536).contains(&ef) {
+            return Err(format!("m {m} and ef_construction {ef} are out of range"));
+        }
+        let params = IndexParams { hnsw_m: m, hnsw_ef_construction: ef, ..IndexParams::default() };
+        let rows: Rows<T> = parts.rows(Tag::Rows, parts.len, 0, parts.len)?;
+        let index = Self {
+            rows: Arc::new(rows),
+            params,
+            graph_from: GRAPH_FROM,
+            graph: RwLock::default(),
+            twins: Twins::default(),
+            writer: Mutex::default(),
+        };
+        let mut writer = Distinct::default();
+        let fresh = writer.take(&index.rows, &index.twins, 0, parts.len);
+        index.extend_graph(&writer, &fresh);
+        *index.writer.lock().unwrap_or_else(PoisonError::into_inner) = writer;
+        Ok(index)
+    }
+}
+
 impl<T: Element> KeyIndex for HnswIndex<T> {
     fn dim(&self) -> usize {
         self.rows.dim()
@@ -175,7 +162,7 @@ impl<T: Element> KeyIndex for HnswIndex<T> {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let start = self.rows.append(keys)?;
         let end = start + keys.len() / self.dim();
-        let fresh = self.take_distinct(&mut writer, start, end);
+        let fresh = writer.take(&self.rows, &self.twins, start, end);
         let outdated = self.extend_graph(&writer, &fresh);
         // `hnsw_rs` frees a graph on the rayon pool, where this thread may be handed a task that
         // appends to this very index: no lock may be held by then.
@@ -217,13 +204,27 @@ impl<T: Element> KeyIndex for HnswIndex<T> {
     }
 
     fn memory_bytes(&self) -> usize {
-        let twins = self.twins.read().unwrap_or_else(PoisonError::into_inner);
-        let twin_bytes: usize = twins.values().map(|ids| 48 + 4 * ids.capacity()).sum();
-        drop(twins);
-        // Per key of the graph: hash, id and control byte, at the map's usual load; and its number.
-        let writer_bytes = self.len() * 28;
+        let twin_bytes = self.twins.memory_bytes();
+        let writer_bytes = Distinct::memory_bytes(self.len());
         let graph_bytes = self.graph().map_or(0, |graph| graph.memory_bytes());
         size_of::<Self>() + self.rows.memory_bytes() + twin_bytes + writer_bytes + graph_bytes
+    }
+
+    fn kind(&self) -> IndexKind {
+        IndexKind::Hnsw
+    }
+
+    fn link_bytes(&self) -> usize {
+        self.graph().map_or(0, |graph| graph.memory_bytes())
+    }
+
+    fn save(&self, path: &Path) -> Result<(), IndexError> {
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let len = self.len();
+        let mut sections = Sections::new::<T>(self.kind(), self.dim(), len);
+        sections.numbers(Tag::Params, [self.params.hnsw_m, self.params.hnsw_ef_construction].map(|x| x as u32));
+        sections.rows(Tag::Rows, &self.rows, len);
+        sections.write(path)
     }
 }
 
@@ -237,18 +238,4 @@ impl<T: Element> fmt::Debug for HnswIndex<T> {
             .field("ef_construction", &self.params.hnsw_ef_construction)
             .finish()
     }
-}
-
-/// Equal rows have equal hashes, whichever zeros they hold.
-fn hash_row<T: Element>(row: &[T]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for &x in row {
-        let bits = if x.to_f32() == 0.0 { 0 } else { x.bits() };
-        bits.hash(&mut hasher);
-    }
-    hasher.finish()
-}
-
-fn same_row<T: Element>(a: &[T], b: &[T]) -> bool {
-    a.iter().zip(b).all(|(x, y)| x.to_f32() == y.to_f32())
 }

@@ -2,80 +2,12 @@
 
 use std::fmt;
 use std::ops::AddAssign;
-use std::str::FromStr;
+use std::path::Path;
 
 use crate::bitmap::Bitmap;
+use crate::check::check_rows;
 use crate::error::IndexError;
-
-/// The numbers an index stores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum KeyPrecision {
-    /// Four bytes a number, stored as given.
-    F32,
-    /// Two bytes a number, rounded to the nearest bfloat16, ties to even.
-    Bf16,
-}
-
-/// The indexes there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum IndexKind {
-    /// Scores every key: exact, and the truth that the others are measured against.
-    Flat,
-    /// A hierarchical navigable small-world graph: approximate, reads few keys.
-    Hnsw,
-}
-
-impl fmt::Display for IndexKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            IndexKind::Flat => "flat",
-            IndexKind::Hnsw => "hnsw",
-        })
-    }
-}
-
-impl FromStr for IndexKind {
-    type Err = IndexError;
-
-    fn from_str(name: &str) -> Result<Self, IndexError> {
-        match name {
-            "flat" => Ok(IndexKind::Flat),
-            "hnsw" => Ok(IndexKind::Hnsw),
-            _ => Err(IndexError::UnknownKind { found: name.to_owned() }),
-        }
-    }
-}
-
-/// How an index is built.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IndexParams {
-    /// Which index; [`IndexKind::Flat`] by default.
-    pub kind: IndexKind,
-    /// What it stores; [`KeyPrecision::Bf16`] by default.
-    pub precision: KeyPrecision,
-    /// Links of a key in the upper layers of the graph, 2 to 255; twice as many in the lowest one.
-    /// 16 by default. Only `hnsw` reads it.
-    pub hnsw_m: usize,
-    /// Candidates held while the links of a key are chosen, 1 to 65,536; 200 by default. Only
-    /// `hnsw` reads it.
-    pub hnsw_ef_construction: usize,
-}
-
-impl Default for IndexParams {
-    fn default() -> Self {
-        Self { kind: IndexKind::Flat, precision: KeyPrecision::Bf16, hnsw_m: 16, hnsw_ef_construction: 200 }
-    }
-}
-
-/// What a search is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SearchParams {
-    /// How many hits; 0 is answered with none.
-    pub k: usize,
-    /// How many candidates a graph holds while it searches: more reads more keys and finds more of
-    /// the best. Raised to `k` when smaller; an exact index does not read it.
-    pub ef: usize,
-}
+use crate::params::{IndexKind, SearchParams};
 
 /// A key that was found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -89,11 +21,15 @@ pub struct Hit {
 /// What a search cost. Adding two gives the cost of both.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SearchStats {
-    /// Distinct keys whose bytes were read, hidden ones included.
+    /// Distinct keys of which any byte was read, as stored or quantised, hidden ones included. A
+    /// key that is read quantised and then ranked exactly counts once.
     pub keys_touched: usize,
-    /// Bytes of these keys.
+    /// Bytes read: stored keys, quantised keys with their scales, links and centroids. What is read
+    /// twice in two forms counts twice; the visited set and the candidates are working memory and
+    /// count nothing. A row that the queries of a group share counts once.
     pub bytes: usize,
-    /// Distinct keys that were met by following links of a graph; 0 where there is none.
+    /// Keys of a graph whose links were followed (`graph`) or that were met by following links
+    /// (`hnsw`); clusters whose members were read (`clusters`); 0 for `flat`.
     pub nodes_visited: usize,
 }
 
@@ -110,6 +46,27 @@ impl AddAssign for SearchStats {
 pub struct SearchResult {
     /// The hits: higher score first, the lower id first among equal scores.
     pub hits: Vec<Hit>,
+    /// What finding them cost.
+    pub stats: SearchStats,
+}
+
+/// A cluster that is to be estimated instead of read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Zone {
+    /// The mean of the cluster's keys as they are stored, `[dim]`.
+    pub centroid: Vec<f32>,
+    /// How many keys the cluster has, hidden ones included.
+    pub size: usize,
+}
+
+/// What [`KeyIndex::search_zones`] found.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Zones {
+    /// Every key of the best clusters that is not hidden, and of the tail that is not clustered
+    /// yet, with its exact score; best first.
+    pub hits: Vec<Hit>,
+    /// The clusters that come next, best first.
+    pub estimated: Vec<Zone>,
     /// What finding them cost.
     pub stats: SearchStats,
 }
@@ -171,22 +128,60 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     /// [`IndexError::UnknownId`], [`IndexError::DimensionMismatch`].
     fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError>;
 
-    /// Bytes of main memory held: keys and links, spare room included. The links are an estimate.
+    /// Bytes of memory held: keys, quantised keys, links, centroids, spare room included, memory-mapped
+    /// parts included. For `hnsw` the links are an estimate.
     fn memory_bytes(&self) -> usize;
-}
 
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
+    /// Which index this is.
+    fn kind(&self) -> IndexKind;
 
-    use super::*;
-
-    #[test]
-    fn kinds_are_read_as_they_are_written() {
-        for kind in [IndexKind::Flat, IndexKind::Hnsw] {
-            assert_eq!(kind.to_string().parse(), Ok(kind));
-        }
-        let error = "ivf".parse::<IndexKind>().unwrap_err();
-        assert!(error.to_string().contains("`ivf`"));
+    /// Bytes of the links of a graph, spare room included; 0 where there are none. For `hnsw` an
+    /// estimate.
+    fn link_bytes(&self) -> usize {
+        0
     }
+
+    /// Searches for each of the rows of `queries`, the query heads that share these keys (one
+    /// group of grouped-query attention), and shares what can be shared; hits are the same as those
+    /// of [`search`](KeyIndex::search), query after query. Bytes that the group shares are counted
+    /// with its first query.
+    ///
+    /// # Errors
+    /// As [`search`](KeyIndex::search), and [`IndexError::NotRows`].
+    fn search_group(
+        &self,
+        queries: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Result<Vec<SearchResult>, IndexError> {
+        check_rows("queries", self.dim(), queries)?;
+        queries.chunks_exact(self.dim()).map(|query| self.search(query, params, exclude)).collect()
+    }
+
+    /// All members of the `top` best clusters with exact scores, and mean and size of the `next`
+    /// clusters after them. Only `clusters` has clusters.
+    ///
+    /// # Errors
+    /// [`IndexError::Unsupported`] from all other kinds, and what [`search`](KeyIndex::search) refuses.
+    fn search_zones(
+        &self,
+        query: &[f32],
+        top: usize,
+        next: usize,
+        exclude: Option<&Bitmap>,
+    ) -> Result<Zones, IndexError> {
+        let _ = (query, top, next, exclude);
+        Err(IndexError::Unsupported {
+            what: "zones of clusters",
+            kind: self.kind(),
+            instead: "build an index of kind `clusters`",
+        })
+    }
+
+    /// Writes the index to a file that [`open`](crate::open) reads: first to a file beside it, which then takes the
+    /// name. Keys that are appended meanwhile may be missing.
+    ///
+    /// # Errors
+    /// [`IndexError::Io`]; [`IndexError::Unsupported`] from `ivf`.
+    fn save(&self, path: &Path) -> Result<(), IndexError>;
 }

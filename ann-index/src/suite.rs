@@ -2,15 +2,17 @@
 
 #![allow(clippy::unwrap_used)]
 
-use half::bf16;
+use half::{bf16, f16};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeSet;
 
+use crate::element::Element;
 use crate::error::IndexError;
+use crate::graph::GraphIndex;
 use crate::hnsw::HnswIndex;
-use crate::{Bitmap, Hit, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchStats, build};
+use crate::{Bitmap, Hit, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchStats, build, open};
 
 /// One implementation under test.
 #[derive(Clone, Copy)]
@@ -22,16 +24,28 @@ struct Subject {
     graph_from: Option<usize>,
 }
 
-const SUBJECTS: [Subject; 6] = {
-    use IndexKind::{Flat, Hnsw};
-    use KeyPrecision::{Bf16, F32};
+const SUBJECTS: [Subject; 18] = {
+    use IndexKind::{Clusters, Flat, Graph, Hnsw};
+    use KeyPrecision::{Bf16, F16, F32, Int8};
     [
         subject("flat f32", Flat, F32, None),
         subject("flat bf16", Flat, Bf16, None),
+        subject("flat f16", Flat, F16, None),
+        subject("flat int8", Flat, Int8, None),
         subject("hnsw f32", Hnsw, F32, None),
         subject("hnsw bf16", Hnsw, Bf16, None),
-        subject("hnsw f32, graph from the first key", Hnsw, F32, Some(1)),
+        subject("hnsw int8", Hnsw, Int8, None),
+        subject("hnsw f16, graph from the first key", Hnsw, F16, Some(1)),
         subject("hnsw bf16, graph from the first key", Hnsw, Bf16, Some(1)),
+        subject("graph f32", Graph, F32, None),
+        subject("graph bf16", Graph, Bf16, None),
+        subject("graph int8", Graph, Int8, None),
+        subject("graph f16, graph from the first key", Graph, F16, Some(1)),
+        subject("graph bf16, graph from the first key", Graph, Bf16, Some(1)),
+        subject("clusters f32", Clusters, F32, None),
+        subject("clusters bf16", Clusters, Bf16, None),
+        subject("clusters f16", Clusters, F16, None),
+        subject("clusters int8", Clusters, Int8, None),
     ]
 };
 
@@ -45,16 +59,40 @@ impl Subject {
         let Some(from) = self.graph_from else {
             return build(dim, keys, &[], &params).unwrap();
         };
+        fn with_graph_from<T: Element>(
+            dim: usize,
+            keys: &[f32],
+            params: &IndexParams,
+            from: usize,
+        ) -> Box<dyn KeyIndex> {
+            match params.kind {
+                IndexKind::Hnsw => Box::new(HnswIndex::<T>::build_with_graph_from(dim, keys, params, from).unwrap()),
+                _ => {
+                    Box::new(GraphIndex::<T>::build_with_graph_from(dim, keys, &[], None, &params.graph, from).unwrap())
+                }
+            }
+        }
         match self.precision {
-            KeyPrecision::F32 => Box::new(HnswIndex::<f32>::build_with_graph_from(dim, keys, &params, from).unwrap()),
-            KeyPrecision::Bf16 => Box::new(HnswIndex::<bf16>::build_with_graph_from(dim, keys, &params, from).unwrap()),
+            KeyPrecision::F32 => with_graph_from::<f32>(dim, keys, &params, from),
+            KeyPrecision::Bf16 => with_graph_from::<bf16>(dim, keys, &params, from),
+            KeyPrecision::F16 => with_graph_from::<f16>(dim, keys, &params, from),
+            KeyPrecision::Int8 => with_graph_from::<i8>(dim, keys, &params, from),
         }
     }
 
-    fn round(&self, x: f32) -> f32 {
+    /// A row as it comes back.
+    fn round(&self, row: &[f32]) -> Vec<f32> {
+        fn there_and_back<T: Element>(row: &[f32]) -> Vec<f32> {
+            let (mut stored, mut out) = (vec![T::default(); T::stride(row.len())], vec![0.0; row.len()]);
+            T::encode(row, &mut stored);
+            T::decode(&stored, &mut out);
+            out
+        }
         match self.precision {
-            KeyPrecision::F32 => x,
-            KeyPrecision::Bf16 => bf16::from_f32(x).to_f32(),
+            KeyPrecision::F32 => there_and_back::<f32>(row),
+            KeyPrecision::Bf16 => there_and_back::<bf16>(row),
+            KeyPrecision::F16 => there_and_back::<f16>(row),
+            KeyPrecision::Int8 => there_and_back::<i8>(row),
         }
     }
 
@@ -62,7 +100,8 @@ impl Subject {
     fn recall_floor(&self) -> f64 {
         match self.kind {
             IndexKind::Flat => 1.0,
-            IndexKind::Hnsw => 0.95,
+            IndexKind::Clusters => 0.85,
+            _ => 0.95,
         }
     }
 }
@@ -119,8 +158,13 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
     (-2.0 * (1.0 - u).ln()).sqrt() * (std::f32::consts::TAU * v).cos()
 }
 
+/// `ef` candidates, or clusters with about eight times as many keys.
+fn wish(k: usize, ef: usize) -> SearchParams {
+    SearchParams { k, ef, probes: ef.div_ceil(2) }
+}
+
 fn search(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize) -> Vec<Hit> {
-    index.search(query, &SearchParams { k, ef }, None).unwrap().hits
+    index.search(query, &wish(k, ef), None).unwrap().hits
 }
 
 /// All inner products with the stored keys in f64, best first, hidden keys left out.
@@ -139,7 +183,7 @@ fn truth(index: &dyn KeyIndex, query: &[f32], hidden: &Bitmap) -> Vec<(f64, u32)
 /// Checks what must hold of any answer; returns the share of the true top k that was found.
 fn check(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize, hidden: &Bitmap) -> f64 {
     let exclude = (!hidden.is_empty()).then_some(hidden);
-    let found = index.search(query, &SearchParams { k, ef }, exclude).unwrap();
+    let found = index.search(query, &wish(k, ef), exclude).unwrap();
     let truth = truth(index, query, hidden);
     let hits = &found.hits;
     assert_eq!(hits.len(), k.min(truth.len()), "as many hits as there can be");
@@ -170,10 +214,10 @@ fn check(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize, hidden: &Bitm
 fn check_stats(index: &dyn KeyIndex, stats: SearchStats, hits: usize) {
     assert!(stats.keys_touched <= index.len());
     assert!(stats.nodes_visited <= index.len());
-    assert_eq!(stats.bytes % stats.keys_touched.max(1), 0);
     if hits > 0 {
-        let bytes = stats.bytes / stats.keys_touched / index.dim();
-        assert!(bytes == 2 || bytes == 4);
+        // Padding of quantised keys, links and exact ranking together stay below this.
+        let most = index.len() * (4 * index.dim() + 64 + 4 + 128);
+        assert!(stats.bytes >= hits * index.dim() && stats.bytes <= most, "{stats:?}");
     }
 }
 
@@ -204,13 +248,13 @@ fn a_graph_reads_fewer_keys_than_a_scan() {
     each(|subject| {
         let mut data = HeadLike::new(32, 2);
         let index = subject.build(32, &data.keys(4000));
-        let params = SearchParams { k: 10, ef: 64 };
+        let params = wish(10, 64);
         let stats = index.search(&data.query(), &params, None).unwrap().stats;
         match subject.kind {
             IndexKind::Flat => assert_eq!((stats.keys_touched, stats.nodes_visited), (4000, 0)),
-            IndexKind::Hnsw => {
+            _ => {
                 assert!(stats.keys_touched < 2500, "{stats:?}");
-                assert!(stats.nodes_visited >= 64, "{stats:?}");
+                assert!(stats.nodes_visited >= 1, "{stats:?}");
             }
         }
     });
@@ -239,10 +283,9 @@ fn stored_keys_come_back_rounded() {
         let mut key = [0.0; 5];
         for (id, expected) in keys.chunks(5).enumerate() {
             index.key(id as u32, &mut key).unwrap();
-            let expected: Vec<f32> = expected.iter().map(|&x| subject.round(x)).collect();
-            assert_eq!(key[..], expected);
+            assert_eq!(key[..], subject.round(expected));
         }
-        assert!(index.memory_bytes() > keys.len() * 2);
+        assert!(index.memory_bytes() > keys.len());
     });
 }
 
@@ -322,10 +365,11 @@ fn one_key() {
         let index = subject.build(3, &[1.0, -2.0, 4.0]);
         for k in [1, 2, 100] {
             let hits = search(&*index, &[1.0, 1.0, 0.5], k, 10);
-            assert_eq!(hits, [Hit { id: 0, score: 1.0 }]);
+            assert_eq!((hits.len(), hits[0].id), (1, 0));
+            assert!((hits[0].score - 1.0).abs() < 0.02);
         }
         let hidden: Bitmap = [0].into_iter().collect();
-        let params = SearchParams { k: 4, ef: 4 };
+        let params = wish(4, 4);
         let found = index.search(&[1.0; 3], &params, Some(&hidden)).unwrap();
         assert_eq!(found.hits, []);
     });
@@ -335,6 +379,7 @@ fn one_key() {
 fn dimension_one() {
     each(|subject| {
         let keys: Vec<f32> = (0..600).map(|i| ((i * 7) % 600) as f32 / 8.0).collect();
+        // A scale per row of one number stores it as it is.
         let index = subject.build(1, &keys);
         for query in [[2.0], [-2.0], [0.0]] {
             let got = check(&*index, &query, 5, 40, &Bitmap::new());
@@ -347,7 +392,7 @@ fn dimension_one() {
 fn no_hits_asked_for() {
     each(|subject| {
         let index = subject.build(2, &[1.0; 40]);
-        let params = SearchParams { k: 0, ef: 0 };
+        let params = wish(0, 0);
         let found = index.search(&[1.0, 2.0], &params, None).unwrap();
         assert_eq!(found, Default::default());
     });
@@ -375,7 +420,7 @@ fn equal_keys_are_all_found_and_do_not_hide_others() {
         let ids: Vec<u32> = search(&*long, &mean, 2, 10).iter().map(|h| h.id).collect();
         assert_eq!(ids, [1600, 1601]);
         let hidden: Bitmap = [1600].into_iter().collect();
-        let params = SearchParams { k: 1, ef: 10 };
+        let params = wish(1, 10);
         let found = long.search(&mean, &params, Some(&hidden)).unwrap();
         assert_eq!(found.hits[0].id, 1601, "a twin of a hidden key is found");
     });
@@ -410,18 +455,22 @@ fn what_cannot_be_ordered_is_refused_whole() {
             let error = index.append(&[5.0, 6.0, 7.0, bad]).unwrap_err();
             let place = matches!(error, IndexError::NotFinite { row: 1, column: 1, .. });
             assert!(place, "{error}");
-            let params = SearchParams { k: 1, ef: 1 };
+            let params = wish(1, 1);
             assert!(index.search(&[bad, 0.0], &params, None).is_err());
         }
         let error = index.append(&[0.0, 0.0, 3e38, 0.0]).unwrap_err();
         assert!(matches!(error, IndexError::TooLong { row: 1, .. }), "{error}");
         assert_eq!(index.len(), 1);
         assert_eq!(search(&*index, &[1.0, 0.0], 9, 9).len(), 1);
+        if subject.precision == KeyPrecision::F16 {
+            let error = index.append(&[0.0, 7e4]).unwrap_err();
+            return assert!(matches!(error, IndexError::TooLarge { row: 0, column: 1, .. }), "{error}");
+        }
         // The longest that is taken overflows nothing.
         let long = (1u64 << 61) as f32;
         index.append(&[long, 0.0, 0.0, -long]).unwrap();
         let hits = search(&*index, &[0.0, long], 3, 1);
-        assert_eq!(hits[2].score, -long * long);
+        assert!((hits[2].score / (-long * long) - 1.0).abs() < 1e-6);
     });
 }
 
@@ -431,7 +480,7 @@ fn wrong_lengths_are_refused() {
         let index = subject.build(3, &[1.0; 6]);
         let error = index.append(&[1.0; 4]).unwrap_err();
         assert!(matches!(error, IndexError::NotRows { dim: 3, found: 4, .. }));
-        let params = SearchParams { k: 1, ef: 1 };
+        let params = wish(1, 1);
         for len in [0, 2, 4, 6] {
             let error = index.search(&vec![1.0; len], &params, None).unwrap_err();
             assert!(matches!(error, IndexError::DimensionMismatch { .. }));
@@ -462,7 +511,7 @@ fn searches_run_while_keys_are_appended() {
                         assert!((hit.id as usize) < index.len());
                         index.key(hit.id, &mut key).unwrap();
                         let id = hit.id as usize;
-                        assert_eq!(key[0], subject.round(keys[16 * id]));
+                        assert_eq!(key[..], subject.round(&keys[16 * id..16 * (id + 1)]));
                     }
                     assert!(index.len() >= before);
                 }
@@ -501,7 +550,7 @@ fn appends_from_two_threads_both_arrive() {
             }
         });
         assert_eq!(index.len(), 800);
-        let first = |half: &[f32]| -> Vec<u32> { half.chunks(4).map(|key| subject.round(key[0]).to_bits()).collect() };
+        let first = |half: &[f32]| -> Vec<u32> { half.chunks(4).map(|key| subject.round(key)[0].to_bits()).collect() };
         let mut expected = [first(&halves[0]), first(&halves[1])].concat();
         let mut key = [0.0; 4];
         let mut stored: Vec<u32> = (0..800)
@@ -513,5 +562,95 @@ fn appends_from_two_threads_both_arrive() {
         expected.sort_unstable();
         stored.sort_unstable();
         assert_eq!(stored, expected);
+    });
+}
+
+#[test]
+fn a_group_finds_what_its_queries_find_alone() {
+    each(|subject| {
+        let mut data = HeadLike::new(40, 14);
+        let index = subject.build(40, &data.keys(1500));
+        index.append(&data.keys(37)).unwrap();
+        let hidden: Bitmap = (0..1500).step_by(7).collect();
+        for (count, exclude) in [(0, None), (1, None), (3, Some(&hidden)), (4, None), (7, None), (8, Some(&hidden))] {
+            let queries: Vec<f32> = (0..count).flat_map(|_| data.query()).collect();
+            let together = index.search_group(&queries, &wish(20, 100), exclude).unwrap();
+            assert_eq!(together.len(), count);
+            for (query, found) in queries.chunks(40).zip(&together) {
+                assert_eq!(found.hits, index.search(query, &wish(20, 100), exclude).unwrap().hits);
+            }
+        }
+        assert!(index.search_group(&[0.0; 41], &wish(1, 1), None).is_err());
+        assert!(index.search_group(&[f32::NAN; 40], &wish(1, 1), None).is_err());
+    });
+}
+
+#[test]
+fn a_saved_index_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    each(|subject| {
+        let mut data = HeadLike::new(24, 15);
+        for count in [0, 1, 300, 1800] {
+            let keys = [data.keys(count), data.keys(count.min(1))].concat();
+            let index = subject.build(24, &keys);
+            index.append(&keys[..24 * count.min(9)]).unwrap();
+            let path = folder.path().join("index");
+            index.save(&path).unwrap();
+            let opened = open(&path).unwrap();
+            assert_eq!((opened.kind(), opened.dim(), opened.len()), (subject.kind, 24, index.len()));
+            let (mut a, mut b) = ([0.0; 24], [1.0; 24]);
+            for id in 0..index.len() as u32 {
+                index.key(id, &mut a).unwrap();
+                opened.key(id, &mut b).unwrap();
+                assert_eq!(a, b);
+            }
+            // `hnsw` is built again, and may differ where it is not exact.
+            if subject.kind != IndexKind::Hnsw {
+                for query in (0..20).map(|_| data.query()) {
+                    let one = |index: &dyn KeyIndex| index.search(&query, &wish(20, 60), None).unwrap();
+                    assert_eq!(one(&*index), one(&*opened));
+                }
+            }
+            opened.append(&data.keys(400)).unwrap();
+            assert_eq!(opened.len(), index.len() + 400);
+            assert_recall(subject, &*opened, &mut data, &Bitmap::new());
+            opened.save(&path).unwrap();
+            assert_eq!(open(&path).unwrap().len(), opened.len());
+        }
+    });
+}
+
+#[test]
+fn only_clusters_have_zones() {
+    each(|subject| {
+        let mut data = HeadLike::new(24, 16);
+        let index = subject.build(24, &data.keys(1500));
+        index.append(&data.keys(30)).unwrap();
+        let query = data.query();
+        let all = index.search_zones(&query, usize::MAX, 5, None);
+        if subject.kind != IndexKind::Clusters {
+            let error = all.unwrap_err();
+            return assert!(matches!(error, IndexError::Unsupported { .. }) && error.to_string().contains("clusters"));
+        }
+        let all = all.unwrap();
+        assert_eq!((all.hits.len(), all.estimated.len()), (1530, 0));
+        let some = index.search_zones(&query, 10, 20, None).unwrap();
+        let rest = index.search_zones(&query, 10, usize::MAX, None).unwrap();
+        assert_eq!(some.hits, rest.hits);
+        assert_eq!(some.estimated[..], rest.estimated[..20]);
+        let estimated: usize = rest.estimated.iter().map(|zone| zone.size).sum();
+        assert_eq!(rest.hits.len() + estimated, 1530);
+        // Means times sizes are what the keys that were not read add up to.
+        let mut sums = [0.0f64; 24];
+        let mut key = [0.0; 24];
+        let read: BTreeSet<u32> = rest.hits.iter().map(|hit| hit.id).collect();
+        for id in (0..1530).filter(|id| !read.contains(id)) {
+            index.key(id, &mut key).unwrap();
+            sums.iter_mut().zip(key).for_each(|(sum, x)| *sum += f64::from(x));
+        }
+        for (i, sum) in sums.iter().enumerate() {
+            let zones: f64 = rest.estimated.iter().map(|z| f64::from(z.centroid[i]) * z.size as f64).sum();
+            assert!((zones - sum).abs() < 1e-4 * 1500.0 * 10.0, "{zones} {sum}");
+        }
     });
 }

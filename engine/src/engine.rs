@@ -18,7 +18,7 @@ use crate::kv::sequence::SequenceKv;
 use crate::kv::{KvDtype, KvShape};
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
-use crate::request::{EventStream, PreparedContext, Request};
+use crate::request::{AttentionInputs, EventStream, PreparedContext, Request};
 use crate::runner::{Command, Load, Runner, ask};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -257,6 +257,21 @@ impl Engine {
         self.check_budget(prefix.len() + tokens.len())?;
         let (prefix, tokens) = (prefix.to_vec(), tokens.to_vec());
         ask(&self.inner.commands, |reply| Command::ChunkKv { prefix, tokens, reply })
+    }
+
+    /// Queries and keys of every layer for a text that is read alone, for measurements of what attention looks at.
+    /// Holds all of them in f32: `4 * tokens * (heads + kv_heads) * head_dim` bytes a layer. Blocks.
+    ///
+    /// # Errors
+    /// As [`chunk_kv`](Engine::chunk_kv).
+    pub fn attention_inputs(&self, tokens: &[u32]) -> Result<Vec<AttentionInputs>> {
+        if tokens.is_empty() {
+            return Err(EngineError::InvalidRequest("text: expected at least one token, found none".into()));
+        }
+        self.check_length(tokens.len())?;
+        self.check_budget(tokens.len())?;
+        let tokens = tokens.to_vec();
+        ask(&self.inner.commands, |reply| Command::AttentionInputs { tokens, reply })
     }
 
     /// KV of a context that many questions share. Blocks.

@@ -39,8 +39,8 @@ pub use kv::{KvDtype, KvShape};
 pub use model::rope::{Rope, RopeScaling, RopeTable};
 pub use model::spec::{Family, ModelSpec};
 pub use request::{
-    DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, PreparedContext, Prompt, Request,
-    TokenEvent, Usage,
+    AttentionInputs, DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, PreparedContext, Prompt,
+    Request, TokenEvent, Usage,
 };
 pub use sampler::{Sampled, Sampler, SamplingParams};
 pub use stop::StopMatcher;

@@ -271,3 +271,38 @@ fn a_cancelled_blend_stops() {
     let stopped = blend(&model, &[BOS], &chunks, &BlendConfig::default(), &|| true);
     assert!(matches!(stopped, Err(EngineError::Cancelled)));
 }
+
+#[test]
+fn tapped_queries_and_keys_give_the_attention_that_is_computed() {
+    let model = model("llama3");
+    let (spec, shape) = (&model.spec, model.shape);
+    let tokens = tokens(&mut ChaCha8Rng::seed_from_u64(5), 40);
+    let mut kv = SequenceKv::new(shape);
+    let (mut tap, mut query_tap) = (Vec::new(), Vec::new());
+    let piece = Piece::exact(&mut kv, &tokens, Want::Nothing);
+    model.forward(&mut [Piece { tap: Some(&mut tap), query_tap: Some(&mut query_tap), ..piece }]).unwrap();
+    assert_eq!((tap.len(), query_tap.len()), (spec.layers, spec.layers));
+    let positions: Vec<usize> = (0..tokens.len()).collect();
+    let rows = model.rows(positions.clone());
+    let (dim, last) = (spec.head_dim, tokens.len() - 1);
+    for (layer, ((keys, values), q)) in tap.into_iter().zip(query_tap).enumerate() {
+        let keys = model.rotated(&rows, keys);
+        let row = &q[last * spec.heads * dim..];
+        let computed = kv.attend_exact(&model.cpu, layer, &model.queries(row, &positions[last..])).out;
+        for head in 0..spec.heads {
+            let query = &row[head * dim..(head + 1) * dim];
+            let of = |x: &[f32], t: usize| {
+                let at = (t * shape.kv_heads + head * shape.kv_heads / spec.heads) * dim;
+                x[at..at + dim].to_vec()
+            };
+            let score = |t: usize| -> f32 { of(&keys, t).iter().zip(query).map(|(k, q)| k * q).sum() };
+            let weights: Vec<f32> = (0..tokens.len()).map(|t| (score(t) * model.softmax_scale()).exp()).collect();
+            let total: f32 = weights.iter().sum();
+            let mut expected = vec![0.0; dim];
+            for (t, weight) in weights.iter().enumerate() {
+                expected.iter_mut().zip(of(&values, t)).for_each(|(e, v)| *e += weight / total * v);
+            }
+            assert_close(&computed[head * dim..(head + 1) * dim], &expected, 2e-3, "attention from tapped rows");
+        }
+    }
+}

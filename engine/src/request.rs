@@ -44,6 +44,17 @@ impl Prompt {
     }
 }
 
+/// What one layer's attention computes with. Made by
+/// [`Engine::attention_inputs`](crate::Engine::attention_inputs).
+pub struct AttentionInputs {
+    /// `[tokens, heads, head_dim]`, rotated.
+    pub queries: Vec<f32>,
+    /// `[tokens, kv_heads, head_dim]`, rotated and rounded to the KV format.
+    pub keys: Vec<f32>,
+    /// A weight is the softmax of this times the inner product.
+    pub scale: f32,
+}
+
 /// The KV of a context that many questions share. Made by [`Engine::prepare_context`](crate::Engine::prepare_context).
 pub struct PreparedContext {
     pub(crate) kv: SequenceKv,

@@ -12,8 +12,9 @@ use crate::blend::blend;
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig};
 use crate::error::{EngineError, Result};
-use crate::model::transformer::{Piece, Transformer};
-use crate::request::{Event, PreparedContext, Request};
+use crate::kv::sequence::SequenceKv;
+use crate::model::transformer::{Piece, Transformer, Want};
+use crate::request::{AttentionInputs, Event, PreparedContext, Request};
 use crate::sequence::{Phase, Sequence};
 use crate::tokenizer::Tokenizer;
 
@@ -21,6 +22,7 @@ use crate::tokenizer::Tokenizer;
 pub(crate) enum Command {
     Submit { request: Box<Request>, events: UnboundedSender<Event>, submitted: Instant },
     ChunkKv { prefix: Vec<u32>, tokens: Vec<u32>, reply: Sender<Result<ChunkKv>> },
+    AttentionInputs { tokens: Vec<u32>, reply: Sender<Result<Vec<AttentionInputs>>> },
     Prepare { prefix: Vec<u32>, chunks: Vec<PromptChunk>, blend: BlendConfig, reply: Sender<Result<PreparedContext>> },
     Shutdown,
 }
@@ -92,6 +94,7 @@ impl Runner {
                     let step = self.config.prefill_chunk.max(1);
                     drop(reply.send(ChunkKv::compute(&self.model, &prefix, &tokens, step)));
                 }
+                Ok(Command::AttentionInputs { tokens, reply }) => drop(reply.send(self.attention_inputs(&tokens))),
                 Ok(Command::Prepare { prefix, chunks, blend, reply }) => {
                     drop(reply.send(self.prepare(&prefix, &chunks, &blend)));
                 }
@@ -179,6 +182,24 @@ impl Runner {
     fn report(&self, running: &[Sequence]) {
         self.load.running.store(running.len(), Ordering::Relaxed);
         self.load.kv_bytes.store(running.iter().map(|s| s.kv.bytes() as u64).sum(), Ordering::Relaxed);
+    }
+
+    /// What every layer's attention sees of a text that is read alone. In one piece, so that a layer is one entry.
+    fn attention_inputs(&self, tokens: &[u32]) -> Result<Vec<AttentionInputs>> {
+        let mut kv = SequenceKv::new(self.model.shape);
+        let (mut tap, mut query_tap) = (Vec::new(), Vec::new());
+        let piece = Piece::exact(&mut kv, tokens, Want::Nothing);
+        let piece = Piece { tap: Some(&mut tap), query_tap: Some(&mut query_tap), ..piece };
+        self.model.forward(&mut [piece])?;
+        let rows = self.model.rows((0..tokens.len()).collect());
+        let layers = tap.into_iter().zip(query_tap);
+        Ok(layers
+            .map(|((keys, _), queries)| AttentionInputs {
+                queries,
+                keys: self.model.rotated(&rows, keys),
+                scale: self.model.softmax_scale(),
+            })
+            .collect())
     }
 
     fn prepare(&self, prefix: &[u32], chunks: &[PromptChunk], config: &BlendConfig) -> Result<PreparedContext> {

@@ -73,13 +73,15 @@ pub enum EvalError {
     },
     /// The program that is measured side by side failed.
     #[error(
-        "the peer ({python}) failed: {reason}; expected an interpreter that imports torch and transformers: name one \
-         with the python option, or run without the peer",
+        "the peer ({python}) failed: {reason}; expected an interpreter that imports {needs}: name one with the \
+         python option, or run without the peer",
         python = python.display()
     )]
     Peer {
         /// The interpreter.
         python: PathBuf,
+        /// What it must import.
+        needs: &'static str,
         /// What it said.
         reason: String,
     },
@@ -95,6 +97,9 @@ pub enum EvalError {
         /// The peer's.
         theirs: u32,
     },
+    /// An index refused or failed.
+    #[error(transparent)]
+    Index(#[from] ann_index::IndexError),
     /// A provider of cached chunks failed.
     #[error("the chunk provider `{name}` failed: {reason}")]
     Provider {

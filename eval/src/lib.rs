@@ -7,6 +7,7 @@
 //!   [`DataSource::Generated`] (made here, seeded) or from the reference model's evaluation files.
 //! * [`bench_prefill`] and [`bench_decode`] time the engine side by side with Hugging Face transformers and against the
 //!   floor that [`bench_membw`]'s rates set; [`bench_blend`] times cached contexts against recomputed ones.
+//! * [`bench_index`] measures indexes beside hnswlib, faiss and usearch, on made-up keys and on those of a model's heads.
 //! * [`Record`] is one measured figure, [`RecordLog`] a folder of JSON lines files that only grow; a later record
 //!   supersedes an earlier one of the same bench, case, metric and machine. [`markdown_report`] makes tables of them.
 //!
@@ -40,8 +41,8 @@ pub use quality::{Agreement, Cell, Cost, QualityOptions, QualityReport, config_n
 pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};
 pub use report::{markdown_report, write_report};
 pub use speed::{
-    BlendBenchOptions, BlendReport, MembwOptions, MembwReport, PeerOptions, SourceProvider, SpeedOptions, SpeedReport,
-    bench_blend, bench_decode, bench_membw, bench_prefill,
+    BlendBenchOptions, BlendReport, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, MembwReport, PeerOptions,
+    SourceProvider, SpeedOptions, SpeedReport, bench_blend, bench_decode, bench_index, bench_membw, bench_prefill,
 };
 pub use stats::{mean, median, wilson95};
 pub use tasks::{

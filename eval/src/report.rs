@@ -50,11 +50,55 @@ pub fn markdown_report(records: &[Record]) -> String {
     }
     for ((bench, machine), records) in groups {
         let _ = writeln!(text, "\n## {bench}, {machine}\n\n{}", origin(&records));
-        text += &if bench == "quality" {
-            quality(&records)
-        } else {
-            format!("\n{}", records_table(&records.into_iter().cloned().collect::<Vec<_>>()))
+        text += &match bench {
+            "quality" => quality(&records),
+            "index" => index(&records),
+            _ => list(&records),
         };
+    }
+    text
+}
+
+fn list(records: &[&Record]) -> String {
+    format!("\n{}", records_table(&records.iter().map(|r| (*r).clone()).collect::<Vec<_>>()))
+}
+
+/// Made-up data as a list; a model's heads as one table for each kind of text and length, methods across.
+fn index(records: &[&Record]) -> String {
+    /// Shares by query head, by method.
+    type Heads<'a> = BTreeMap<&'a str, Vec<f64>>;
+    const METRIC: &str = "mass_recovered_budget_2pct";
+    let (heads, rest): (Vec<&Record>, Vec<&Record>) = records.iter().partition(|r| r.case.split('/').count() == 4);
+    let mut text = if rest.is_empty() { String::new() } else { list(&rest) };
+    let mut tables: BTreeMap<String, (Vec<&str>, BTreeMap<&str, Heads<'_>>)> = BTreeMap::new();
+    for record in heads.into_iter().filter(|record| record.metric == METRIC) {
+        if let [source, length, place, method] = record.case.split('/').collect::<Vec<_>>()[..] {
+            let (methods, places) = tables.entry(format!("{source}, {length}")).or_default();
+            if !methods.contains(&method) {
+                methods.push(method);
+            }
+            let listed = record.config["mass_recovered_by_query_head"].as_array();
+            let shares = listed.into_iter().flatten().filter_map(serde_json::Value::as_f64).collect();
+            places.entry(place).or_default().insert(method, shares);
+        }
+    }
+    for (name, (methods, places)) in tables {
+        let _ = writeln!(
+            text,
+            "\n### Share of the attention on cold keys that is recovered within a budget of 2 % of them: {name}\n\n\
+             | layer, query head | {} |\n|---|{}",
+            methods.join(" | "),
+            "---|".repeat(methods.len())
+        );
+        for (place, by_method) in &places {
+            let heads = by_method.values().map(Vec::len).max().unwrap_or_default();
+            for head in 0..heads {
+                let cell = |method: &str| by_method.get(method).and_then(|shares| shares.get(head)).copied();
+                let cells: Vec<String> =
+                    methods.iter().map(|m| cell(m).map_or("-".into(), |share| format!("{share:.3}"))).collect();
+                let _ = writeln!(text, "| {place} H{head} | {} |", cells.join(" | "));
+            }
+        }
     }
     text
 }
@@ -194,6 +238,19 @@ mod tests {
             text.contains("| ref/8k/cpu/full | time_per_token | 1.5 | ms | 5 | 0.75 | transformers bf16 12 |"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_models_heads_become_rows_and_made_up_data_stays_a_list() {
+        let record = |method: &str, shares: &[f64]| {
+            let info = info().with_config(serde_json::json!({"mass_recovered_by_query_head": shares}));
+            info.record("index", &format!("model-text/8k/L1/{method}"), "mass_recovered_budget_2pct", "ratio", 0.5, 1)
+        };
+        let made_up = info().record("index", "ood/128k/graph", "recall_at_100", "ratio", 0.96, 1);
+        let text = markdown_report(&[made_up, record("exact", &[0.5, 0.75]), record("graph", &[0.25, 0.125])]);
+        assert!(text.contains("| ood/128k/graph | recall_at_100 | 0.96 |"), "{text}");
+        assert!(text.contains("| layer, query head | exact | graph |"), "{text}");
+        assert!(text.contains("| L1 H0 | 0.500 | 0.250 |\n| L1 H1 | 0.750 | 0.125 |"), "{text}");
     }
 
     #[test]

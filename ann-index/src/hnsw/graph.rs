@@ -23,8 +23,9 @@ use hnsw_rs::hnsw::{FilterT, Hnsw};
 
 use super::lift::{Lift, LiftedDistance, point, probe};
 use super::visits;
-use crate::key_index::IndexParams;
-use crate::metric::{Element, dot};
+use crate::element::Element;
+use crate::metric::dot;
+use crate::params::IndexParams;
 use crate::rows::Rows;
 
 /// Points that are inserted one after the other at the start of a graph.

@@ -10,7 +10,8 @@ use hnsw_rs::anndists::dist::distances::Distance;
 use std::sync::Arc;
 
 use super::visits;
-use crate::metric::{Element, dot, squared_distance};
+use crate::element::Element;
+use crate::metric::{dot, squared_distance};
 use crate::rows::Rows;
 
 /// How much longer than the longest key at the start a key may be. It is then lifted by 0 and lies
@@ -28,9 +29,11 @@ impl Lift {
     /// The centre of the given rows, and the longest distance from it.
     pub(super) fn of<T: Element>(rows: &Rows<T>, ids: &[u32]) -> Self {
         let mut sums = vec![0.0f64; rows.dim()];
+        let mut key = vec![0.0; rows.dim()];
         for &id in ids {
-            for (sum, x) in sums.iter_mut().zip(rows.row(id as usize)) {
-                *sum += f64::from(x.to_f32());
+            T::decode(rows.row(id as usize), &mut key);
+            for (sum, x) in sums.iter_mut().zip(&key) {
+                *sum += f64::from(*x);
             }
         }
         let count = ids.len().max(1) as f64;

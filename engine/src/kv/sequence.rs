@@ -121,7 +121,7 @@ impl SequenceKv {
         let mut state = attend(cpu, &self.recent[layer], &Queries { window, ..*queries });
         state.merge(&attend(cpu, &sinks[layer], queries));
         if !self.cold.is_empty() {
-            let params = SearchParams { k: config.k, ef: config.ef };
+            let params = SearchParams { k: config.k, ef: config.ef, ..SearchParams::default() };
             let (cold, seen) = attend_cold(cpu, &self.cold, layer, self.shape.kv_heads, queries, &params)?;
             *stats += seen;
             state.merge(&cold);

@@ -74,11 +74,13 @@ pub(crate) struct Piece<'a> {
     pub(crate) stats: ColdStats,
     /// Receives, appended, each layer's keys (not rotated) and values.
     pub(crate) tap: Option<&'a mut Vec<(Vec<f32>, Vec<f32>)>>,
+    /// Receives each layer's queries (rotated), `[tokens, heads, head_dim]`.
+    pub(crate) query_tap: Option<&'a mut Vec<Vec<f32>>>,
 }
 
 impl<'a> Piece<'a> {
     pub(crate) fn exact(kv: &'a mut SequenceKv, tokens: &'a [u32], want: Want) -> Piece<'a> {
-        Piece { kv, tokens, attention: None, want, stats: ColdStats::default(), tap: None }
+        Piece { kv, tokens, attention: None, want, stats: ColdStats::default(), tap: None, query_tap: None }
     }
 }
 
@@ -182,6 +184,21 @@ impl Transformer {
         }
     }
 
+    /// Keys rotated to the rows' positions and rounded: as the cache holds them.
+    pub(crate) fn rotated(&self, rows: &Rows, mut keys: Vec<f32>) -> Vec<f32> {
+        for (i, row) in keys.chunks_exact_mut(self.shape.width()).enumerate() {
+            let (cos, sin) = rows.angles(i);
+            row.chunks_exact_mut(self.shape.head_dim).for_each(|head| rotate_half(head, cos, sin));
+        }
+        self.shape.dtype.round(&mut keys);
+        keys
+    }
+
+    /// What attention multiplies the products of queries and keys with.
+    pub(crate) fn softmax_scale(&self) -> f32 {
+        self.scale
+    }
+
     /// The queries of rows at ascending positions of one sequence.
     pub(crate) fn queries<'a>(&self, q: &'a [f32], positions: &'a [usize]) -> Queries<'a> {
         let (heads, scale, window) = (self.spec.heads, self.scale, self.spec.sliding_window);
@@ -261,6 +278,9 @@ impl Transformer {
                 }
                 tap[layer].0.extend_from_slice(keys);
                 tap[layer].1.extend_from_slice(values);
+            }
+            if let Some(tap) = &mut piece.query_tap {
+                tap.push(qkv.q[range.start * q_width..range.end * q_width].to_vec());
             }
             let picked: Vec<usize> = match kept {
                 Some(kept) => kept.iter().copied().filter(|r| range.contains(r)).collect(),

@@ -2,9 +2,11 @@
 
 mod blend;
 mod decode;
+mod index;
 mod membw;
 mod peer;
 mod prefill;
+mod process;
 mod prompt;
 
 use std::path::PathBuf;
@@ -21,6 +23,7 @@ use crate::tasks::DataSource;
 
 pub use blend::{BlendBenchOptions, BlendReport, SourceProvider, bench_blend};
 pub use decode::bench_decode;
+pub use index::{HeadOptions, IndexBenchOptions, IndexData, bench_index};
 pub use membw::{MembwOptions, MembwReport, bench_membw};
 pub use prefill::bench_prefill;
 

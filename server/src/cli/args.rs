@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ann_index::IndexKind;
 use chunk_cache::ChunkKey;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
@@ -194,6 +195,8 @@ pub enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// Indexes: recall against keys read and time, beside hnswlib, faiss and usearch
+    Index(Box<IndexArgs>),
     /// Read bandwidth of memory
     Membw {
         /// Repetitions
@@ -255,6 +258,70 @@ pub struct SpeedArgs {
     pub no_peer: bool,
     /// First part of the records' case
     #[arg(long, default_value = "ref")]
+    pub label: String,
+    /// Records.
+    #[command(flatten)]
+    pub records: RecordArgs,
+}
+
+/// What [`IndexArgs`] can search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum IndexDataArg {
+    /// Made-up keys, and queries that are not distributed like them
+    Ood,
+    /// Made-up keys, and queries that are
+    In,
+    /// Keys and queries of the model's heads
+    Model,
+}
+
+/// A comparison of indexes.
+#[derive(Debug, clap::Args)]
+pub struct IndexArgs {
+    /// What is searched, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "ood,in")]
+    pub sets: Vec<IndexDataArg>,
+    /// Made-up keys
+    #[arg(long, default_value_t = 131_072)]
+    pub keys: usize,
+    /// Sample queries for made-up keys
+    #[arg(long, default_value_t = 32_768)]
+    pub samples: usize,
+    /// Queries to choose settings with, and as many others to report figures for
+    #[arg(long, default_value_t = 1000)]
+    pub queries: usize,
+    /// Seed of what is made up
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Indexes, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "flat,graph,clusters,hnsw")]
+    pub kinds: Vec<Named<IndexKind>>,
+    /// Timed rounds
+    #[arg(long, default_value_t = 3)]
+    pub repeats: usize,
+    /// Texts for the model's heads, in tokens, separated by commas
+    #[arg(long, value_delimiter = ',', default_value = "8192")]
+    pub lengths: Vec<usize>,
+    /// Retrieval tasks for the model's heads: `generated`, or a file or folder of JSON lines
+    #[arg(long, default_value = "generated")]
+    pub data: String,
+    /// Running text for the model's heads: a text file, or JSON lines with texts in `document`
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Texts of each kind and length for the model's heads
+    #[arg(long, default_value_t = 2)]
+    pub texts: usize,
+    /// Python with faiss, hnswlib and usearch, for the comparison
+    #[arg(long, default_value = "python3")]
+    pub python: PathBuf,
+    /// Measure Quire alone
+    #[arg(long)]
+    pub no_peer: bool,
+    /// Folder for curves [default: draw none]
+    #[arg(long, value_name = "FOLDER")]
+    pub figures: Option<PathBuf>,
+    /// First part of the records' case for the model's heads
+    #[arg(long, default_value = "model")]
     pub label: String,
     /// Records.
     #[command(flatten)]

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use engine::{ChunkSource, Engine};
 use eval::{
-    BlendBenchOptions, MembwOptions, PeerOptions, SourceProvider, SpeedOptions, bench_blend, bench_decode, bench_membw,
-    bench_prefill, default_results_dir, write_report,
+    BlendBenchOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider,
+    SpeedOptions, bench_blend, bench_decode, bench_index, bench_membw, bench_prefill, default_results_dir,
+    write_report,
 };
 
-use super::args::{BenchCommand, RecordArgs, SpeedArgs};
+use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
 use super::crash::{CrashOptions, crash_drill};
 use super::eval::{data_source, output, with_progress};
 use super::output::{Out, count};
@@ -33,6 +34,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             };
             blend(settings, &options, out)
         }
+        BenchCommand::Index(args) => index(settings, *args, out),
         BenchCommand::Membw { repeats, records } => {
             let options = MembwOptions {
                 threads: settings.threads,
@@ -92,6 +94,47 @@ fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<
         })
     })?;
     engine.shutdown();
+    print(&report, &report.table(), out);
+    Ok(())
+}
+
+/// The model is loaded only where its heads are searched.
+fn index(settings: &Settings, args: IndexArgs, out: &Out) -> Result<()> {
+    let sets = args.sets.iter().map(|set| match set {
+        IndexDataArg::Ood => IndexData::OutOfDistribution,
+        IndexDataArg::In => IndexData::InDistribution,
+        IndexDataArg::Model => IndexData::Model,
+    });
+    let options = IndexBenchOptions {
+        data: sets.collect(),
+        keys: args.keys,
+        samples: args.samples,
+        queries: args.queries,
+        seed: args.seed,
+        kinds: args.kinds.into_iter().map(|named| named.0).collect(),
+        repeats: args.repeats,
+        python: args.python,
+        peers: !args.no_peer,
+        heads: HeadOptions {
+            lengths: args.lengths,
+            tasks: data_source(&args.data)?,
+            text: args.text,
+            texts: args.texts,
+            sinks: settings.sinks,
+            window: settings.window,
+            ..HeadOptions::default()
+        },
+        model_label: args.label,
+        figures: args.figures,
+        output: output(&args.records),
+        ..IndexBenchOptions::default()
+    };
+    let wanted = options.data.contains(&IndexData::Model);
+    let engine = if wanted { Some(Engine::load(settings.engine()?)?) } else { None };
+    let report = with_progress(out, |progress| Ok(bench_index(engine.as_ref(), &options, progress)?))?;
+    if let Some(engine) = engine {
+        engine.shutdown();
+    }
     print(&report, &report.table(), out);
     Ok(())
 }

@@ -1,0 +1,307 @@
+//! The attention-aware graph: RetrievalAttention (arXiv 2409.10516) on RoarGraph (arXiv 2408.08933).
+//!
+//! Its links follow which keys compete for the same queries, as the sample queries show (`graph/build.rs`,
+//! `graph/shape.rs`), its searches read keys of one byte a number (`codes.rs`) and rank the best ones by
+//! their stored numbers. One graph may serve a KV head or one query head: that is a matter of whose
+//! queries are handed in as samples. Around the graph, this module:
+//!
+//! * scans while the keys are few, or while a search asks for as many candidates as there are keys;
+//! * puts only the first of equal keys into the graph;
+//! * falls back to a scan when the walk found fewer keys than were asked for.
+//!
+//! Without sample queries the keys themselves are taken for queries, all directions counting alike.
+
+mod beam;
+mod build;
+mod core;
+mod file;
+mod guides;
+mod links;
+mod shape;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::bitmap::Bitmap;
+use crate::check::{check_query, check_rows};
+use crate::element::Element;
+use crate::error::IndexError;
+use crate::key_index::{KeyIndex, SearchResult, SearchStats};
+use crate::metric::dot;
+use crate::neighbours::{Neighbours, exact_neighbours};
+use crate::params::{GraphParams, IndexKind, SearchParams};
+use crate::rows::Rows;
+use crate::scan::{read_key, scan};
+use crate::top_k::TopK;
+use crate::twins::{Distinct, Twins};
+use core::Core;
+
+/// Fewer distinct keys than this are scanned: that takes microseconds.
+const GRAPH_FROM: usize = 512;
+/// A graph of fewer keys is built again when it has four times as many: what it knows of the keys came from few.
+const SETTLED: usize = 4096;
+/// Keys at most that stand in for sample queries.
+const STAND_INS: usize = 8192;
+/// Keys at most: the beam marks ids in their highest bit.
+const MOST_KEYS: usize = 1 << 31;
+
+/// See the module.
+pub(crate) struct GraphIndex<T: Element> {
+    rows: Rows<T>,
+    params: GraphParams,
+    graph_from: usize,
+    core: RwLock<Option<Arc<Core>>>,
+    twins: Twins,
+    writer: Mutex<Writer>,
+}
+
+/// What only the appending thread needs.
+struct Writer {
+    /// `None` after the index was opened, until it is needed.
+    distinct: Option<Distinct>,
+    /// Kept until the graph has settled.
+    samples: Vec<f32>,
+}
+
+impl<T: Element> GraphIndex<T> {
+    /// An index over `keys`, rows of `dim` numbers; everything was checked.
+    pub(crate) fn build(
+        dim: usize,
+        keys: &[f32],
+        samples: &[f32],
+        neighbours: Option<&Neighbours>,
+        params: &GraphParams,
+    ) -> Result<Self, IndexError> {
+        Self::build_with_graph_from(dim, keys, samples, neighbours, params, GRAPH_FROM)
+    }
+
+    /// As `build`, with a graph from that many distinct keys on.
+    pub(crate) fn build_with_graph_from(
+        dim: usize,
+        keys: &[f32],
+        samples: &[f32],
+        neighbours: Option<&Neighbours>,
+        params: &GraphParams,
+        graph_from: usize,
+    ) -> Result<Self, IndexError> {
+        let rows = Rows::new(dim, keys.len() / dim);
+        check_room(0, keys.len() / dim)?;
+        rows.append(keys)?;
+        let (twins, mut distinct) = (Twins::default(), Distinct::default());
+        distinct.take(&rows, &twins, 0, keys.len() / dim);
+        let core = match distinct.ids.len() >= graph_from.max(1) {
+            true => Some(Arc::new(build_core(dim, keys, &distinct.ids, &twins, samples, neighbours, params)?)),
+            false => None,
+        };
+        let samples = if distinct.ids.len() >= SETTLED { Vec::new() } else { samples.to_vec() };
+        Ok(Self {
+            rows,
+            params: params.clone(),
+            graph_from,
+            core: RwLock::new(core),
+            twins,
+            writer: Mutex::new(Writer { distinct: Some(distinct), samples }),
+        })
+    }
+
+    /// All keys, widened.
+    fn all_keys(&self) -> Vec<f32> {
+        let mut keys = vec![0.0; self.len() * self.dim()];
+        for (id, key) in keys.chunks_exact_mut(self.dim()).enumerate() {
+            T::decode(self.rows.row(id), key);
+        }
+        keys
+    }
+
+    fn core(&self) -> Option<Arc<Core>> {
+        self.core.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn walk(&self, core: &Core, query: &[f32], k: usize, ef: usize, exclude: Option<&Bitmap>) -> SearchResult {
+        let twins = self.twins.read();
+        let twins_of = |id: u32| twins.get(&id).map_or(&[][..], Vec::as_slice);
+        let visible = |id: u32| !exclude.is_some_and(|set| set.contains(id));
+        let wanted = |id: u32| visible(id) || twins_of(id).iter().any(|&twin| visible(twin));
+        let (mut ids, walked) = match exclude {
+            None => core.walk(query, ef, None),
+            Some(_) => core.walk(query, ef, Some(&wanted)),
+        };
+        ids.truncate(k + k / 4 + 16);
+        let rows = self.rows.view();
+        for &id in &ids {
+            rows.prefetch(id as usize);
+        }
+        let mut top = TopK::new(k);
+        for &id in &ids {
+            let score = dot(query, rows.row(id as usize));
+            for &same in std::iter::once(&id).chain(twins_of(id)) {
+                if visible(same) {
+                    top.offer(same, score);
+                }
+            }
+        }
+        let bytes = walked.scored * core.codes.row_bytes()
+            + walked.followed * core.links().row_bytes()
+            + ids.len() * self.rows.row_bytes();
+        SearchResult {
+            hits: top.into_hits(),
+            stats: SearchStats { keys_touched: walked.scored, bytes, nodes_visited: walked.followed },
+        }
+    }
+}
+
+/// Refuses more keys than a graph can number.
+fn check_room(len: usize, more: usize) -> Result<(), IndexError> {
+    match len + more < MOST_KEYS {
+        true => Ok(()),
+        false => Err(IndexError::Full { found: len + more, limit: MOST_KEYS - 1 }),
+    }
+}
+
+/// A graph over the keys `distinct`; neighbours and samples are found where they are missing.
+fn build_core(
+    dim: usize,
+    keys: &[f32],
+    distinct: &[u32],
+    twins: &Twins,
+    samples: &[f32],
+    neighbours: Option<&Neighbours>,
+    params: &GraphParams,
+) -> Result<Core, IndexError> {
+    let stand_ins: Vec<f32>;
+    let (samples, known) = match samples.is_empty() {
+        false => (samples, true),
+        true => {
+            stand_ins = stand_in_queries(dim, keys, distinct);
+            (&stand_ins[..], false)
+        }
+    };
+    let mut neighbours = match neighbours.filter(|n| known && n.k > 0) {
+        Some(neighbours) => neighbours.clone(),
+        None => exact_neighbours(dim, keys, samples, params.sample_neighbours, 0)?,
+    };
+    // Only the first of equal keys is in the graph.
+    let firsts: HashMap<u32, u32> =
+        twins.read().iter().flat_map(|(&first, twins)| twins.iter().map(move |&twin| (twin, first))).collect();
+    if !firsts.is_empty() {
+        neighbours.ids.iter_mut().for_each(|id| *id = firsts.get(id).copied().unwrap_or(*id));
+    }
+    Core::build(dim, keys, distinct, samples, known, &neighbours, params)
+}
+
+/// Some of the keys without their mean, as queries.
+fn stand_in_queries(dim: usize, keys: &[f32], distinct: &[u32]) -> Vec<f32> {
+    let center = core::mean(dim, keys);
+    let chosen = distinct.iter().step_by(distinct.len().div_ceil(STAND_INS).max(1));
+    let row = |&id: &u32| keys[id as usize * dim..(id as usize + 1) * dim].iter().zip(&center).map(|(x, c)| x - c);
+    chosen.flat_map(row).collect()
+}
+
+impl<T: Element> KeyIndex for GraphIndex<T> {
+    fn dim(&self) -> usize {
+        self.rows.dim()
+    }
+
+    fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn append(&self, keys: &[f32]) -> Result<(), IndexError> {
+        check_rows("keys", self.dim(), keys)?;
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = keys.len() / self.dim();
+        check_room(self.len(), count)?;
+        if count == 0 {
+            return Ok(());
+        }
+        let known = self.len();
+        let start = self.rows.append(keys)?;
+        let Writer { distinct, samples } = &mut *writer;
+        let distinct = distinct.get_or_insert_with(|| {
+            let mut distinct = Distinct::default();
+            distinct.take(&self.rows, &Twins::default(), 0, known);
+            distinct
+        });
+        let fresh = distinct.take(&self.rows, &self.twins, start, start + count);
+        let enough = distinct.ids.len() >= self.graph_from.max(1);
+        let outgrown = |core: &Core| enough && core.built < SETTLED && distinct.ids.len() >= 4 * core.built;
+        if let Some(core) = self.core().filter(|core| !outgrown(core)) {
+            let decode = |id: u32, row: &mut [f32]| T::decode(self.rows.row(id as usize), row);
+            return core.append(keys, &fresh, &distinct.ids, &decode);
+        }
+        if enough {
+            let keys = self.all_keys();
+            let core = build_core(self.dim(), &keys, &distinct.ids, &self.twins, samples, None, &self.params)?;
+            *self.core.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(core));
+            if distinct.ids.len() >= SETTLED {
+                samples.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn search(
+        &self,
+        query: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Result<SearchResult, IndexError> {
+        check_query(self.dim(), query)?;
+        let core = self.core();
+        let len = self.len();
+        let visible = len - exclude.map_or(0, |set| set.count_below(len));
+        let k = params.k.min(visible);
+        if k == 0 {
+            return Ok(SearchResult::default());
+        }
+        let ef = params.ef.max(k);
+        let Some(core) = core.filter(|_| ef < visible) else {
+            return Ok(scan(&self.rows, len, query, k, exclude));
+        };
+        let found = self.walk(&core, query, k, ef, exclude);
+        if found.hits.len() == k {
+            return Ok(found);
+        }
+        let mut result = scan(&self.rows, len, query, k, exclude);
+        result.stats.nodes_visited = found.stats.nodes_visited;
+        Ok(result)
+    }
+
+    fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError> {
+        read_key(&self.rows, id, out)
+    }
+
+    fn memory_bytes(&self) -> usize {
+        let core_bytes = self.core().map_or(0, |core| core.memory_bytes());
+        size_of::<Self>()
+            + self.rows.memory_bytes()
+            + core_bytes
+            + self.twins.memory_bytes()
+            + Distinct::memory_bytes(self.len())
+    }
+
+    fn kind(&self) -> IndexKind {
+        IndexKind::Graph
+    }
+
+    fn link_bytes(&self) -> usize {
+        self.core().map_or(0, |core| core.links().memory_bytes())
+    }
+
+    fn save(&self, path: &Path) -> Result<(), IndexError> {
+        self.write(path)
+    }
+}
+
+impl<T: Element> fmt::Debug for GraphIndex<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GraphIndex")
+            .field("dim", &self.dim())
+            .field("len", &self.len())
+            .field("precision", &T::PRECISION)
+            .field("params", &self.params)
+            .finish()
+    }
+}

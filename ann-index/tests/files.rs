@@ -1,0 +1,117 @@
+//! Files: the first version stays readable, and no damage leads to a wrong answer or a panic.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use ann_index::{IndexError, IndexKind, open};
+use common::{answers, indexes, mend, mutate};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+#[test]
+fn damage_is_an_error_or_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    for index in indexes(600) {
+        index.save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        let expected = answers(&*index);
+        for _ in 0..60 {
+            let mut bytes = whole.clone();
+            mutate(&mut bytes, &mut rng);
+            std::fs::write(&path, &bytes).unwrap();
+            match open(&path) {
+                Ok(opened) => {
+                    assert!(bytes == whole, "{index:?}: a changed file was opened");
+                    if index.kind() != IndexKind::Hnsw {
+                        assert_eq!(answers(&*opened), expected);
+                    }
+                }
+                Err(error) => assert!(matches!(error, IndexError::Damaged { .. }), "{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn nonsense_with_right_checksums_is_survived() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let mut rng = ChaCha8Rng::seed_from_u64(10);
+    for index in indexes(600).into_iter().filter(|index| index.kind() != IndexKind::Hnsw) {
+        index.save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for _ in 0..60 {
+            let mut bytes = whole.clone();
+            mutate(&mut bytes, &mut rng);
+            mend(&mut bytes);
+            std::fs::write(&path, &bytes).unwrap();
+            if let Ok(opened) = open(&path)
+                && opened.dim() < 100
+            {
+                for found in answers(&*opened) {
+                    assert_eq!(found.hits.len(), opened.len().min(10));
+                }
+                opened.append(&vec![1.0; 3 * opened.dim()]).unwrap();
+                answers(&*opened);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    assert!(matches!(open(&path).unwrap_err(), IndexError::Io { action: "reading", .. }));
+    indexes(20)[0].save(&path).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let says = |at: usize, byte: u8, word: &str| {
+        let mut bytes = whole.clone();
+        bytes[at] = byte;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = open(&path).unwrap_err().to_string();
+        assert!(error.contains(word) && error.contains("index"), "{error}");
+    };
+    says(0, b'q', "does not begin");
+    says(8, 2, "version 2, expected 1");
+    says(30, 1, "header checksum");
+    says(whole.len() - 1, whole[whole.len() - 1] ^ 1, "checksum");
+    let mut foreign = whole.clone();
+    foreign[12..16].reverse();
+    std::fs::write(&path, &foreign).unwrap();
+    assert!(open(&path).unwrap_err().to_string().contains("order the bytes"));
+    for index in indexes(20) {
+        index.save(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for len in (0..whole.len().min(1500)).chain([whole.len() - 1]) {
+            std::fs::write(&path, &whole[..len]).unwrap();
+            assert!(open(&path).is_err(), "{index:?} cut to {len} bytes");
+        }
+    }
+}
+
+/// Files that the first program with this format wrote. To write them for a new version:
+/// `QUIRE_WRITE=1 cargo test -p ann-index --test files`, then add the new folder here.
+#[test]
+fn files_of_version_1_are_read() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    for (i, index) in indexes(600).iter().enumerate().filter(|(i, _)| i % 4 == 1) {
+        let path = folder.join(format!("v1-{}-{i}.ann", index.kind()));
+        if std::env::var_os("QUIRE_WRITE").is_some() {
+            index.save(&path).unwrap();
+        }
+        let opened = open(&path).unwrap();
+        assert_eq!((opened.kind(), opened.len()), (index.kind(), index.len()));
+        let (mut a, mut b) = (vec![0.0; opened.dim()], vec![0.0; opened.dim()]);
+        for id in 0..opened.len() as u32 {
+            opened.key(id, &mut a).unwrap();
+            index.key(id, &mut b).unwrap();
+            assert_eq!(a, b);
+        }
+        // Not compared with a fresh index: how one is built may change, what a file says may not.
+        assert!(answers(&*opened).iter().all(|found| found.hits.len() == 10));
+    }
+}

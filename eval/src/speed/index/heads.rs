@@ -1,0 +1,339 @@
+//! Queries and keys of a real model: how much of each head's attention an index finds within a budget of keys.
+//!
+//! As decoding sees it (`engine::Strategy::Retrieval`): sinks and the recent window are attended exactly; what lies
+//! between them, the cold keys, is searched. Indexes are built over the cold keys of one KV head with the prefill's
+//! queries as samples, and searched with the queries of the tokens at the end of the text. Attention that falls on
+//! what was found counts as recovered.
+
+use std::path::Path;
+
+use ann_index::{IndexKind, IndexParams, KeyIndex, SearchParams, build};
+use engine::{AttentionInputs, Engine};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::data::{read_ids, write_f32};
+use super::side::candidates;
+use super::texts::HeadText;
+use super::{HeadOptions, IndexBenchOptions};
+use crate::error::{EvalError, Result};
+use crate::speed::process::Process;
+use crate::stats::mean;
+
+/// Share of the cold keys that may be read.
+pub(super) const BUDGET: f64 = 0.02;
+
+/// What one way of finding keys gave for one query head: means over its queries.
+#[derive(Debug, Clone)]
+pub(super) struct HeadFigure {
+    pub(super) layer: usize,
+    pub(super) head: usize,
+    /// `exact`, or an index.
+    pub(super) method: &'static str,
+    /// Share of the cold keys that was read.
+    pub(super) touched: f64,
+    /// Share of the attention on cold keys that falls on those found.
+    pub(super) recovered: f64,
+    /// Share of all attention that falls on sinks, window and those found.
+    pub(super) covered: f64,
+}
+
+/// Cold keys of one KV head, and the queries at the end of the text of the heads that share it.
+pub(super) struct Group {
+    layer: usize,
+    dim: usize,
+    scale: f32,
+    cold: Vec<f32>,
+    /// Sinks, and the window up to the queries.
+    near: Vec<f32>,
+    samples: Vec<f32>,
+    /// Each with its query head.
+    tests: Vec<(usize, Vec<f32>)>,
+}
+
+/// A query's attention.
+struct Truth {
+    /// Weight of each cold key, over the sum of all weights.
+    cold: Vec<f64>,
+    /// Their sum.
+    cold_mass: f64,
+}
+
+/// All groups of a text.
+pub(super) fn groups(engine: &Engine, text: &HeadText, options: &HeadOptions) -> Result<Vec<Group>> {
+    let layers = engine.attention_inputs(&text.tokens)?;
+    let kv_heads = engine.kv_shape().kv_heads;
+    let end = text.tokens.len() - text.tests;
+    if end <= options.sinks + options.window {
+        return Err(EvalError::BadOption {
+            what: "the length of a text",
+            found: format!("{} tokens before its last {}", end, text.tests),
+            expected: format!("more than {} sinks and {} of the window", options.sinks, options.window),
+        });
+    }
+    let mut groups = Vec::new();
+    for (layer, inputs) in layers.iter().enumerate() {
+        for kv_head in 0..kv_heads {
+            groups.push(group(engine, inputs, (layer, kv_head), (end, text.tests), options));
+        }
+    }
+    Ok(groups)
+}
+
+fn group(
+    engine: &Engine,
+    inputs: &AttentionInputs,
+    (layer, kv_head): (usize, usize),
+    (end, tests): (usize, usize),
+    options: &HeadOptions,
+) -> Group {
+    let (spec, kv_heads) = (engine.spec(), engine.kv_shape().kv_heads);
+    let (dim, heads) = (spec.head_dim, spec.heads);
+    let key = |t: usize| &inputs.keys[(t * kv_heads + kv_head) * dim..][..dim];
+    let query = |t: usize, head: usize| &inputs.queries[(t * heads + head) * dim..][..dim];
+    let shared = heads / kv_heads;
+    let group_heads = kv_head * shared..(kv_head + 1) * shared;
+    let cold = options.sinks..end - options.window;
+    // The latest queries before the tests: those that stand nearest to where decoding goes on.
+    let first = end.saturating_sub(options.samples.div_ceil(shared));
+    let rows = |range: std::ops::Range<usize>| range.flat_map(|t| key(t).to_vec()).collect::<Vec<f32>>();
+    Group {
+        layer,
+        dim,
+        scale: inputs.scale,
+        cold: rows(cold.clone()),
+        near: [rows(0..options.sinks), rows(cold.end..end)].concat(),
+        samples: (first..end).flat_map(|t| group_heads.clone().flat_map(move |h| query(t, h).to_vec())).collect(),
+        tests: (end..end + tests).flat_map(|t| group_heads.clone().map(move |h| (h, query(t, h).to_vec()))).collect(),
+    }
+}
+
+impl Group {
+    pub(super) fn keys(&self) -> usize {
+        self.cold.len() / self.dim
+    }
+
+    /// What every method finds, head by head.
+    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<Vec<HeadFigure>> {
+        let truths: Vec<Truth> = self.tests.iter().map(|(_, query)| self.truth(query)).collect();
+        let mut figures = self.figures("exact", &truths, &self.exact(&truths));
+        for &kind in options.kinds.iter().filter(|kind| **kind != IndexKind::Flat) {
+            let params = IndexParams { kind, ..options.params.clone() };
+            let index = build(self.dim, &self.cold, &self.samples, &params)?;
+            figures.extend(self.figures(kind.name(), &truths, &self.within_budget(index.as_ref())?));
+            if let Some(name) = attending(kind) {
+                let budget = (BUDGET * self.keys() as f64) as usize;
+                let found = self.tests.iter().map(|(_, query)| found(index.as_ref(), query, budget.max(1)));
+                figures.extend(self.figures(name, &truths, &found.collect::<Result<Vec<_>>>()?));
+            }
+        }
+        Ok(figures)
+    }
+
+    /// The same with faiss' inverted lists, in the peers' process. `scratch`: a folder for what it reads and writes.
+    pub(super) fn inverted_file(
+        &self,
+        process: &mut Process,
+        threads: usize,
+        scratch: &Path,
+    ) -> Result<Vec<HeadFigure>> {
+        #[derive(Deserialize)]
+        struct Reply {
+            touched: f64,
+        }
+        const NAME: &str = "faiss-ivf";
+        let (keys, queries, ids) = (scratch.join("keys.f32"), scratch.join("queries.f32"), scratch.join("ids"));
+        write_f32(&keys, &self.cold)?;
+        write_f32(&queries, &self.tests.iter().flat_map(|(_, query)| query).copied().collect::<Vec<f32>>())?;
+        process.ask::<Value>(&json!({"cmd": "data", "keys": keys, "dim": self.dim, "threads": threads}))?;
+        process.ask::<Value>(&json!({"cmd": "build", "peer": NAME}))?;
+        let budget = (BUDGET * self.keys() as f64) as usize;
+        let mut kept = Vec::new();
+        for probes in 1..=self.keys() {
+            // It reads whole lists and gives only `k` of what it read, so `k` is all that the budget allows.
+            let reply: Reply = process.ask(&json!({
+                "cmd": "search", "peer": NAME, "knob": probes, "k": budget, "ids": ids, "queries": queries,
+            }))?;
+            let over = reply.touched > budget as f64;
+            if kept.is_empty() || !over {
+                let rows = read_ids(&ids)?;
+                let row = |row: &[u32]| Found {
+                    ids: row.iter().copied().filter(|id| *id != u32::MAX).collect(),
+                    touched: reply.touched.round() as usize,
+                };
+                kept = rows.chunks(budget.max(1)).map(row).collect();
+            }
+            if over {
+                break;
+            }
+        }
+        let truths: Vec<Truth> = self.tests.iter().map(|(_, query)| self.truth(query)).collect();
+        Ok(self.figures(NAME, &truths, &kept))
+    }
+
+    fn truth(&self, query: &[f32]) -> Truth {
+        let score =
+            |key: &[f32]| f64::from(self.scale) * key.iter().zip(query).map(|(k, q)| f64::from(k * q)).sum::<f64>();
+        let cold: Vec<f64> = self.cold.chunks_exact(self.dim).map(score).collect();
+        let near: Vec<f64> = self.near.chunks_exact(self.dim).map(score).collect();
+        let top = cold.iter().chain(&near).copied().fold(f64::NEG_INFINITY, f64::max);
+        let cold: Vec<f64> = cold.iter().map(|score| (score - top).exp()).collect();
+        let sum = |weights: &[f64]| weights.iter().sum::<f64>();
+        let total = sum(&cold) + near.iter().map(|score| (score - top).exp()).sum::<f64>();
+        let cold: Vec<f64> = cold.iter().map(|weight| weight / total).collect();
+        Truth { cold_mass: sum(&cold), cold }
+    }
+
+    /// The budget's best keys of each query: what no index can exceed.
+    fn exact(&self, truths: &[Truth]) -> Vec<Found> {
+        let budget = (BUDGET * self.keys() as f64) as usize;
+        let best = |truth: &Truth| {
+            let mut ids: Vec<u32> = (0..truth.cold.len() as u32).collect();
+            ids.sort_by(|a, b| truth.cold[*b as usize].total_cmp(&truth.cold[*a as usize]));
+            ids.truncate(budget);
+            Found { touched: ids.len(), ids }
+        };
+        truths.iter().map(best).collect()
+    }
+
+    /// The widest search that reads at most the budget, on average over the queries; the narrowest if none does.
+    fn within_budget(&self, index: &dyn KeyIndex) -> Result<Vec<Found>> {
+        let budget = BUDGET * self.keys() as f64;
+        let mut kept: Option<Vec<Found>> = None;
+        for knob in candidates(1, index.len().max(1), 1.15) {
+            let found = self.tests.iter().map(|(_, query)| found(index, query, knob)).collect::<Result<Vec<_>>>()?;
+            let touched = mean(&found.iter().map(|found| found.touched as f64).collect::<Vec<_>>());
+            if kept.is_some() && touched > budget {
+                break;
+            }
+            kept = Some(found);
+            if touched > budget {
+                break;
+            }
+        }
+        Ok(kept.unwrap_or_default())
+    }
+
+    fn figures(&self, method: &'static str, truths: &[Truth], found: &[Found]) -> Vec<HeadFigure> {
+        let mut heads: Vec<usize> = self.tests.iter().map(|(head, _)| *head).collect();
+        heads.sort_unstable();
+        heads.dedup();
+        let of = |head: usize, figure: &dyn Fn(&Truth, &Found) -> f64| {
+            let all = self.tests.iter().zip(truths.iter().zip(found));
+            mean(&all.filter(|((h, _), _)| *h == head).map(|(_, (t, f))| figure(t, f)).collect::<Vec<_>>())
+        };
+        let mass = |truth: &Truth, found: &Found| found.ids.iter().map(|id| truth.cold[*id as usize]).sum::<f64>();
+        heads
+            .into_iter()
+            .map(|head| HeadFigure {
+                layer: self.layer,
+                head,
+                method,
+                touched: of(head, &|_, found| found.touched as f64 / self.keys() as f64),
+                recovered: of(head, &|truth, found| mass(truth, found) / truth.cold_mass.max(f64::MIN_POSITIVE)),
+                covered: of(head, &|truth, found| 1.0 - truth.cold_mass + mass(truth, found)),
+            })
+            .collect()
+    }
+}
+
+/// Keys that a search found, and how many it read.
+struct Found {
+    ids: Vec<u32>,
+    touched: usize,
+}
+
+/// The name of a graph's figures when it attends as many keys as the budget, whatever it reads to find them: a graph
+/// reads several keys for each that it keeps.
+fn attending(kind: IndexKind) -> Option<&'static str> {
+    match kind {
+        IndexKind::Graph => Some("graph-attends-2pct"),
+        IndexKind::Hnsw => Some("hnsw-attends-2pct"),
+        _ => None,
+    }
+}
+
+/// Everything that a search of this width knows the score of in the end: a graph's candidates, a cluster's members.
+fn found(index: &dyn KeyIndex, query: &[f32], knob: usize) -> Result<Found> {
+    let (hits, stats) = if index.kind() == IndexKind::Clusters {
+        let zones = index.search_zones(query, knob, 0, None)?;
+        (zones.hits, zones.stats)
+    } else {
+        let params = SearchParams { k: knob, ef: knob, ..SearchParams::default() };
+        let result = index.search(query, &params, None)?;
+        (result.hits, result.stats)
+    };
+    Ok(Found { ids: hits.into_iter().map(|hit| hit.id).collect(), touched: stats.keys_touched })
+}
+
+/// The figures of one method and layer, averaged over texts and heads, with the heads' own beside it.
+pub(super) struct LayerFigure {
+    pub(super) recovered: f64,
+    pub(super) covered: f64,
+    pub(super) touched: f64,
+    /// What was recovered, by query head.
+    pub(super) by_head: serde_json::Value,
+}
+
+/// Averages over the figures of `method` in `layer`, or in all layers.
+pub(super) fn average(figures: &[HeadFigure], method: &str, layer: Option<usize>) -> LayerFigure {
+    let chosen: Vec<&HeadFigure> =
+        figures.iter().filter(|f| f.method == method && layer.is_none_or(|layer| f.layer == layer)).collect();
+    let of = |figure: &dyn Fn(&HeadFigure) -> f64| mean(&chosen.iter().map(|f| figure(f)).collect::<Vec<_>>());
+    let heads = chosen.iter().map(|f| f.head + 1).max().unwrap_or_default();
+    let head = |head: usize| {
+        let own: Vec<f64> = chosen.iter().filter(|f| f.head == head).map(|f| f.recovered).collect();
+        (mean(&own) * 1e4).round() / 1e4
+    };
+    LayerFigure {
+        recovered: of(&|f| f.recovered),
+        covered: of(&|f| f.covered),
+        touched: of(&|f| f.touched),
+        by_head: json!((0..heads).map(head).collect::<Vec<f64>>()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// One number a key; weights are then exp(key * query).
+    fn group() -> Group {
+        Group {
+            layer: 3,
+            dim: 1,
+            scale: 1.0,
+            cold: (0..100).map(|i| if i == 42 { 100_f32.ln() } else { 0.0 }).collect(),
+            near: vec![1.0_f32.ln(); 1],
+            samples: vec![1.0; 4],
+            tests: vec![(6, vec![1.0]), (7, vec![0.0])],
+        }
+    }
+
+    #[test]
+    fn exact_search_recovers_the_heaviest_keys_mass() {
+        let group = group();
+        let truths: Vec<Truth> = group.tests.iter().map(|(_, query)| group.truth(query)).collect();
+        let figures = group.figures("exact", &truths, &group.exact(&truths));
+        // Two of a hundred keys; weights 100 and 99 ones, and a near one.
+        assert_eq!(figures.iter().map(|f| (f.layer, f.head)).collect::<Vec<_>>(), [(3, 6), (3, 7)]);
+        assert!((figures[0].recovered - 101.0 / 199.0).abs() < 1e-6, "{figures:?}");
+        assert!((figures[0].covered - 102.0 / 200.0).abs() < 1e-6, "{figures:?}");
+        assert!((figures[1].recovered - 0.02).abs() < 1e-6 && (figures[1].touched - 0.02).abs() < 1e-12);
+        let layer = average(&figures, "exact", Some(3));
+        assert!((layer.touched - 0.02).abs() < 1e-12 && layer.by_head[7] == 0.02, "{}", layer.by_head);
+        assert_eq!(average(&figures, "graph", None).recovered, 0.0);
+    }
+
+    #[test]
+    fn a_search_keeps_to_the_budget_or_is_the_narrowest() {
+        let group = group();
+        let index =
+            build(1, &group.cold, &[], &IndexParams { kind: IndexKind::Flat, ..IndexParams::default() }).unwrap();
+        let found = group.within_budget(index.as_ref()).unwrap();
+        // A flat index reads everything: the narrowest search is kept, with one hit.
+        assert!(found.iter().all(|found| found.ids.len() == 1 && found.touched == 100));
+        assert_eq!(found[0].ids, [42]);
+    }
+}
