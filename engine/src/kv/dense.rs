@@ -20,6 +20,20 @@ pub(crate) struct DenseKv {
     pages: VecDeque<Arc<Page>>,
 }
 
+/// A page to be written, and which of some rows lie on it.
+pub(crate) struct PageRows<'a> {
+    shape: KvShape,
+    pub(crate) rows: Range<usize>,
+    page: &'a mut Page,
+}
+
+impl PageRows<'_> {
+    /// Writes the token at `position`: rotated keys and values, `[kv_heads, head_dim]` each.
+    pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
+        self.page.write(&self.shape, position % PAGE, keys, values);
+    }
+}
+
 impl DenseKv {
     /// An empty run that begins at position `start`.
     pub(crate) fn new(shape: KvShape, start: usize) -> DenseKv {
@@ -51,11 +65,27 @@ impl DenseKv {
         self.end = self.end.max(end);
     }
 
+    /// The pages that hold `positions`, ascending and within the run, each with the positions' indexes that fall on it.
+    pub(crate) fn pages_mut(&mut self, positions: &[usize]) -> Vec<PageRows<'_>> {
+        debug_assert!(positions.iter().all(|p| (self.start..self.end).contains(p)) && positions.is_sorted());
+        let (shape, first) = (self.shape, self.first);
+        let mut found = Vec::new();
+        let mut row = 0;
+        for (number, page) in self.pages.iter_mut().enumerate() {
+            let end = first + (number + 1) * PAGE;
+            let rows = row..row + positions[row..].partition_point(|p| *p < end);
+            row = rows.end;
+            if !rows.is_empty() {
+                found.push(PageRows { shape, rows, page: Arc::make_mut(page) });
+            }
+        }
+        found
+    }
+
     /// Writes one token: rotated keys and values, `[kv_heads, head_dim]` each.
+    #[cfg(test)]
     pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
-        debug_assert!((self.start..self.end).contains(&position));
-        let page = &mut self.pages[(position - self.first) / PAGE];
-        Arc::make_mut(page).write(&self.shape, position % PAGE, keys, values);
+        self.pages_mut(&[position])[0].write(position, keys, values);
     }
 
     /// Keys and values of one head for `range`, row-major.

@@ -8,6 +8,7 @@ use super::spec::ModelSpec;
 use crate::attention::cold::ColdStats;
 use crate::attention::dense::Queries;
 use crate::backend::cpu::Cpu;
+use crate::backend::cpu::buffer::Buffer;
 use crate::backend::cpu::linear::Linear;
 use crate::backend::cpu::pool::Shards;
 use crate::config::AttentionConfig;
@@ -49,11 +50,11 @@ impl Rows {
 /// Queries, keys and values of some rows in one layer.
 pub(crate) struct Qkv {
     /// `[rows, heads, head_dim]`, rotated.
-    pub(crate) q: Vec<f32>,
+    pub(crate) q: Buffer,
     /// `[rows, kv_heads, head_dim]`, not rotated, rounded to the KV format.
-    pub(crate) keys: Vec<f32>,
+    pub(crate) keys: Buffer,
     /// `[rows, kv_heads, head_dim]`, rounded to the KV format.
-    pub(crate) values: Vec<f32>,
+    pub(crate) values: Buffer,
 }
 
 /// Which rows' final states a forward pass is run for. What only they would need is skipped in the last layer.
@@ -150,7 +151,8 @@ impl Transformer {
         let (dim, q_width, kv_width) = (spec.head_dim, spec.heads * spec.head_dim, self.shape.width());
         let all = self.project(&l.qkv, l.qkv_bias.as_deref(), &self.normed(x, &l.attention_norm), n);
         let width = q_width + 2 * kv_width;
-        let mut out = Qkv { q: vec![0.0; n * q_width], keys: vec![0.0; n * kv_width], values: vec![0.0; n * kv_width] };
+        let take = |width: usize| self.cpu.buffers.take(n * width);
+        let mut out = Qkv { q: take(q_width), keys: take(kv_width), values: take(kv_width) };
         let (q, k, v) = (Shards::new(&mut out.q), Shards::new(&mut out.keys), Shards::new(&mut out.values));
         self.cpu.rows(n, |i| {
             // SAFETY: one part a row.
@@ -175,13 +177,20 @@ impl Transformer {
     /// Rotates keys to the rows' positions and writes them with their values.
     pub(crate) fn write_kv(&self, run: &mut DenseKv, rows: &Rows, keys: &[f32], values: &[f32]) {
         let width = self.shape.width();
-        let mut rotated = vec![0.0; width];
-        for (i, position) in rows.positions.iter().enumerate() {
-            rotated.copy_from_slice(&keys[i * width..(i + 1) * width]);
-            let (cos, sin) = rows.angles(i);
-            rotated.chunks_exact_mut(self.shape.head_dim).for_each(|head| rotate_half(head, cos, sin));
-            run.write(*position, &rotated, &values[i * width..(i + 1) * width]);
-        }
+        let mut pages = run.pages_mut(&rows.positions);
+        let tasks = pages.len();
+        let pages = Shards::new(&mut pages);
+        self.cpu.pool.run(tasks, |task| {
+            // SAFETY: one part a page.
+            let page = &mut unsafe { pages.part(task..task + 1) }[0];
+            let mut rotated = vec![0.0; width];
+            for i in page.rows.clone() {
+                rotated.copy_from_slice(&keys[i * width..(i + 1) * width]);
+                let (cos, sin) = rows.angles(i);
+                rotated.chunks_exact_mut(self.shape.head_dim).for_each(|head| rotate_half(head, cos, sin));
+                page.write(rows.positions[i], &rotated, &values[i * width..(i + 1) * width]);
+            }
+        });
     }
 
     /// Keys rotated to the rows' positions and rounded: as the cache holds them.
@@ -213,7 +222,7 @@ impl Transformer {
         add_bias(x, l.output_bias.as_deref());
         let normed = self.normed(x, &l.mlp_norm);
         let gate_up = self.project(&l.gate_up, l.gate_up_bias.as_deref(), &normed, n);
-        let mut hidden = vec![0.0; n * spec.intermediate];
+        let mut hidden = self.cpu.buffers.take(n * spec.intermediate);
         self.cpu.swiglu(&gate_up, spec.intermediate, &mut hidden);
         l.down.forward(&self.cpu, &hidden, x, true);
         add_bias(x, l.down_bias.as_deref());
@@ -223,7 +232,7 @@ impl Transformer {
     pub(crate) fn logits(&self, x: &[f32]) -> Vec<f32> {
         let n = x.len() / self.spec.hidden;
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        self.project(head, None, &self.normed(x, &self.norm), n)
+        self.project(head, None, &self.normed(x, &self.norm), n).to_vec()
     }
 
     /// Appends the tokens of all pieces and returns the wanted rows' final states, `[rows, hidden]`, in order.
@@ -261,7 +270,7 @@ impl Transformer {
         kept: Option<&[usize]>,
     ) -> Result<Vec<f32>> {
         let (width, q_width) = (self.shape.width(), self.spec.heads * self.spec.head_dim);
-        let mut attention = Vec::with_capacity(qkv.q.len());
+        let mut attention = Vec::new();
         let mut start = 0;
         for piece in pieces {
             let range = start..start + piece.tokens.len();
@@ -282,33 +291,37 @@ impl Transformer {
             if let Some(tap) = &mut piece.query_tap {
                 tap.push(qkv.q[range.start * q_width..range.end * q_width].to_vec());
             }
-            let picked: Vec<usize> = match kept {
-                Some(kept) => kept.iter().copied().filter(|r| range.contains(r)).collect(),
-                None => range.collect(),
+            // The rows to attend for are the piece's last ones: none, one or all.
+            let first = match kept {
+                Some(kept) => kept.iter().copied().find(|r| range.contains(r)).unwrap_or(range.end),
+                None => range.start,
             };
-            if picked.is_empty() {
+            if first == range.end {
                 continue;
             }
-            let q = gather(&qkv.q, q_width, &picked);
-            let positions: Vec<usize> = picked.iter().map(|r| rows.positions[*r]).collect();
-            let queries = self.queries(&q, &positions);
+            let q = &qkv.q[first * q_width..range.end * q_width];
+            let queries = self.queries(q, &rows.positions[first..range.end]);
             let state = match piece.attention {
                 Some(config) => piece.kv.attend(&self.cpu, layer, &queries, config, &mut piece.stats)?,
                 None => piece.kv.attend_exact(&self.cpu, layer, &queries),
             };
-            attention.extend(state.out);
+            if attention.is_empty() {
+                attention = state.out;
+            } else {
+                attention.extend(state.out);
+            }
         }
         Ok(attention)
     }
 
-    fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
+    fn normed(&self, x: &[f32], weight: &[f32]) -> Buffer {
+        let mut out = self.cpu.buffers.take(x.len());
         self.cpu.rms_norm(x, weight, self.spec.norm_eps, &mut out);
         out
     }
 
-    fn project(&self, matrix: &Linear, bias: Option<&[f32]>, x: &[f32], rows: usize) -> Vec<f32> {
-        let mut y = vec![0.0; rows * matrix.outputs()];
+    fn project(&self, matrix: &Linear, bias: Option<&[f32]>, x: &[f32], rows: usize) -> Buffer {
+        let mut y = self.cpu.buffers.take(rows * matrix.outputs());
         matrix.forward(&self.cpu, x, &mut y, false);
         add_bias(&mut y, bias);
         y

@@ -3,12 +3,14 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
+pub(crate) mod buffer;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod micro;
 pub(crate) mod pool;
 pub(crate) mod simd;
 
+use buffer::Buffers;
 use pool::Pool;
 pub use simd::Isa;
 
@@ -16,12 +18,13 @@ pub use simd::Isa;
 pub(crate) struct Cpu {
     pub(crate) pool: Pool,
     pub(crate) isa: Isa,
+    pub(crate) buffers: Buffers,
 }
 
 impl Cpu {
     /// `threads` of 0 means all the cores that this process may use.
     pub(crate) fn new(threads: usize) -> Cpu {
         let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
-        Cpu { pool: Pool::new(threads), isa: Isa::detect() }
+        Cpu { pool: Pool::new(threads), isa: Isa::detect(), buffers: Buffers::default() }
     }
 }
