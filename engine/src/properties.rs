@@ -90,9 +90,8 @@ fn retrieval_of_all_keys_equals_full_attention() {
     let model = model("llama2");
     assert_eq!(model.shape.dtype, crate::kv::KvDtype::F32);
     let text = tokens(&mut rng, 900);
-    for (index, wait) in
-        [(ann_index::IndexKind::Flat, true), (ann_index::IndexKind::Flat, false), (ann_index::IndexKind::Hnsw, true)]
-    {
+    use ann_index::IndexKind::{Clusters, Flat, Graph, Hnsw};
+    for (index, wait) in [(Flat, true), (Flat, false), (Hnsw, true), (Graph, true), (Clusters, true)] {
         let retrieval = AttentionConfig {
             strategy: Strategy::Retrieval,
             window: 32,

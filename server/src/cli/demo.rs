@@ -104,7 +104,7 @@ fn service_report(
         window: 64,
         k: 64,
         ef: 64,
-        index: IndexKind::Hnsw,
+        index: IndexKind::Clusters,
         wait_for_index: true,
     };
     let retrieval = ask(service, &asked(retrieval))?;
@@ -224,7 +224,7 @@ fn print(report: &Report, out: &Out) {
 
 fn retrieval(report: &Report, out: &Out) {
     let stats = &report.retrieval.stats;
-    out.line("4. Decoding by retrieval: 4 sinks and a window of 64, the rest behind an HNSW index (k = ef = 64)");
+    out.line("4. Decoding by retrieval: 4 sinks and a window of 64, the rest behind clusters of keys (k = 64)");
     out.line(format!("   answer: {}", report.retrieval.text.trim()));
     match (stats.scored_share, stats.attended_share) {
         (Some(scored), Some(attended)) => out.line(format!(
