@@ -172,13 +172,15 @@ pub(crate) unsafe fn product_packed(a: &Packed, p: &Product<bf16>) {
                     block += 2;
                 }
             }
-            let columns = if group + 4 <= p.groups && block + 1 == blocks && block == 0 { 4 } else { 2 };
-            let columns = columns.min(p.groups - group);
+            let few = blocks == 1 && group + 4 <= p.groups;
+            if few {
+                Patch::<1, 4> { a, p, block, group }.run();
+                block += 1;
+            }
+            let columns = if few { 4 } else { 2.min(p.groups - group) };
             while block < blocks {
-                match columns {
-                    4 => Patch::<1, 4> { a, p, block, group }.run(),
-                    2 => Patch::<1, 2> { a, p, block, group }.run(),
-                    _ => Patch::<1, 1> { a, p, block, group }.run(),
+                for group in group..group + columns {
+                    Patch::<1, 1> { a, p, block, group }.run();
                 }
                 block += 1;
             }
@@ -307,7 +309,6 @@ impl Loop {
             match (R, C) {
                 (2, 2) => self.two_by_two(),
                 (1, 4) => self.one_by_four(),
-                (1, 2) => self.one_by_two(),
                 _ => self.one_by_one(),
             }
         }
@@ -459,64 +460,7 @@ impl Loop {
         }
     }
 
-    /// The rest of odd numbers of blocks.
-    #[inline(always)]
-    unsafe fn one_by_two(self) {
-        // SAFETY: the caller vouches for the extents; tiles are configured, and all eight are declared.
-        unsafe {
-            asm!(
-                "test {accumulate}, {accumulate}",
-                "jz 2f",
-                "tileloadd tmm0, [{c0} + {c_row}]",
-                "tileloadd tmm1, [{c0} + {c_row} + 64]",
-                "jmp 3f",
-                "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "3:",
-                "test {depth}, {depth}",
-                "jz 5f",
-                "4:",
-                "tileloadd tmm4, [{a0} + {a_row}]",
-                "tileloadd tmm5, [{a0} + {a_row} + 1024]",
-                "tileloadd tmm6, [{b0} + {b_row}]",
-                "tileloadd tmm7, [{b1} + {b_row}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm0, tmm5, tmm6",
-                "tdpbf16ps tmm1, tmm5, tmm7",
-                "add {a0}, 2048",
-                "add {b0}, {b_next}",
-                "add {b1}, {b_next}",
-                "dec {depth}",
-                "jnz 4b",
-                "5:",
-                "tilestored [{c0} + {c_row}], tmm0",
-                "tilestored [{c0} + {c_row} + 64], tmm1",
-                a0 = inout(reg) self.a[0] => _,
-                a_row = in(reg) ROW_BYTES,
-                b0 = inout(reg) self.b[0] => _,
-                b1 = inout(reg) self.b[1] => _,
-                b_row = in(reg) self.b_row,
-                b_next = in(reg) self.b_next,
-                depth = inout(reg) self.depth => _,
-                c0 = in(reg) self.c,
-                c_row = in(reg) self.c_row,
-                accumulate = in(reg) self.accumulate,
-                out("tmm0") _,
-                out("tmm1") _,
-                out("tmm2") _,
-                out("tmm3") _,
-                out("tmm4") _,
-                out("tmm5") _,
-                out("tmm6") _,
-                out("tmm7") _,
-                options(nostack),
-            )
-        }
-    }
-
-    /// The rest of odd numbers of groups.
+    /// What is left over by odd numbers.
     #[inline(always)]
     unsafe fn one_by_one(self) {
         // SAFETY: the caller vouches for the extents; tiles are configured, and all eight are declared.
