@@ -84,8 +84,32 @@ impl TryChunkSizer for Counter<'_> {
     }
 }
 
+/// Bytes of a document that are split at a time: the splitter looks at all that is left of its text for every chunk,
+/// so that its time grows with the square of the length.
+const PIECE: usize = 32 << 10;
+
+/// Cuts `text` into pieces of at most [`PIECE`] bytes: behind an empty line if there is one, else behind a line, else
+/// behind a space, else anywhere between two characters.
+fn pieces(text: &str) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    let mut start = 0;
+    while text.len() - start > PIECE {
+        let mut limit = start + PIECE;
+        while !text.is_char_boundary(limit) {
+            limit -= 1;
+        }
+        let window = &text[start..limit];
+        let cut = ["\n\n", "\n", " "].iter().find_map(|mark| window.rfind(mark).map(|at| at + mark.len()));
+        let end = start + cut.unwrap_or(window.len());
+        found.push(start..end);
+        start = end;
+    }
+    found.push(start..text.len());
+    found
+}
+
 /// The chunks of `text` in order. Every chunk holds at most `limits.tokens` tokens as counted by `count`; white space
-/// around a chunk belongs to none.
+/// around a chunk belongs to none. Chunks share tokens with their neighbours except every 32 KiB.
 ///
 /// # Errors
 /// What `count` returns.
@@ -95,21 +119,28 @@ pub fn split(
     limits: Limits,
     count: &dyn Fn(&str) -> Result<usize, EngineError>,
 ) -> Result<Vec<ChunkSpan>, EngineError> {
-    let counter = Counter { count, known: RefCell::default() };
-    let config = ChunkConfig::new(limits.tokens)
-        .with_overlap(limits.overlap)
-        .map_err(|e| EngineError::InvalidRequest(format!("chunk overlap: {e}")))?
-        .with_sizer(counter);
-    let span = |found: Result<ChunkCharIndex<'_>, EngineError>| {
-        found.map(|c| ChunkSpan {
-            chars: Span { start: c.char_offset, end: c.char_offset + c.chunk.chars().count() },
-            bytes: c.byte_offset..c.byte_offset + c.chunk.len(),
-        })
-    };
-    match format {
-        Format::Text => TextSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
-        Format::Markdown => MarkdownSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
+    let (mut chunks, mut chars) = (Vec::new(), 0);
+    for piece in pieces(text) {
+        let text = &text[piece.clone()];
+        let counter = Counter { count, known: RefCell::default() };
+        let config = ChunkConfig::new(limits.tokens)
+            .with_overlap(limits.overlap)
+            .map_err(|e| EngineError::InvalidRequest(format!("chunk overlap: {e}")))?
+            .with_sizer(counter);
+        let span = |found: Result<ChunkCharIndex<'_>, EngineError>| {
+            found.map(|c| ChunkSpan {
+                chars: Span { start: chars + c.char_offset, end: chars + c.char_offset + c.chunk.chars().count() },
+                bytes: piece.start + c.byte_offset..piece.start + c.byte_offset + c.chunk.len(),
+            })
+        };
+        let found: Result<Vec<ChunkSpan>, EngineError> = match format {
+            Format::Text => TextSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
+            Format::Markdown => MarkdownSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
+        };
+        chunks.extend(found?);
+        chars += text.chars().count();
     }
+    Ok(chunks)
 }
 
 #[cfg(test)]
@@ -144,6 +175,23 @@ mod tests {
             assert_eq!(passage, by_chars);
             assert!(words(passage).unwrap() <= 40);
         }
+    }
+
+    #[test]
+    fn long_documents_are_cut_into_pieces_and_nothing_is_lost() {
+        let text = prose(2000);
+        assert!(text.len() > 3 * PIECE);
+        let chunks = split(&text, Format::Text, Limits { tokens: 40, overlap: 0 }, &words).unwrap();
+        let mut covered = 0;
+        for chunk in &chunks {
+            assert!(text[covered..chunk.bytes.start].trim().is_empty());
+            assert_eq!(text[..chunk.bytes.start].chars().count(), chunk.chars.start);
+            covered = chunk.bytes.end;
+        }
+        assert!(text[covered..].trim().is_empty());
+        let one_word = "é".repeat(PIECE);
+        assert_eq!(pieces(&one_word), [0..PIECE, PIECE..2 * PIECE]);
+        assert_eq!(pieces("short"), vec![0..5]);
     }
 
     #[test]
