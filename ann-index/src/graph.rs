@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_reached_and_few_lead_to_those_that_no_query_looks_for() {
+    fn every_key_is_reached_as_keys_come() {
         let rng = &mut ChaCha8Rng::seed_from_u64(6);
         let (keys, samples) = (rows(rng, 3000, 0.5, 1.0), rows(rng, 300, 1.0, 0.02));
         let index = GraphIndex::<bf16>::build(DIM, &keys, &samples, None, &GraphParams::default()).unwrap();
