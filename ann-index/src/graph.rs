@@ -305,3 +305,88 @@ impl<T: Element> fmt::Debug for GraphIndex<T> {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use half::bf16;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    const DIM: usize = 16;
+
+    /// Rows that vary by `seen` in the first four dimensions and by `other` in the rest.
+    fn rows(rng: &mut ChaCha8Rng, count: usize, seen: f32, other: f32) -> Vec<f32> {
+        let number = |i: usize| {
+            let sum: f32 = (0..6).map(|_| rng.random::<f32>() - 0.5).sum();
+            sum * if i % DIM < 4 { seen } else { other }
+        };
+        (0..count * DIM).map(number).collect()
+    }
+
+    /// Shares found of the best ten of all keys and of those from `new` on, and keys read by a query.
+    fn found(index: &GraphIndex<bf16>, queries: &[f32], new: usize) -> (f64, f64, f64) {
+        let (mut all, mut late, mut read) = ([0, 0], [0, 0], 0);
+        for query in queries.chunks(DIM) {
+            let truth = scan(&index.rows, index.len(), query, 10, None).hits;
+            let result = index.search(query, &SearchParams { k: 10, ef: 24, probes: 0 }, None).unwrap();
+            read += result.stats.keys_touched;
+            for hit in truth {
+                let got = usize::from(result.hits.iter().any(|other| other.id == hit.id));
+                all = [all[0] + got, all[1] + 1];
+                if hit.id as usize >= new {
+                    late = [late[0] + got, late[1] + 1];
+                }
+            }
+        }
+        let share = |[got, of]: [usize; 2]| got as f64 / of.max(1) as f64;
+        (share(all), share(late), read as f64 / (queries.len() / DIM) as f64)
+    }
+
+    #[test]
+    fn growth_costs_neither_recall_nor_reading() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(5);
+        let (keys, samples) = (rows(rng, 6000, 0.5, 1.0), rows(rng, 1500, 1.0, 0.02));
+        let (growth, queries) = (rows(rng, 1500, 0.5, 1.0), rows(rng, 300, 1.0, 0.02));
+        let index = GraphIndex::<bf16>::build(DIM, &keys, &samples, None, &GraphParams::default()).unwrap();
+        let (before, _, read_before) = found(&index, &queries, 6000);
+        // Not all at once, as a sequence grows.
+        for part in growth.chunks(500 * DIM) {
+            index.append(part).unwrap();
+        }
+        let (after, late, read) = found(&index, &queries, 6000);
+        assert!(before > 0.9, "{before}");
+        assert!(
+            after > before - 0.03 && late > before - 0.06,
+            "{before} before, {after} after, {late} of the new keys"
+        );
+        assert!(read < 1.1 * read_before, "{read_before} keys read before, {read} after");
+    }
+
+    #[test]
+    fn every_key_is_reached_as_keys_come() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(6);
+        let (keys, samples) = (rows(rng, 3000, 0.5, 1.0), rows(rng, 300, 1.0, 0.02));
+        let index = GraphIndex::<bf16>::build(DIM, &keys, &samples, None, &GraphParams::default()).unwrap();
+        for part in [1, 7, 600] {
+            index.append(&rows(rng, part, 0.5, 1.0)).unwrap();
+            let core = index.core().unwrap();
+            let (links, mut seen) = (core.links(), vec![false; index.len()]);
+            let mut open: Vec<u32> = core.entries().to_vec();
+            while let Some(id) = open.pop() {
+                if !std::mem::replace(&mut seen[id as usize], true) {
+                    links.view().for_each(id, |link| open.push(link));
+                }
+            }
+            // Between two looks for lost keys, a pruned list may drop the link to some.
+            let lost = seen.iter().filter(|seen| !**seen).count();
+            assert!(if part == 600 { lost == 0 } else { lost <= index.len() / 20 }, "{lost} lost after {part}");
+            assert!(core.entries().len() <= index.params.entry_points + LONG, "{}", core.entries().len());
+        }
+    }
+
+    /// Entries through keys that are long.
+    const LONG: usize = 64;
+}

@@ -34,6 +34,16 @@ impl Panels {
         Self { dim, rows: count, data }
     }
 
+    /// A row, unpacked.
+    pub(crate) fn row(&self, at: usize) -> Vec<f32> {
+        let panel = &self.data[at / WIDTH * WIDTH * self.dim..][..WIDTH * self.dim];
+        panel.iter().skip(at % WIDTH).step_by(WIDTH).copied().collect()
+    }
+
+    pub(crate) fn memory_bytes(&self) -> usize {
+        4 * self.data.len()
+    }
+
     /// The panels, each with the number of its first row and how many rows it has.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, usize, &[f32])> {
         let panels = self.data.chunks_exact(WIDTH * self.dim).enumerate();
@@ -163,6 +173,9 @@ mod tests {
             let (a, b) = numbers.split_at(height * dim);
             let b = &b[..count.min(b.len() / dim) * dim];
             let panels = Panels::new(dim, b);
+            for (i, row) in b.chunks(dim).enumerate() {
+                prop_assert_eq!(panels.row(i), row);
+            }
             for isa in Isa::available() {
                 let mut seen = 0;
                 for (start, len, panel) in panels.iter() {

@@ -139,7 +139,7 @@ impl Default for ClustersParams {
     }
 }
 
-/// Settings of faiss' inverted lists.
+/// Settings of faiss' inverted lists, which are not part of this build: nothing reads them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IvfParams {
     /// Lists, up to 65,536; 0, the default, means four times the root of the number of keys.
@@ -154,9 +154,9 @@ pub struct SearchParams {
     /// How many candidates a graph holds while it searches: more reads more keys and finds more of
     /// the best. Raised to `k` when smaller; only `hnsw` and `graph` read it. 128 by default.
     pub ef: usize,
-    /// How many clusters (`clusters`) or inverted lists (`ivf`) are read, the best ones first. 0, the
-    /// default, leaves it to the index: 2 % of the clusters and at least what `k` keys need, or a
-    /// sixteenth of the lists. More are read where these hold fewer than `k` keys that are not hidden.
+    /// How many clusters are read, the best ones first; only `clusters` reads it. 0, the default,
+    /// leaves it to the index: 2 % of the clusters and at least what `k` keys need. More are read
+    /// where these hold fewer than `k` keys that are not hidden.
     pub probes: usize,
 }
 

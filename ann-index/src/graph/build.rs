@@ -30,6 +30,16 @@ const GRAIN: usize = 64;
 /// Links of a key that are left free for keys to come and for those that no path leads to.
 const SPARE: usize = 2;
 
+/// Lost keys that hang on to one reached key, through each other.
+const TREE: usize = 64;
+
+/// What is known of a key that comes later.
+struct Found {
+    rivals: Vec<u32>,
+    /// Whether it is among the best keys of a kept query.
+    ranked: bool,
+}
+
 /// Projected keys.
 pub(super) struct Points {
     dim: usize,
@@ -47,6 +57,11 @@ impl Points {
     /// The keys `ids`.
     pub(super) fn some(dim: usize, data: Vec<f32>, ids: &[u32]) -> Self {
         Self { dim, data, places: Some(ids.iter().copied().zip(0..).collect()) }
+    }
+
+    /// Those of the keys from 0 on, without a table of their places.
+    fn in_order(self) -> Self {
+        Self { places: None, ..self }
     }
 
     #[inline]
@@ -217,42 +232,63 @@ impl Core {
         }
     }
 
-    /// As [`Core::connect`], for keys that come later: only the keys that are met are projected.
-    pub(super) fn connect_new(&self, links: &Links, decode: Decode<'_>, ids: &[u32]) {
+    /// As [`Core::connect`], for keys that come later. Links back go only to keys that some kept query ranks high: the
+    /// many others would take the places of those that queries look for. Unless `swept`, that is, unless a look for lost
+    /// keys follows, the others hang on to one key each.
+    pub(super) fn connect_new(&self, links: &Links, decode: Decode<'_>, ids: &[u32], swept: bool) {
+        // Many keys meet most of the others; few meet few.
+        let many = ids.first().is_some_and(|&first| ids.len() >= first as usize / 16);
+        let all = many.then(|| self.project(decode, &(0..links.len() as u32).collect::<Vec<_>>()).in_order());
         let mut done = 0;
         while done < ids.len() {
             let size = (ids[done] as usize / 16).clamp(1, BATCH / 4);
             let batch = &ids[done..ids.len().min(done + size)];
             done += batch.len();
-            let mine = self.project(decode, batch);
-            let found = map_ranges(batch.len(), GRAIN / 8, |range| {
-                let (mut rows, dim) = (Vec::new(), self.codes.center().len());
-                rows.resize(range.len() * dim, 0.0);
-                for (row, i) in rows.chunks_exact_mut(dim).zip(range.clone()) {
-                    decode(batch[i], row);
+            let found = self.find_for_new(links, decode, batch);
+            let near = |of: Vec<u32>| if all.is_some() { None } else { Some(self.project(decode, &of)) };
+            let met = near(union(batch.iter().chain(found.iter().flat_map(|f| &f.rivals))));
+            let Some(points) = all.as_ref().or(met.as_ref()) else { return };
+            let chosen = choose(links, points, batch, |i, out| out.extend_from_slice(&found[i].rivals));
+            let (mut ranked, mut theirs) = (Vec::new(), Vec::new());
+            for ((&id, chosen), found) in batch.iter().zip(chosen).zip(&found) {
+                if found.ranked {
+                    ranked.push(id);
+                    theirs.push(chosen);
+                } else if !swept {
+                    lead_to(links, id, &chosen, &mut Vec::new());
                 }
-                let guides = self.guides.best_for(&rows);
-                let one = |(i, guides): (usize, &Vec<u32>)| {
-                    let mut out = Vec::new();
-                    self.rivals(links, mine.get(batch[i]), &mut out);
-                    for &guide in guides {
-                        self.find(links, self.guides.query(guide), &mut out);
-                    }
-                    out
-                };
-                range.zip(&guides).map(one).collect::<Vec<_>>()
-            });
-            let found: Vec<Vec<u32>> = found.into_iter().flatten().collect();
-            let near = self.project(decode, &union(batch.iter().chain(found.iter().flatten())));
-            let chosen = choose(links, &near, batch, |i, out| out.extend_from_slice(&found[i]));
-            let mut behind: Vec<u32> = Vec::new();
-            let targets = union(chosen.iter().flatten());
-            for &target in &targets {
+            }
+            let mut behind = union(ranked.iter().chain(theirs.iter().flatten()));
+            for target in behind.clone() {
                 links.view().for_each(target, |link| behind.push(link));
             }
-            let all = union(batch.iter().chain(&targets).chain(&behind));
-            link_back(links, &self.project(decode, &all), batch, &chosen);
+            let met = near(union(behind.iter()));
+            let Some(points) = all.as_ref().or(met.as_ref()) else { return };
+            link_back(links, points, &ranked, &theirs);
         }
+    }
+
+    /// What searches with the query made for each key and with the kept queries that rank it highest find.
+    fn find_for_new(&self, links: &Links, decode: Decode<'_>, ids: &[u32]) -> Vec<Found> {
+        let (mine, dim) = (self.project(decode, ids), self.codes.center().len());
+        let found = map_ranges(ids.len(), GRAIN / 8, |range| {
+            let mut rows = vec![0.0; range.len() * dim];
+            for (row, i) in rows.chunks_exact_mut(dim).zip(range.clone()) {
+                decode(ids[i], row);
+            }
+            let guides = self.guides.best_for(&rows);
+            let one = |(i, guides): (usize, &Vec<(f32, u32)>)| {
+                let mut rivals = Vec::new();
+                self.rivals(links, mine.get(ids[i]), &mut rivals);
+                for &(_, guide) in guides {
+                    self.find(links, &self.guides.query(guide), &mut rivals);
+                }
+                // Without kept queries nothing is known against a key.
+                Found { rivals, ranked: guides.first().is_none_or(|&(over, _)| over > 0.0) }
+            };
+            range.zip(&guides).map(one).collect::<Vec<_>>()
+        });
+        found.into_iter().flatten().collect()
     }
 
     pub(super) fn project(&self, decode: Decode<'_>, ids: &[u32]) -> Points {
@@ -285,59 +321,40 @@ impl Core {
 
     /// Leads a path to each of the `distinct` keys; should there be no room for that, keys become entries of every search.
     ///
-    /// Keys that compete for no query get few links back: those of strong keys go to their rivals. Each list has two
-    /// places left for this, a lost key hangs on to a reached one close to it, and lends its own places to others.
+    /// Keys that compete for no query get few links back: those of strong keys go to their rivals. They hang on to
+    /// each other, in the two places that each list has left, and the first of them on to a reached key: hung on to
+    /// keys that searches follow, they would be a sixth of all that searches read.
     pub(super) fn reach_all(&self, links: &Links, distinct: &[u32]) {
         let view = links.view();
         let mut reached = self.reached(links);
         let mut lost: Vec<u32> = distinct.iter().copied().filter(|&id| !reached[id as usize]).collect();
-        if lost.is_empty() {
-            return;
-        }
-        let mut lists = Vec::new();
-        let room = |id: u32, list: &mut Vec<u32>| {
-            view.read(id, list);
-            list.len() < links.degree()
-        };
-        let hang = |id: u32, from: u32, list: &mut Vec<u32>, reached: &mut Vec<bool>| {
-            list.push(id);
-            links.set(from, list);
-            self.spread(links, id, reached);
-        };
-        loop {
-            let before = lost.len();
-            lost.retain(|&id| {
-                if reached[id as usize] {
-                    return false;
-                }
-                let (mut near, mut own) = (None, Vec::new());
-                view.read(id, &mut own);
-                for &other in own.iter().rev() {
-                    if reached[other as usize] && room(other, &mut lists) {
-                        near = Some(other);
-                    }
-                }
-                if let Some(other) = near {
-                    view.read(other, &mut lists);
-                    hang(id, other, &mut lists, &mut reached);
-                }
-                near.is_none()
-            });
-            if lost.len() == before {
-                break;
-            }
-        }
-        let mut places: VecDeque<u32> = distinct.iter().copied().filter(|&id| reached[id as usize]).collect();
+        let roots: Vec<u32> = distinct.iter().copied().filter(|&id| reached[id as usize]).collect();
+        let (mut roots, mut places, mut list) = (roots.into_iter(), VecDeque::new(), Vec::new());
+        let mut hung = 0;
         lost.retain(|&id| {
-            while let Some(&from) = places.front().filter(|_| !reached[id as usize]) {
-                if room(from, &mut lists) {
-                    hang(id, from, &mut lists, &mut reached);
+            while !reached[id as usize] {
+                // No tree is large: a list that is pruned later may drop the one link that leads to it.
+                if hung == TREE && roots.len() > 0 {
+                    places.clear();
+                }
+                if places.is_empty() {
+                    let Some(root) = roots.next() else { return true };
+                    places.push_back(root);
+                    hung = 0;
+                }
+                let from = places[0];
+                view.read(from, &mut list);
+                if list.len() < links.degree() {
+                    list.push(id);
+                    links.set(from, &list);
+                    self.spread(links, id, &mut reached);
                     places.push_back(id);
+                    hung += 1;
                 } else {
                     places.pop_front();
                 }
             }
-            !reached[id as usize]
+            false
         });
         self.add_entries(&lost);
     }

@@ -112,12 +112,13 @@ impl Core {
         }
         self.codes.append(keys)?;
         links.append(count)?;
-        self.connect_new(&links, decode, fresh);
-        self.add_entries(&self.outliers(&self.project(decode, fresh), fresh));
         // Looking for lost keys costs a walk over all links: it is done once per sixteenth of growth.
         let len = links.len();
         let checked = self.checked.load(Ordering::Relaxed);
-        if len >= checked + checked / 16 {
+        let sweep = len >= checked + checked / 16;
+        self.connect_new(&links, decode, fresh, sweep);
+        self.add_entries(&self.outliers(&self.project(decode, fresh), fresh));
+        if sweep {
             self.reach_all(&links, distinct);
             self.checked.store(len, Ordering::Relaxed);
         }

@@ -115,7 +115,7 @@ impl Core {
         sections.floats(Tag::Factor, &self.shape.factor);
         sections.numbers(Tag::Entries, self.entries().iter().copied());
         let (queries, bars) = self.guides.parts();
-        sections.floats(Tag::Guides, queries);
+        sections.floats(Tag::Guides, &queries);
         sections.floats(Tag::Bars, bars);
         let links = self.links();
         let words = links.rows().runs(len).flat_map(|(_, run)| run);

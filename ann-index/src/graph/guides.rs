@@ -1,7 +1,8 @@
 //! Sample queries that are kept, so that keys that come later find the queries they matter for.
 //!
-//! For each of up to 2,048 sample queries the score of its last known neighbour is kept: the bar that a new key
-//! has to take. A new key looks for its rivals with the queries whose bar it takes by most.
+//! For each of up to 8,192 sample queries the score of its last known neighbour is kept: the bar that a new key
+//! has to take. A new key looks for its rivals with the queries whose bar it takes by most, and counts as one
+//! that queries look for when it takes any.
 
 use crate::isa::Isa;
 use crate::metric::dot;
@@ -9,17 +10,16 @@ use crate::neighbours::Neighbours;
 use crate::panels::{HEIGHT, Panels, WIDTH, multiply};
 
 /// Sample queries that are kept.
-const GUIDES: usize = 2048;
+const GUIDES: usize = 8192;
 /// Those that a new key searches with.
 const OF_KEY: usize = 3;
 
 /// See the module.
 pub(super) struct Guides {
     dim: usize,
-    /// `[guides, dim]`, each of length 1.
-    queries: Vec<f32>,
+    /// Each of length 1.
+    queries: Panels,
     bars: Vec<f32>,
-    panels: Panels,
 }
 
 impl Guides {
@@ -42,31 +42,29 @@ impl Guides {
 
     /// Guides that were read from a file.
     pub(super) fn from_parts(dim: usize, queries: Vec<f32>, bars: Vec<f32>) -> Self {
-        let panels = Panels::new(dim, &queries);
-        Self { dim, queries, bars, panels }
+        Self { dim, queries: Panels::new(dim, &queries), bars }
     }
 
-    /// The queries and their bars.
-    pub(super) fn parts(&self) -> (&[f32], &[f32]) {
-        (&self.queries, &self.bars)
+    /// The queries, `[guides, dim]`, and their bars.
+    pub(super) fn parts(&self) -> (Vec<f32>, &[f32]) {
+        ((0..self.bars.len() as u32).flat_map(|guide| self.query(guide)).collect(), &self.bars)
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        4 * (2 * self.queries.len() + self.bars.len())
+        self.queries.memory_bytes() + 4 * self.bars.len()
     }
 
-    pub(super) fn query(&self, guide: u32) -> &[f32] {
-        let at = guide as usize * self.dim;
-        &self.queries[at..at + self.dim]
+    pub(super) fn query(&self, guide: u32) -> Vec<f32> {
+        self.queries.row(guide as usize)
     }
 
-    /// For each row, the guides whose bars it takes by most, or misses by least.
-    pub(super) fn best_for(&self, rows: &[f32]) -> Vec<Vec<u32>> {
+    /// For each row, the guides whose bars it takes by most, or misses by least, each with by how much.
+    pub(super) fn best_for(&self, rows: &[f32]) -> Vec<Vec<(f32, u32)>> {
         let (isa, mut tile) = (Isa::best(), [[0.0; WIDTH]; HEIGHT]);
         let mut all = Vec::with_capacity(rows.len() / self.dim);
         for rows in rows.chunks(HEIGHT * self.dim) {
             let mut best = [[(f32::NEG_INFINITY, u32::MAX); OF_KEY]; HEIGHT];
-            for (start, len, panel) in self.panels.iter() {
+            for (start, len, panel) in self.queries.iter() {
                 multiply(isa, self.dim, rows, panel, &mut tile);
                 for (best, line) in best.iter_mut().zip(&tile) {
                     for (i, (score, bar)) in line[..len].iter().zip(&self.bars[start..]).enumerate() {
@@ -78,8 +76,7 @@ impl Guides {
                     }
                 }
             }
-            let some =
-                |best: &[(f32, u32); OF_KEY]| best.iter().map(|b| b.1).filter(|&guide| guide != u32::MAX).collect();
+            let some = |best: &[(f32, u32); OF_KEY]| best.iter().copied().filter(|b| b.1 != u32::MAX).collect();
             all.extend(best[..rows.len() / self.dim].iter().map(some));
         }
         all
