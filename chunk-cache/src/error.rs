@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::key::ChunkKey;
 
 /// The remedy for a directory that RocksDB cannot use.
-const REMEDY: &str = "run `quire cache verify`, or remove the directory: everything in it can be recomputed";
+const REMEDY: &str = "remove the directory: everything in it can be recomputed";
 
 /// Errors of the chunk store.
 #[derive(Debug, thiserror::Error)]

@@ -322,6 +322,18 @@ fn a_read_only_data_folder_keeps_what_it_has() {
 }
 
 #[test]
+fn a_result_that_cannot_be_written_is_a_failure_and_a_log_that_cannot_is_none() {
+    let dir = ingested();
+    let data = dir.path().join("data");
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let status = quire(&data).args(["search", "river"]).stdout(full()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+    let mut warns = quire(&data);
+    warns.args(["ask", &example().question, "--cache-bytes", "1"]).stdout(std::process::Stdio::null()).stderr(full());
+    assert_eq!(warns.status().unwrap().code(), Some(0));
+}
+
+#[test]
 fn wrong_usage_has_an_exit_code_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");

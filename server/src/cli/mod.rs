@@ -29,6 +29,10 @@ use output::Out;
 pub fn run(cli: Cli) -> ExitCode {
     let out = Out::new(cli.json);
     match dispatch(cli, &out) {
+        Ok(()) if out.is_lost() => {
+            out.note("error: the result could not be written to standard output: is the disk full?");
+            ExitCode::FAILURE
+        }
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             out.error(&error);
@@ -77,6 +81,12 @@ fn start_log(filter: &str) -> Result<()> {
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     // A second start in one process, as in tests, keeps the first.
     let _ =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).try_init();
+        // A log that cannot be written must not end the program, which reporting that on stderr would.
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .log_internal_errors(false)
+            .with_ansi(terminal)
+            .try_init();
     Ok(())
 }

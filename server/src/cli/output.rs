@@ -1,5 +1,6 @@
 //! Printing: results to stdout, progress and errors to stderr; for people, or as JSON lines.
 
+use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -16,16 +17,29 @@ pub(super) struct Out {
     pub(super) json: bool,
     terminal: bool,
     silent: bool,
+    /// Some of the result could not be written.
+    lost: Cell<bool>,
 }
 
 impl Out {
     pub(super) fn new(json: bool) -> Out {
-        Out { json, terminal: std::io::stderr().is_terminal(), silent: false }
+        Out { json, terminal: std::io::stderr().is_terminal(), silent: false, lost: Cell::new(false) }
+    }
+
+    /// Whether some of the result could not be written, other than to a reader that went away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.get()
+    }
+
+    fn written(&self, result: std::io::Result<()>) {
+        if result.is_err_and(|error| error.kind() != std::io::ErrorKind::BrokenPipe) {
+            self.lost.set(true);
+        }
     }
 
     /// Like this one, but for bars, remarks and errors only: results are not printed.
     pub(super) fn without_results(&self) -> Out {
-        Out { json: false, terminal: self.terminal && !self.json, silent: true }
+        Out { json: false, terminal: self.terminal && !self.json, silent: true, lost: Cell::new(false) }
     }
 
     /// A line of the result. A reader that went away is no error of ours.
@@ -33,14 +47,13 @@ impl Out {
         if self.silent {
             return;
         }
-        let _ = writeln!(std::io::stdout().lock(), "{}", text.as_ref());
+        self.written(writeln!(std::io::stdout().lock(), "{}", text.as_ref()));
     }
 
     /// Text without a line end, shown at once.
     pub(super) fn text(&self, text: &str) {
         let mut stdout = std::io::stdout().lock();
-        let _ = stdout.write_all(text.as_bytes());
-        let _ = stdout.flush();
+        self.written(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
     }
 
     /// A result as one JSON line.

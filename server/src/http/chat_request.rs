@@ -106,7 +106,12 @@ impl ChatRequest {
             let blend = &mut self.options.blend;
             match key.as_str() {
                 "collection" => self.collection = Some(text(&name, value)?),
-                "top_chunks" => self.top_chunks = size(&name, value, 1)?.min(MAX_TOP_CHUNKS),
+                "top_chunks" => {
+                    self.top_chunks = size(&name, value, 1)?;
+                    if self.top_chunks > MAX_TOP_CHUNKS {
+                        return Err(invalid(&name, format!("expected at most {MAX_TOP_CHUNKS}, found {value}")));
+                    }
+                }
                 "strategy" => attention.strategy = named(&name, value)?,
                 "sinks" => attention.sinks = size(&name, value, 0)?,
                 "window" => attention.window = size(&name, value, 1)?,
@@ -320,6 +325,7 @@ mod tests {
             (json!({"quire": {"magic": 1}}), "quire.magic"),
             (json!({"quire": {"strategy": "magic"}}), "quire.strategy"),
             (json!({"quire": {"ratio": 2}}), "quire.ratio"),
+            (json!({"quire": {"top_chunks": 1025}}), "quire.top_chunks"),
             (json!({"stream_options": {"include_usage": true}}), "stream_options"),
             (json!({"max_tokens": 0}), "max_tokens"),
             (json!({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens"),
