@@ -22,6 +22,10 @@ pub(super) fn show(config: &Config, out: &Out) {
             Value::Null => "(none)".to_string(),
             Value::String(text) if text.is_empty() => "(empty)".to_string(),
             Value::String(text) => text.clone(),
+            // Settings with fractions are of single precision: 0.15, not 0.15000000596046448.
+            Value::Number(number) if number.is_f64() => {
+                number.as_f64().map_or_else(String::new, |x| (x as f32).to_string())
+            }
             other => other.to_string(),
         };
         out.line(format!("{key:18} {value:32} {origin}"));

@@ -88,11 +88,13 @@ pub(super) fn summary(report: &IngestReport) -> String {
     let documents = report.new + report.changed + report.unchanged;
     let chunks = report.chunks_cached + report.chunks_computed;
     let state = match (report.new, report.changed) {
+        (0, 0) if documents == 0 => "none could be read".to_string(),
         (0, 0) => "all unchanged".to_string(),
         (new, 0) if new == documents => "all new".to_string(),
         (new, changed) => format!("{new} new, {changed} changed, {} unchanged", report.unchanged),
     };
     let cached = match report.chunks_computed {
+        0 if chunks == 0 => "no chunks".to_string(),
         0 => format!("every one of {} was cached, 0 computed", count(chunks, "chunk")),
         computed => format!("{}: {computed} computed, {} cached", count(chunks, "chunk"), report.chunks_cached),
     };
