@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
-use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 
 /// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`,
@@ -44,9 +43,9 @@ impl ChunkKv {
     /// [`EngineError::NotFinite`]: such numbers must not be stored.
     pub(crate) fn compute(model: &Transformer, prefix: &[u32], tokens: &[u32], step: usize) -> Result<ChunkKv> {
         let shape = model.shape;
-        let mut kv = SequenceKv::new(shape);
+        let mut kv = model.new_kv();
         let mut tap = Vec::new();
-        for part in [prefix, tokens].concat().chunks(step) {
+        for part in [prefix, tokens].concat().chunks(step.min(model.most_rows())) {
             let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, part, Want::Nothing) }];
             model.forward(&mut pieces)?;
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::cuda::CudaConfig;
 use crate::error::{EngineError, Result};
 use crate::kv::KvDtype;
 
@@ -12,6 +13,10 @@ use crate::kv::KvDtype;
 pub struct EngineConfig {
     /// The model's folder, as Hugging Face publishes it.
     pub model_dir: PathBuf,
+    /// Where the model computes.
+    pub device: DeviceChoice,
+    /// The GPU's settings, where one is used.
+    pub cuda: CudaConfig,
     /// Threads of the CPU backend; 0: all cores.
     pub threads: usize,
     /// Format of KV; `None`: bf16 when the weights have 16 bits, else f32.
@@ -32,6 +37,8 @@ impl Default for EngineConfig {
     fn default() -> Self {
         EngineConfig {
             model_dir: PathBuf::new(),
+            device: DeviceChoice::Auto,
+            cuda: CudaConfig::default(),
             threads: 0,
             kv_dtype: None,
             max_context: None,
@@ -67,6 +74,18 @@ macro_rules! named_values {
             }
         }
     };
+}
+
+named_values! {
+    /// Where a model computes.
+    DeviceChoice {
+        /// On a GPU where there is a usable one, else on the CPU.
+        Auto = "auto",
+        /// On the CPU.
+        Cpu = "cpu",
+        /// On an NVIDIA GPU; without one, loading fails and says what is missing.
+        Cuda = "cuda",
+    }
 }
 
 named_values! {

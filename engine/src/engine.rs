@@ -10,11 +10,11 @@ use std::time::Instant;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::backend::cpu::Isa;
+use crate::backend::cuda::Limits;
 use crate::chat::PromptFormat;
 use crate::chunk::{ChunkKv, PromptChunk};
-use crate::config::{BlendConfig, EngineConfig, Strategy};
+use crate::config::{BlendConfig, DeviceChoice, EngineConfig, Strategy};
 use crate::error::{EngineError, Result};
-use crate::kv::sequence::SequenceKv;
 use crate::kv::{KvDtype, KvShape};
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
@@ -69,9 +69,13 @@ impl Engine {
         let tokenizer = Tokenizer::from_dir(&config.model_dir, spec.vocab)?;
         let chat = PromptFormat::from_dir(&config.model_dir, &tokenizer)?;
         let weights = Weights::open(&config.model_dir)?;
-        let model = Arc::new(Transformer::load(spec, &weights, config.threads, config.kv_dtype)?);
-        let max_context = config.max_context.map_or(model.spec.max_context, |m| m.min(model.spec.max_context));
-        let kv_budget = if config.kv_budget_bytes > 0 { config.kv_budget_bytes } else { half_of_memory() };
+        let max_context = config.max_context.map_or(spec.max_context, |m| m.min(spec.max_context));
+        let model = Arc::new(load_model(spec, &weights, &config, max_context)?);
+        let kv_budget = match model.device() {
+            Some(device) => device.kv_bytes(),
+            None if config.kv_budget_bytes > 0 => config.kv_budget_bytes,
+            None => half_of_memory(),
+        };
         let (commands, receiver) = channel();
         let load = Arc::new(Load::default());
         let identity = NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed);
@@ -142,7 +146,13 @@ impl Engine {
         self.inner.model.cpu.pool.threads()
     }
 
-    /// The instruction set in use.
+    /// The GPU in use: its name. `None`: the CPU computes.
+    #[must_use]
+    pub fn gpu(&self) -> Option<&str> {
+        self.inner.model.device().map(|model| model.device.name.as_str())
+    }
+
+    /// The instruction set in use on the CPU.
     #[must_use]
     pub fn isa(&self) -> Isa {
         self.inner.model.cpu.isa
@@ -337,6 +347,30 @@ impl Drop for Inner {
     }
 }
 
+/// On the GPU or the CPU, as the settings and the machine say.
+fn load_model(spec: ModelSpec, weights: &Weights, config: &EngineConfig, max_context: usize) -> Result<Transformer> {
+    let limits = Limits {
+        rows: config.prefill_chunk.max(1) + config.max_sequences,
+        sequences: config.max_sequences.max(1),
+        context: max_context,
+        kv_bytes: config.kv_budget_bytes,
+    };
+    let (threads, kv) = (config.threads, config.kv_dtype);
+    match config.device {
+        DeviceChoice::Cpu => Transformer::load(spec, weights, threads, kv),
+        DeviceChoice::Cuda => Transformer::load_on_device(spec, weights, threads, kv, &config.cuda, limits),
+        DeviceChoice::Auto => {
+            match Transformer::load_on_device(spec.clone(), weights, threads, kv, &config.cuda, limits) {
+                Err(EngineError::NoDevice { why }) => {
+                    tracing::debug!(why, "no GPU is used");
+                    Transformer::load(spec, weights, threads, kv)
+                }
+                loaded => loaded,
+            }
+        }
+    }
+}
+
 fn fingerprint(weights: &Weights, spec: &ModelSpec) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&weights.fingerprint());
@@ -372,8 +406,12 @@ impl Model {
     /// # Errors
     /// A token outside of the vocabulary.
     pub fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let mut kv = SequenceKv::new(self.model.shape);
-        let x = self.model.forward(&mut [Piece::exact(&mut kv, tokens, Want::All)])?;
-        Ok(self.model.logits(&x))
+        let mut kv = self.model.new_kv();
+        let mut all = Vec::with_capacity(tokens.len() * self.model.spec.vocab);
+        for part in tokens.chunks(self.model.most_rows()) {
+            let states = self.model.forward(&mut [Piece::exact(&mut kv, part, Want::All)])?;
+            all.extend(self.model.logits(&states)?);
+        }
+        Ok(all)
     }
 }

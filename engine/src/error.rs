@@ -194,6 +194,33 @@ pub enum EngineError {
         budget: u64,
     },
 
+    /// A GPU was asked for, and it or a library that it needs is missing.
+    #[error("no usable GPU: {why}. Run `quire doctor` for details, or set the device to `cpu`")]
+    NoDevice {
+        /// What was looked for and not found.
+        why: String,
+    },
+
+    /// A call to the GPU failed.
+    #[error("the GPU failed to {action}: {reason}. If it stays so, restart the process")]
+    Device {
+        /// What was tried.
+        action: &'static str,
+        /// The driver's reason.
+        reason: String,
+    },
+
+    /// A kernel could not be compiled for this GPU.
+    #[error(
+        "kernel {kernel}: {why}. This is a defect of the program, or the CUDA libraries are too old: please report it"
+    )]
+    Kernel {
+        /// Its source file.
+        kernel: String,
+        /// The compiler's words.
+        why: String,
+    },
+
     /// An index over keys refused its input.
     #[error("key index: {0}")]
     Index(#[from] ann_index::IndexError),

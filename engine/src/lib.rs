@@ -30,9 +30,10 @@ mod weights;
 
 pub use attention::AttentionState;
 pub use backend::cpu::Isa;
+pub use backend::cuda::{CudaConfig, Library as CudaLibrary, libraries as cuda_libraries};
 pub use chat::{ChatMessage, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
-pub use config::{AttentionConfig, BlendConfig, BlendMode, EngineConfig, Strategy};
+pub use config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, EngineConfig, Strategy};
 pub use engine::{Engine, EngineLoad, Model};
 pub use error::{EngineError, Result};
 pub use kv::{KvDtype, KvShape};

@@ -27,7 +27,7 @@ fn tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
 
 fn append(model: &Transformer, kv: &mut SequenceKv, tokens: &[u32]) -> Vec<f32> {
     let x = model.forward(&mut [Piece::exact(kv, tokens, Want::Last)]).unwrap();
-    model.logits(&x)
+    model.logits(&x).unwrap()
 }
 
 fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
@@ -109,7 +109,7 @@ fn retrieval_of_all_keys_equals_full_attention() {
             let decode = |kv: &mut SequenceKv, attention| {
                 let mut pieces = [Piece { attention, ..Piece::exact(kv, std::slice::from_ref(token), Want::Last) }];
                 let x = model.forward(&mut pieces).unwrap();
-                (model.logits(&x), pieces[0].stats)
+                (model.logits(&x).unwrap(), pieces[0].stats)
             };
             let (want, _) = decode(&mut full, None);
             let (got, stats) = decode(&mut cold, Some(&retrieval));
@@ -135,7 +135,7 @@ fn a_window_sees_sinks_and_recent_tokens_only() {
         let rows = model.rows(vec![400]);
         let x = model.embed(&[7]).unwrap();
         let qkv = model.qkv(0, &x, &rows);
-        kv.extend_to(401);
+        kv.extend_to(401).unwrap();
         model.write_kv(kv.recent_mut(0), &rows, &qkv.keys, &qkv.values);
         let queries = model.queries(&qkv.q, &rows.positions);
         kv.attend(&model.cpu, 0, &queries, &window, &mut stats).unwrap().out

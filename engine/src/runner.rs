@@ -12,7 +12,6 @@ use crate::blend::blend;
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig};
 use crate::error::{EngineError, Result};
-use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::request::{AttentionInputs, Event, PreparedContext, Request};
 use crate::sequence::{Phase, Sequence};
@@ -161,8 +160,9 @@ impl Runner {
             sequences.iter_mut().zip(&tokens).map(|(s, token)| s.decode_piece(token)).collect();
         let states = self.model.forward(&mut pieces);
         let stats: Vec<_> = pieces.iter().map(|p| p.stats).collect();
-        let logits = match states {
-            Ok(x) => self.model.logits(&x),
+        let greedy: Vec<bool> = sequences.iter().map(|s| s.is_greedy()).collect();
+        let nexts = match states.and_then(|states| self.model.next(&states, &greedy)) {
+            Ok(nexts) => nexts,
             Err(error) => {
                 // One step, one fate: which sequence was at fault is not known.
                 let why = error.to_string();
@@ -170,10 +170,9 @@ impl Runner {
                 return;
             }
         };
-        let rows = logits.chunks_exact(self.model.spec.vocab);
-        for ((sequence, stats), row) in sequences.iter_mut().zip(stats).zip(rows) {
+        for ((sequence, stats), next) in sequences.iter_mut().zip(stats).zip(nexts) {
             sequence.add_cold(stats);
-            if let Err(error) = sequence.accept(row.to_vec()) {
+            if let Err(error) = sequence.accept(next) {
                 sequence.fail(error);
             }
         }
@@ -184,13 +183,15 @@ impl Runner {
         self.load.kv_bytes.store(running.iter().map(|s| s.kv.bytes() as u64).sum(), Ordering::Relaxed);
     }
 
-    /// What every layer's attention sees of a text that is read alone. In one piece, so that a layer is one entry.
+    /// What every layer's attention sees of a text that is read alone.
     fn attention_inputs(&self, tokens: &[u32]) -> Result<Vec<AttentionInputs>> {
-        let mut kv = SequenceKv::new(self.model.shape);
+        let mut kv = self.model.new_kv();
         let (mut tap, mut query_tap) = (Vec::new(), Vec::new());
-        let piece = Piece::exact(&mut kv, tokens, Want::Nothing);
-        let piece = Piece { tap: Some(&mut tap), query_tap: Some(&mut query_tap), ..piece };
-        self.model.forward(&mut [piece])?;
+        for part in tokens.chunks(self.model.most_rows()) {
+            let piece = Piece::exact(&mut kv, part, Want::Nothing);
+            let piece = Piece { tap: Some(&mut tap), query_tap: Some(&mut query_tap), ..piece };
+            self.model.forward(&mut [piece])?;
+        }
         let rows = self.model.rows((0..tokens.len()).collect());
         let layers = tap.into_iter().zip(query_tap);
         Ok(layers

@@ -60,6 +60,16 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether the likeliest token is always chosen, whatever came before it.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+            && self.repetition_penalty == 1.0
+            && self.frequency_penalty == 0.0
+            && self.presence_penalty == 0.0
+            && self.logit_bias.is_empty()
+    }
+
     /// Checks every parameter's range, for a vocabulary of `vocab` tokens.
     ///
     /// # Errors

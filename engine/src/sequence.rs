@@ -6,12 +6,13 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::attention::cold::ColdStats;
+use crate::backend::cuda::Next;
 use crate::blend::blend;
-use crate::error::Result;
+use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Request, TokenEvent, Usage};
-use crate::sampler::Sampler;
+use crate::sampler::{Sampled, Sampler};
 use crate::stop::StopMatcher;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
@@ -64,7 +65,7 @@ impl Sequence {
         let now = Instant::now();
         let (kv, prefill, phase) = match &request.context {
             Some(context) => (context.kv.clone(), context.stats.clone(), Phase::Suffix(0)),
-            None => (SequenceKv::new(model.shape), PrefillStats::default(), Phase::Context),
+            None => (model.new_kv(), PrefillStats::default(), Phase::Context),
         };
         let mut sampler = Sampler::new(request.sampling.clone());
         sampler.observe(&request.prompt.prefix);
@@ -141,15 +142,17 @@ impl Sequence {
         }
         let mut pieces = [Piece {
             attention: self.has_context.then_some(&self.request.attention),
+            ban_eos: self.request.ignore_eos,
             ..Piece::exact(&mut self.kv, &suffix[done..end], if last { Want::Last } else { Want::Nothing })
         }];
-        let x = model.forward(&mut pieces)?;
+        let states = model.forward(&mut pieces)?;
         self.cold += pieces[0].stats;
         self.phase = Phase::Suffix(end);
         if last {
-            let logits = model.logits(&x);
+            let next = model.next(&states, &[self.is_greedy()])?.pop();
+            let next = next.ok_or_else(|| EngineError::Internal("a forward pass gave no row".into()))?;
             self.begin_decode();
-            self.accept(logits)?;
+            self.accept(next)?;
         }
         Ok(())
     }
@@ -164,11 +167,16 @@ impl Sequence {
         let _ = self.events.send(Event::Started(self.prefill.clone()));
     }
 
-    /// Takes the logits behind the last token, chooses the next one and reports it.
-    pub(crate) fn accept(&mut self, mut logits: Vec<f32>) -> Result<()> {
-        if self.limit == 0 {
-            return self.finish(FinishReason::Length);
-        }
+    /// Whether the likeliest token is what this request wants, whatever came before.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.request.sampling.is_greedy()
+    }
+
+    fn choose(&mut self, next: Next) -> Result<Sampled> {
+        let mut logits = match next {
+            Next::Token(sampled) => return Ok(sampled),
+            Next::Logits(logits) => logits,
+        };
         if self.request.ignore_eos {
             self.eos.iter().for_each(|&id| {
                 if let Some(logit) = logits.get_mut(id as usize) {
@@ -176,7 +184,15 @@ impl Sequence {
                 }
             });
         }
-        let sampled = self.sampler.sample(&mut logits)?;
+        self.sampler.sample(&mut logits)
+    }
+
+    /// Takes what follows the last token, chooses where that is still to be done, and reports it.
+    pub(crate) fn accept(&mut self, next: Next) -> Result<()> {
+        if self.limit == 0 {
+            return self.finish(FinishReason::Length);
+        }
+        let sampled = self.choose(next)?;
         self.written += 1;
         self.next = sampled.id;
         if self.eos.contains(&sampled.id) {
@@ -210,7 +226,11 @@ impl Sequence {
 
     /// This sequence's part of a decode batch; `token` is [`next_token`](Self::next_token).
     pub(crate) fn decode_piece<'a>(&'a mut self, token: &'a [u32]) -> Piece<'a> {
-        Piece { attention: Some(&self.request.attention), ..Piece::exact(&mut self.kv, token, Want::Last) }
+        Piece {
+            attention: Some(&self.request.attention),
+            ban_eos: self.request.ignore_eos,
+            ..Piece::exact(&mut self.kv, token, Want::Last)
+        }
     }
 
     pub(crate) fn add_cold(&mut self, stats: ColdStats) {

@@ -4,5 +4,6 @@
 mod plan;
 mod run;
 mod select;
+mod stream;
 
 pub(crate) use run::blend;

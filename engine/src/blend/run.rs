@@ -7,11 +7,12 @@ use std::sync::mpsc::{Receiver, sync_channel};
 
 use super::plan::{BlendPlan, Span, Treatment};
 use super::select::most_deviating;
+use super::stream::{Stream, write_cached};
 use crate::chunk::{PromptChunk, read_layer};
 use crate::config::BlendConfig;
 use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
-use crate::model::transformer::{Rows, Transformer, gather};
+use crate::model::transformer::{Rows, Transformer};
 use crate::request::PrefillStats;
 
 /// Rows computed at a time, which bounds the memory of activations.
@@ -115,10 +116,8 @@ struct Run<'a> {
     span_rows: Vec<Rows>,
     loaded: Receiver<LoadedLayer>,
     kv: SequenceKv,
-    /// The rows that are computed, ascending by position.
-    active: Rows,
-    /// Their residual stream.
-    x: Vec<f32>,
+    /// The rows that are computed.
+    active: Stream<'a>,
     deviation: Option<f32>,
 }
 
@@ -136,8 +135,8 @@ impl<'a> Run<'a> {
         };
         let positions = plan.positions(computed);
         let tokens: Vec<u32> = positions.iter().map(|p| plan.tokens[*p]).collect();
-        let mut kv = SequenceKv::new(model.shape);
-        kv.extend_to(plan.tokens.len());
+        let mut kv = model.new_kv();
+        kv.extend_to(plan.tokens.len())?;
         Ok(Run {
             model,
             plan,
@@ -145,8 +144,7 @@ impl<'a> Run<'a> {
             span_rows: spans.iter().map(|s| model.rows(s.positions.clone().collect())).collect(),
             loaded,
             kv,
-            x: model.embed(&tokens)?,
-            active: model.rows(positions),
+            active: Stream::new(model, positions, &tokens)?,
             deviation: None,
         })
     }
@@ -160,12 +158,12 @@ impl<'a> Run<'a> {
             if let Some((check, ratio)) = self.plan.check
                 && check == layer
             {
-                self.select(layer, ratio, &cached);
+                self.select(layer, ratio, &cached)?;
             }
-            self.write_cached(layer, &cached);
+            self.write_cached(layer, &cached)?;
             self.compute(layer, cancelled)?;
         }
-        let recomputed = self.active.positions.len();
+        let recomputed = self.active.len();
         let stats = PrefillStats {
             prompt_tokens: self.plan.tokens.len(),
             reused_tokens: self.plan.tokens.len() - recomputed,
@@ -177,30 +175,30 @@ impl<'a> Run<'a> {
     }
 
     /// Writes what stays cached. Rows that are computed overwrite theirs afterwards.
-    fn write_cached(&mut self, layer: usize, cached: &[CachedRows]) {
+    fn write_cached(&mut self, layer: usize, cached: &[CachedRows]) -> Result<()> {
         let checked = self.plan.check.is_none_or(|(check, _)| layer >= check);
         for ((span, rows), cached) in self.spans.iter().zip(&self.span_rows).zip(cached) {
             if checked || span.treatment == Treatment::Exact {
-                self.model.write_kv(self.kv.recent_mut(layer), rows, &cached.keys, &cached.values);
+                write_cached(self.model, &mut self.kv, layer, rows, &cached.keys, &cached.values)?;
             }
         }
+        Ok(())
     }
 
     /// Narrows the active rows to the fresh ones and the most deviating of the cached ones.
-    fn select(&mut self, layer: usize, ratio: f32, cached: &[CachedRows]) {
-        let (hidden, width) = (self.model.spec.hidden, self.model.shape.width());
+    fn select(&mut self, layer: usize, ratio: f32, cached: &[CachedRows]) -> Result<()> {
+        let width = self.model.shape.width();
         let mut candidates = Vec::new();
         let mut deviation = Vec::new();
         let mut relative = 0.0;
-        for block in blocks(self.active.positions.len()) {
-            let rows = self.active.part(block.clone());
-            let x = &self.x[block.start * hidden..block.end * hidden];
-            let fresh = self.model.qkv(layer, x, &rows);
-            for (i, position) in rows.positions.iter().enumerate() {
-                let Some((keys, values)) = self.cached_row(*position, cached) else { continue };
+        for block in blocks(self.model, self.active.len()) {
+            let (fresh_keys, fresh_values) = self.active.keys_and_values(layer, block.clone(), &self.kv)?;
+            for i in 0..block.len() {
+                let position = self.active.position(block.start + i);
+                let Some((keys, values)) = self.cached_row(position, cached) else { continue };
                 let row = i * width..(i + 1) * width;
-                let (k, size_k) = distance(&fresh.keys[row.clone()], keys);
-                let (v, size_v) = distance(&fresh.values[row], values);
+                let (k, size_k) = distance(&fresh_keys[row.clone()], keys);
+                let (v, size_v) = distance(&fresh_values[row], values);
                 candidates.push(block.start + i);
                 deviation.push(k + v);
                 relative += (k + v) / (size_k + size_v).max(f32::MIN_POSITIVE);
@@ -208,12 +206,11 @@ impl<'a> Run<'a> {
         }
         self.deviation = Some(relative / candidates.len().max(1) as f32);
         let chosen = most_deviating(&deviation, ratio);
-        let mut keep = vec![true; self.active.positions.len()];
+        let mut keep = vec![true; self.active.len()];
         candidates.iter().for_each(|c| keep[*c] = false);
         chosen.iter().for_each(|c| keep[candidates[*c]] = true);
         let kept: Vec<usize> = (0..keep.len()).filter(|i| keep[*i]).collect();
-        self.x = gather(&self.x, hidden, &kept);
-        self.active = self.active.pick(&kept);
+        self.active.keep(&kept)
     }
 
     /// The cached keys and values of a position whose span is `Cached`.
@@ -230,29 +227,19 @@ impl<'a> Run<'a> {
 
     /// Runs the layer for the active rows, in order of position: a row needs those before it.
     fn compute(&mut self, layer: usize, cancelled: &dyn Fn() -> bool) -> Result<()> {
-        let model = self.model;
-        let hidden = model.spec.hidden;
-        let last = layer + 1 == model.spec.layers;
-        for block in blocks(self.active.positions.len()) {
+        for block in blocks(self.model, self.active.len()) {
             if cancelled() {
                 return Err(EngineError::Cancelled);
             }
-            let rows = self.active.part(block.clone());
-            let x = &mut self.x[block.start * hidden..block.end * hidden];
-            let qkv = model.qkv(layer, x, &rows);
-            model.write_kv(self.kv.recent_mut(layer), &rows, &qkv.keys, &qkv.values);
-            if !last {
-                let queries = model.queries(&qkv.q, &rows.positions);
-                let state = self.kv.attend_exact(&model.cpu, layer, &queries);
-                model.finish_layer(layer, x, &state.out);
-            }
+            self.active.compute(layer, block, &mut self.kv)?;
         }
         Ok(())
     }
 }
 
-fn blocks(rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..rows).step_by(ROWS).map(move |start| start..rows.min(start + ROWS))
+fn blocks(model: &Transformer, rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let size = ROWS.min(model.most_rows());
+    (0..rows).step_by(size).map(move |start| start..rows.min(start + size))
 }
 
 /// Squared distance, and the squared size of `fresh`.

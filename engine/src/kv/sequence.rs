@@ -7,9 +7,10 @@ use ann_index::{IndexParams, SearchParams};
 
 use super::KvShape;
 use super::dense::DenseKv;
+use super::device::{DevicePool, DeviceRun};
 use super::page::Page;
 use crate::attention::AttentionState;
-use crate::attention::cold::{ColdStats, Segment, SegmentSource, attend_cold};
+use crate::attention::cold::{ColdStats, Segment, SegmentRows, SegmentSource, attend_cold};
 use crate::attention::dense::{Queries, attend};
 use crate::backend::cpu::Cpu;
 use crate::config::{AttentionConfig, Strategy};
@@ -29,10 +30,20 @@ pub(crate) struct SequenceKv {
     /// One per layer; `None` until tokens have left the recent run.
     sinks: Option<Vec<DenseKv>>,
     recent: Vec<DenseKv>,
-    /// Contiguous, between sinks and recent run.
+    /// Sinks and recent run of a sequence on a GPU, in place of the two above.
+    device: Option<DeviceKv>,
+    /// Contiguous, between sinks and recent run; on the host.
     cold: Vec<Arc<Segment>>,
     building: Building,
     index_seconds: f64,
+}
+
+/// What a sequence has on a GPU.
+#[derive(Clone)]
+pub(crate) struct DeviceKv {
+    pub(crate) recent: DeviceRun,
+    /// `None` until tokens have left the recent run.
+    pub(crate) sinks: Option<DeviceRun>,
 }
 
 /// A segment under construction on another thread.
@@ -57,21 +68,39 @@ impl SequenceKv {
             shape,
             sinks: None,
             recent: (0..shape.layers).map(|_| DenseKv::new(shape, 0)).collect(),
+            device: None,
             cold: Vec::new(),
             building: Building::default(),
             index_seconds: 0.0,
         }
     }
 
+    /// A sequence whose sinks and recent run live in `pool`.
+    pub(crate) fn on_device(pool: &Arc<DevicePool>) -> SequenceKv {
+        let device = Some(DeviceKv { recent: DeviceRun::new(pool), sinks: None });
+        SequenceKv { recent: Vec::new(), device, ..SequenceKv::new(*pool.shape()) }
+    }
+
+    /// What lives on a GPU; `None` where the CPU attends.
+    pub(crate) fn device(&self) -> Option<&DeviceKv> {
+        self.device.as_ref()
+    }
+
     /// Tokens so far, wherever they live.
     pub(crate) fn len(&self) -> usize {
-        self.recent[0].positions().end
+        self.recent_positions().end
+    }
+
+    fn recent_positions(&self) -> std::ops::Range<usize> {
+        self.device.as_ref().map_or_else(|| self.recent[0].positions(), |kv| kv.recent.positions())
     }
 
     /// Bytes held, shared pages counted in full.
     pub(crate) fn bytes(&self) -> usize {
         let runs = self.recent.iter().chain(self.sinks.iter().flatten());
+        let device = self.device.iter().flat_map(|kv| std::iter::once(&kv.recent).chain(&kv.sinks));
         runs.map(DenseKv::page_count).sum::<usize>() * Page::bytes(&self.shape)
+            + device.map(|run| run.page_count() * run.pool().page_bytes()).sum::<usize>()
             + self.cold.iter().map(|s| s.bytes()).sum::<usize>()
     }
 
@@ -80,8 +109,12 @@ impl SequenceKv {
     }
 
     /// Makes room for tokens up to `end` in all layers.
-    pub(crate) fn extend_to(&mut self, end: usize) {
+    ///
+    /// # Errors
+    /// [`EngineError::OutOfMemory`] when a GPU's pages are used up.
+    pub(crate) fn extend_to(&mut self, end: usize) -> Result<()> {
         self.recent.iter_mut().for_each(|run| run.extend_to(end));
+        self.device.as_mut().map_or(Ok(()), |kv| kv.recent.extend_to(end))
     }
 
     /// The run that new tokens are written to.
@@ -110,9 +143,7 @@ impl SequenceKv {
         config: &AttentionConfig,
         stats: &mut ColdStats,
     ) -> Result<AttentionState> {
-        if config.strategy == Strategy::Retrieval {
-            *stats += self.unindexed(queries, config);
-        }
+        self.count_unindexed(queries, config, stats);
         let Some(sinks) = &self.sinks else { return Ok(attend(cpu, &self.recent[layer], queries)) };
         let window = match config.strategy {
             Strategy::Window => Some(config.window),
@@ -120,21 +151,40 @@ impl SequenceKv {
         };
         let mut state = attend(cpu, &self.recent[layer], &Queries { window, ..*queries });
         state.merge(&attend(cpu, &sinks[layer], queries));
-        if !self.cold.is_empty() {
-            let params = SearchParams { k: config.k, ef: config.ef, ..SearchParams::default() };
-            let (cold, seen) = attend_cold(cpu, &self.cold, layer, self.shape.kv_heads, queries, &params)?;
-            *stats += seen;
-            state.merge(&cold);
+        if self.has_cold() {
+            state.merge(&self.attend_cold(cpu, layer, queries, config, stats)?);
         }
         Ok(state)
     }
 
-    /// Keys that have left the window and wait for their index: attended exactly, so all of them are read.
-    fn unindexed(&self, queries: &Queries<'_>, config: &AttentionConfig) -> ColdStats {
-        let first = self.recent[0].positions().start.max(config.sinks);
+    pub(crate) fn has_cold(&self) -> bool {
+        !self.cold.is_empty()
+    }
+
+    /// Attention over the cold segments.
+    pub(crate) fn attend_cold(
+        &self,
+        cpu: &Cpu,
+        layer: usize,
+        queries: &Queries<'_>,
+        config: &AttentionConfig,
+        stats: &mut ColdStats,
+    ) -> Result<AttentionState> {
+        let params = SearchParams { k: config.k, ef: config.ef, ..SearchParams::default() };
+        let (state, seen) = attend_cold(cpu, &self.cold, layer, self.shape.kv_heads, queries, &params)?;
+        *stats += seen;
+        Ok(state)
+    }
+
+    /// Counts the keys that have left the window and wait for their index: attended exactly, so all of them are read.
+    pub(crate) fn count_unindexed(&self, queries: &Queries<'_>, config: &AttentionConfig, stats: &mut ColdStats) {
+        if config.strategy != Strategy::Retrieval {
+            return;
+        }
+        let first = self.recent_positions().start.max(config.sinks);
         let waiting = |position: &usize| (position + 1).saturating_sub(config.window).saturating_sub(first);
         let keys = (queries.positions.iter().map(waiting).sum::<usize>() * queries.heads) as u64;
-        ColdStats { cold_keys: keys, keys_scored: keys, keys_attended: keys }
+        *stats += ColdStats { cold_keys: keys, keys_scored: keys, keys_attended: keys };
     }
 
     /// Moves what has left the window to its place under the strategy. Called between steps.
@@ -146,7 +196,7 @@ impl SequenceKv {
             Strategy::Window => {
                 if window_start > config.sinks {
                     self.split_sinks(config.sinks);
-                    self.recent.iter_mut().for_each(|run| run.drop_before(window_start));
+                    self.drop_before(window_start);
                 }
                 Ok(())
             }
@@ -154,7 +204,7 @@ impl SequenceKv {
                 self.install(false, config.sinks)?;
                 let from = self.cold.last().map_or(config.sinks, |s| s.positions().end);
                 if self.building.built.is_none() && window_start >= from + FLUSH {
-                    self.start_build(from..window_start, config);
+                    self.start_build(from..window_start, config)?;
                     self.install(config.wait_for_index, config.sinks)?;
                 }
                 Ok(())
@@ -162,14 +212,24 @@ impl SequenceKv {
         }
     }
 
+    /// Forgets the recent run's tokens before `start`.
+    fn drop_before(&mut self, start: usize) {
+        self.recent.iter_mut().for_each(|run| run.drop_before(start));
+        self.device.iter_mut().for_each(|kv| kv.recent.drop_before(start));
+    }
+
     fn split_sinks(&mut self, sinks: usize) {
-        if self.sinks.is_none() {
+        if let Some(kv) = self.device.as_mut().filter(|kv| kv.sinks.is_none()) {
+            kv.sinks = Some(kv.recent.head_copy(sinks));
+            kv.recent.drop_before(sinks);
+        }
+        if self.device.is_none() && self.sinks.is_none() {
             self.sinks = Some(self.recent.iter().map(|run| run.head_copy(sinks)).collect());
             self.recent.iter_mut().for_each(|run| run.drop_before(sinks));
         }
     }
 
-    fn start_build(&mut self, tokens: std::ops::Range<usize>, config: &AttentionConfig) {
+    fn start_build(&mut self, tokens: std::ops::Range<usize>, config: &AttentionConfig) -> Result<()> {
         let mut absorbs = 0;
         let mut size = tokens.len();
         for segment in self.cold.iter().rev() {
@@ -182,7 +242,11 @@ impl SequenceKv {
         let source = SegmentSource {
             shape: self.shape,
             absorbed: self.cold[self.cold.len() - absorbs..].to_vec(),
-            dense: self.recent.clone(),
+            dense: match &self.device {
+                // Read now, while the pages are this sequence's: the build goes on beside further steps.
+                Some(kv) => SegmentRows::Read(kv.recent.read(tokens.clone())?),
+                None => SegmentRows::Dense(self.recent.clone()),
+            },
             tokens,
             params: IndexParams { kind: config.index, ..IndexParams::default() },
         };
@@ -197,6 +261,7 @@ impl SequenceKv {
             rayon::spawn(job);
         }
         self.building = Building { built: Some(Mutex::new(built)), absorbs };
+        Ok(())
     }
 
     /// Takes a finished segment over; with `wait`, waits for it.
@@ -219,7 +284,7 @@ impl SequenceKv {
         let end = segment.positions().end;
         self.cold.push(Arc::new(segment));
         self.building = Building::default();
-        self.recent.iter_mut().for_each(|run| run.drop_before(end));
+        self.drop_before(end);
         Ok(())
     }
 }

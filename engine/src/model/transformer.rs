@@ -11,25 +11,45 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cpu::buffer::Buffer;
 use crate::backend::cpu::linear::Linear;
 use crate::backend::cpu::pool::Shards;
-use crate::config::AttentionConfig;
+use crate::backend::cuda::{CudaConfig, CudaModel, Limits, Next};
+use crate::config::{AttentionConfig, Strategy};
 use crate::error::{EngineError, Result};
 use crate::kv::dense::DenseKv;
 use crate::kv::sequence::SequenceKv;
 use crate::kv::{KvDtype, KvShape};
 use crate::weights::{Dtype, Weights};
 
-/// A Llama-like model on the CPU.
+/// A Llama-like model.
 pub(crate) struct Transformer {
     pub(crate) spec: ModelSpec,
     pub(crate) shape: KvShape,
+    /// Computes everything, or beside a GPU what strategies leave to the host.
     pub(crate) cpu: Cpu,
     rope: RopeTable,
     /// Softmax scale, with YaRN's attention factor (which transformers puts into cos and sin).
     scale: f32,
+    body: Body,
+}
+
+/// Where the weights are, and with them the arithmetic.
+enum Body {
+    Host(HostWeights),
+    Device(Box<CudaModel>),
+}
+
+struct HostWeights {
     embedding: Linear,
     head: Option<Linear>,
     norm: Vec<f32>,
     layers: Vec<Layer>,
+}
+
+/// Final states of the rows that a forward pass was asked for.
+pub(crate) enum States {
+    /// `[rows, hidden]`
+    Host(Vec<f32>),
+    /// As many rows in the GPU's workspace, until the next forward pass.
+    Device(usize),
 }
 
 /// Positions of some rows with their angles.
@@ -72,46 +92,88 @@ pub(crate) struct Piece<'a> {
     /// `None`: exact attention over everything.
     pub(crate) attention: Option<&'a AttentionConfig>,
     pub(crate) want: Want,
+    /// End-of-text tokens must not be chosen behind this piece.
+    pub(crate) ban_eos: bool,
     pub(crate) stats: ColdStats,
     /// Receives, appended, each layer's keys (not rotated) and values.
     pub(crate) tap: Option<&'a mut Vec<(Vec<f32>, Vec<f32>)>>,
-    /// Receives each layer's queries (rotated), `[tokens, heads, head_dim]`.
+    /// Receives, appended, each layer's queries (rotated), `[tokens, heads, head_dim]`.
     pub(crate) query_tap: Option<&'a mut Vec<Vec<f32>>>,
 }
 
 impl<'a> Piece<'a> {
     pub(crate) fn exact(kv: &'a mut SequenceKv, tokens: &'a [u32], want: Want) -> Piece<'a> {
-        Piece { kv, tokens, attention: None, want, stats: ColdStats::default(), tap: None, query_tap: None }
+        Piece {
+            kv,
+            tokens,
+            attention: None,
+            want,
+            ban_eos: false,
+            stats: ColdStats::default(),
+            tap: None,
+            query_tap: None,
+        }
+    }
+
+    /// Rows whose final states are wanted: the piece's last ones.
+    pub(crate) fn wanted(&self) -> usize {
+        match self.want {
+            Want::Nothing => 0,
+            Want::Last => 1.min(self.tokens.len()),
+            Want::All => self.tokens.len(),
+        }
+    }
+
+    /// Whether this is an ordinary step of decoding, as it comes again with every token.
+    pub(crate) fn repeats(&self) -> bool {
+        self.tokens.len() == 1
+            && self.want == Want::Last
+            && self.tap.is_none()
+            && self.query_tap.is_none()
+            && self.attention.is_none_or(|a| {
+                a.strategy == Strategy::Full || (!self.kv.has_cold() && a.strategy != Strategy::Retrieval)
+            })
     }
 }
 
 impl Transformer {
-    /// Loads and packs the weights. `kv`: the KV format, `None` for that of the weights.
+    /// Loads and packs the weights for the CPU. `kv`: the KV format, `None` for that of the weights.
     pub(crate) fn load(spec: ModelSpec, weights: &Weights, threads: usize, kv: Option<KvDtype>) -> Result<Transformer> {
         let cpu = Cpu::new(threads);
         let embedding = weights.tensor("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
-        let dtype = kv.unwrap_or(if embedding.dtype == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 });
+        let shape = kv_shape(&spec, embedding.dtype, kv);
         let head = if spec.tied_embeddings {
             None
         } else {
             Some(Linear::new(&cpu, &[weights.tensor("lm_head.weight", &[spec.vocab, spec.hidden])?]))
         };
         let layers = (0..spec.layers).map(|i| Layer::load(&cpu, weights, &spec, i)).collect::<Result<_>>()?;
-        let factor = spec.rope.attention_factor() as f32;
-        Ok(Transformer {
-            shape: KvShape { layers: spec.layers, kv_heads: spec.kv_heads, head_dim: spec.head_dim, dtype },
-            rope: RopeTable::new(&spec.rope),
-            scale: factor * factor / (spec.head_dim as f32).sqrt(),
+        let body = Body::Host(HostWeights {
             embedding: Linear::new(&cpu, &[embedding]),
             head,
             norm: weights.tensor("model.norm.weight", &[spec.hidden])?.to_f32(),
             layers,
-            cpu,
-            spec,
-        })
+        });
+        Ok(Transformer { shape, rope: RopeTable::new(&spec.rope), scale: softmax_scale(&spec), body, cpu, spec })
     }
 
-    /// Loads the model in `dir`.
+    /// Brings the weights to a GPU. `threads`: of what is left to the CPU.
+    pub(crate) fn load_on_device(
+        spec: ModelSpec,
+        weights: &Weights,
+        threads: usize,
+        kv: Option<KvDtype>,
+        config: &CudaConfig,
+        limits: Limits,
+    ) -> Result<Transformer> {
+        let embedding = weights.tensor("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
+        let shape = kv_shape(&spec, embedding.dtype, kv);
+        let (rope, scale) = (RopeTable::new(&spec.rope), softmax_scale(&spec));
+        let model = CudaModel::load(config, &spec, shape, scale, &rope, weights, limits)?;
+        Ok(Transformer { shape, rope, scale, body: Body::Device(Box::new(model)), cpu: Cpu::new(threads), spec })
+    }
+
+    /// Loads the model in `dir` for the CPU.
     pub(crate) fn load_dir(dir: &Path, threads: usize, kv: Option<KvDtype>) -> Result<Transformer> {
         let spec = ModelSpec::from_dir(dir)?;
         Transformer::load(spec, &Weights::open(dir)?, threads, kv)
@@ -119,7 +181,41 @@ impl Transformer {
 
     /// Bytes of weights that one decode step reads.
     pub(crate) fn bytes_per_step(&self) -> usize {
-        self.layers.iter().map(Layer::bytes).sum::<usize>() + self.head.as_ref().unwrap_or(&self.embedding).bytes()
+        match &self.body {
+            Body::Host(w) => {
+                w.layers.iter().map(Layer::bytes).sum::<usize>() + w.head.as_ref().unwrap_or(&w.embedding).bytes()
+            }
+            Body::Device(model) => model.weights.bytes_per_step(),
+        }
+    }
+
+    /// The GPU that computes; `None`: the CPU does.
+    pub(crate) fn device(&self) -> Option<&CudaModel> {
+        match &self.body {
+            Body::Host(_) => None,
+            Body::Device(model) => Some(model),
+        }
+    }
+
+    /// The weights of the stages below, which are the CPU's.
+    ///
+    /// # Panics
+    /// On a GPU, whose stages are in [`CudaModel`].
+    fn host(&self) -> &HostWeights {
+        match &self.body {
+            Body::Host(weights) => weights,
+            Body::Device(_) => panic!("a stage of the CPU was called with the weights on a GPU"),
+        }
+    }
+
+    /// An empty sequence, where this model attends.
+    pub(crate) fn new_kv(&self) -> SequenceKv {
+        self.device().map_or_else(|| SequenceKv::new(self.shape), |model| SequenceKv::on_device(&model.pool))
+    }
+
+    /// Rows that one forward pass takes at most.
+    pub(crate) fn most_rows(&self) -> usize {
+        self.device().map_or(usize::MAX, |model| model.workspace.rows)
     }
 
     /// # Errors
@@ -134,7 +230,7 @@ impl Transformer {
                     self.spec.vocab
                 )));
             }
-            self.embedding.row(*token as usize, row);
+            self.host().embedding.row(*token as usize, row);
         }
         Ok(x)
     }
@@ -147,7 +243,7 @@ impl Transformer {
 
     /// Queries, keys and values of `x` in `layer`.
     pub(crate) fn qkv(&self, layer: usize, x: &[f32], rows: &Rows) -> Qkv {
-        let (l, spec, n) = (&self.layers[layer], &self.spec, rows.positions.len());
+        let (l, spec, n) = (&self.host().layers[layer], &self.spec, rows.positions.len());
         let (dim, q_width, kv_width) = (spec.head_dim, spec.heads * spec.head_dim, self.shape.width());
         let all = self.project(&l.qkv, l.qkv_bias.as_deref(), &self.normed(x, &l.attention_norm), n);
         let width = q_width + 2 * kv_width;
@@ -216,7 +312,7 @@ impl Transformer {
 
     /// Everything behind attention: output projection, MLP, both residuals. `attention`: `[rows, heads * head_dim]`.
     pub(crate) fn finish_layer(&self, layer: usize, x: &mut [f32], attention: &[f32]) {
-        let (l, spec) = (&self.layers[layer], &self.spec);
+        let (l, spec) = (&self.host().layers[layer], &self.spec);
         let n = x.len() / spec.hidden;
         l.output.forward(&self.cpu, attention, x, true);
         add_bias(x, l.output_bias.as_deref());
@@ -229,21 +325,43 @@ impl Transformer {
     }
 
     /// Logits of final states, `[rows, vocab]`.
-    pub(crate) fn logits(&self, x: &[f32]) -> Vec<f32> {
-        let n = x.len() / self.spec.hidden;
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
-        self.project(head, None, &self.normed(x, &self.norm), n).to_vec()
+    pub(crate) fn logits(&self, states: &States) -> Result<Vec<f32>> {
+        match (&self.body, states) {
+            (Body::Host(w), States::Host(x)) => {
+                let n = x.len() / self.spec.hidden;
+                let head = w.head.as_ref().unwrap_or(&w.embedding);
+                Ok(self.project(head, None, &self.normed(x, &w.norm), n).to_vec())
+            }
+            (Body::Device(model), States::Device(rows)) => model.logits(*rows),
+            _ => Err(EngineError::Internal("final states of another device".into())),
+        }
     }
 
-    /// Appends the tokens of all pieces and returns the wanted rows' final states, `[rows, hidden]`, in order.
-    pub(crate) fn forward(&self, pieces: &mut [Piece<'_>]) -> Result<Vec<f32>> {
+    /// What follows each row of `states`: where `greedy` says so and a GPU computes, the likeliest token; else logits.
+    pub(crate) fn next(&self, states: &States, greedy: &[bool]) -> Result<Vec<Next>> {
+        if let (Body::Device(model), States::Device(_)) = (&self.body, states) {
+            return model.next(greedy);
+        }
+        let logits = self.logits(states)?;
+        Ok(logits.chunks_exact(self.spec.vocab).map(|row| Next::Logits(row.to_vec())).collect())
+    }
+
+    /// Appends the tokens of all pieces and returns the wanted rows' final states, in order.
+    pub(crate) fn forward(&self, pieces: &mut [Piece<'_>]) -> Result<States> {
+        match &self.body {
+            Body::Host(_) => self.forward_on_host(pieces).map(States::Host),
+            Body::Device(model) => model.forward(&self.cpu, pieces).map(States::Device),
+        }
+    }
+
+    fn forward_on_host(&self, pieces: &mut [Piece<'_>]) -> Result<Vec<f32>> {
         let tokens: Vec<u32> = pieces.iter().flat_map(|p| p.tokens).copied().collect();
         let mut x = self.embed(&tokens)?;
         let mut positions = Vec::with_capacity(tokens.len());
         for piece in pieces.iter_mut() {
             let start = piece.kv.len();
             positions.extend(start..start + piece.tokens.len());
-            piece.kv.extend_to(start + piece.tokens.len());
+            piece.kv.extend_to(start + piece.tokens.len())?;
         }
         let rows = self.rows(positions);
         for layer in 0..self.spec.layers {
@@ -289,7 +407,10 @@ impl Transformer {
                 tap[layer].1.extend_from_slice(values);
             }
             if let Some(tap) = &mut piece.query_tap {
-                tap.push(qkv.q[range.start * q_width..range.end * q_width].to_vec());
+                if tap.len() <= layer {
+                    tap.resize_with(layer + 1, Default::default);
+                }
+                tap[layer].extend_from_slice(&qkv.q[range.start * q_width..range.end * q_width]);
             }
             // The rows to attend for are the piece's last ones: none, one or all.
             let first = match kept {
@@ -351,6 +472,17 @@ impl Rows {
     }
 }
 
+/// The shape and format of KV: `kv`, or that of the weights.
+fn kv_shape(spec: &ModelSpec, weights: Dtype, kv: Option<KvDtype>) -> KvShape {
+    let dtype = kv.unwrap_or(if weights == Dtype::F32 { KvDtype::F32 } else { KvDtype::Bf16 });
+    KvShape { layers: spec.layers, kv_heads: spec.kv_heads, head_dim: spec.head_dim, dtype }
+}
+
+fn softmax_scale(spec: &ModelSpec) -> f32 {
+    let factor = spec.rope.attention_factor() as f32;
+    factor * factor / (spec.head_dim as f32).sqrt()
+}
+
 /// The rows `picked` of a matrix of `width` columns.
 pub(crate) fn gather(x: &[f32], width: usize, picked: &[usize]) -> Vec<f32> {
     let mut out = Vec::with_capacity(picked.len() * width);
@@ -364,11 +496,7 @@ fn wanted(pieces: &[Piece<'_>]) -> Vec<usize> {
     let mut start = 0;
     for piece in pieces {
         let end = start + piece.tokens.len();
-        match piece.want {
-            Want::Nothing => {}
-            Want::Last => rows.extend((start..end).last()),
-            Want::All => rows.extend(start..end),
-        }
+        rows.extend(end - piece.wanted()..end);
         start = end;
     }
     rows

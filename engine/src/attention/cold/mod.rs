@@ -7,4 +7,4 @@ mod retrieval;
 mod segment;
 
 pub(crate) use retrieval::{ColdStats, attend_cold};
-pub(crate) use segment::{Segment, SegmentSource};
+pub(crate) use segment::{Segment, SegmentRows, SegmentSource};

@@ -59,10 +59,36 @@ pub(crate) struct SegmentSource {
     pub(crate) shape: KvShape,
     /// Contiguous, before `tokens`.
     pub(crate) absorbed: Vec<Arc<Segment>>,
-    /// One per layer; holds `tokens`.
-    pub(crate) dense: Vec<DenseKv>,
+    pub(crate) dense: SegmentRows,
     pub(crate) tokens: Range<usize>,
     pub(crate) params: IndexParams,
+}
+
+/// Where the tokens' keys (rotated) and values are read from.
+pub(crate) enum SegmentRows {
+    /// One run a layer, which holds the tokens.
+    Dense(Vec<DenseKv>),
+    /// `[layers]` of keys and values, each `[tokens, kv_heads, head_dim]`: exactly the tokens.
+    Read(Vec<(Vec<f32>, Vec<f32>)>),
+}
+
+impl SegmentRows {
+    /// One head's keys and values, row-major.
+    fn head(&self, shape: &KvShape, layer: usize, head: usize, tokens: Range<usize>) -> (Vec<f32>, Vec<f32>) {
+        match self {
+            SegmentRows::Dense(runs) => runs[layer].rows(head, tokens),
+            SegmentRows::Read(layers) => {
+                let dim = shape.head_dim;
+                let part = |rows: &[f32]| {
+                    rows.chunks_exact(shape.width())
+                        .flat_map(|row| &row[head * dim..(head + 1) * dim])
+                        .copied()
+                        .collect()
+                };
+                (part(&layers[layer].0), part(&layers[layer].1))
+            }
+        }
+    }
 }
 
 impl SegmentSource {
@@ -82,7 +108,7 @@ impl SegmentSource {
         for segment in &self.absorbed {
             segment.head(layer, head).push_rows(dim, &mut keys, &mut values)?;
         }
-        let (k, v) = self.dense[layer].rows(head, self.tokens.clone());
+        let (k, v) = self.dense.head(&self.shape, layer, head, self.tokens.clone());
         keys.extend(k);
         values.extend(v);
         let precision = match self.shape.dtype {

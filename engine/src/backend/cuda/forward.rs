@@ -1,0 +1,194 @@
+//! The forward pass on a GPU: the same stages as on the CPU, fused where a kernel can take two.
+//!
+//! Few rows wait for the weights' bytes: one kernel per matrix reads them once, with the norm before it and the residual or
+//! SwiGLU behind it. Many rows go through cuBLASLt; an f32 activation is then two bf16 rows (high and low half), which keeps
+//! 16 of its bits, and whoever reads the product adds the two.
+
+use std::sync::atomic::Ordering;
+
+use super::batch::Batch;
+use super::device::Memory;
+use super::gemm::ProductShape;
+use super::host_work::HostWork;
+use super::model::CudaModel;
+use super::ops::{NormOut, Residual};
+use super::weights::{DeviceLayer, Format, Matrix};
+use crate::error::Result;
+
+/// Rows up to which the matrix-vector kernels are used.
+pub(crate) const VECTOR_ROWS: usize = 8;
+
+/// How a batch's linear layers are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Path {
+    /// Matrix-vector kernels: f32 activations, any format of weights.
+    Vector,
+    /// cuBLASLt with activations in this many bf16 parts.
+    Product(usize),
+}
+
+/// What is still to be added to the residual stream: the parts of the last product, and its bias.
+#[derive(Clone, Copy)]
+pub(crate) struct Pending<'a> {
+    pub(crate) parts: &'a Memory,
+    pub(crate) count: usize,
+    pub(crate) bias: Option<&'a Memory>,
+}
+
+impl CudaModel {
+    /// Whether the matrix-vector kernels take so many rows.
+    pub(crate) fn is_vector(&self, rows: usize) -> bool {
+        self.path(rows) == Path::Vector
+    }
+
+    fn path(&self, rows: usize) -> Path {
+        if self.weights.layers.iter().any(|l| l.qkv.format == Format::F32) || rows <= VECTOR_ROWS {
+            Path::Vector
+        } else {
+            Path::Product(self.parts)
+        }
+    }
+
+    /// Runs all layers over a batch whose arrays lie on the device, and leaves the wanted rows' normed final states in the
+    /// workspace. Only launches, unless there is work for the host: it can be captured.
+    pub(crate) fn layers(&self, batch: &Batch, mut host: Option<&mut HostWork<'_, '_>>) -> Result<()> {
+        let (w, n) = (&self.workspace, batch.rows);
+        self.ops.embed(batch.tokens(), &self.weights.embedding, &w.x, n)?;
+        let path = self.path(n);
+        let mut pending: Option<Pending<'_>> = None;
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            let parts = self.qkv(path, layer, pending.take(), n)?;
+            self.ops.rope_append(self, index, batch, parts)?;
+            self.attend(index, batch)?;
+            if let Some(host) = &mut host {
+                host.after_attention(self, index, batch)?;
+            }
+            pending = self.finish(path, layer, n)?;
+        }
+        self.final_states(batch, pending)
+    }
+
+    /// Queries, keys and values in `layer` of the rows in the workspace, which are a batch of their own.
+    pub(crate) fn qkv_of(&self, layer: usize, batch: &Batch) -> Result<()> {
+        let parts = self.qkv(self.path(batch.rows), &self.weights.layers[layer], None, batch.rows)?;
+        self.ops.rope_append(self, layer, batch, parts)
+    }
+
+    /// Attention and all behind it in `layer`, for the rows in the workspace.
+    pub(crate) fn leave(&self, layer: usize, batch: &Batch) -> Result<()> {
+        self.attend(layer, batch)?;
+        let pending = self.finish(self.path(batch.rows), &self.weights.layers[layer], batch.rows)?;
+        self.settle(pending, batch.rows)
+    }
+
+    /// Adds what is pending to the residual stream.
+    fn settle(&self, pending: Option<Pending<'_>>, rows: usize) -> Result<()> {
+        if pending.is_none() {
+            return Ok(());
+        }
+        let from = Residual { x: &self.workspace.x, pending, rows: 0 };
+        self.ops.add_norm(&from, &self.weights.norm, NormOut::Nowhere, rows)
+    }
+
+    /// Queries, keys and values of all rows; the number of parts they are in.
+    fn qkv(&self, path: Path, layer: &DeviceLayer, pending: Option<Pending<'_>>, n: usize) -> Result<usize> {
+        let w = &self.workspace;
+        match path {
+            Path::Vector => {
+                let norm = Some(&layer.attention_norm);
+                self.ops.vector_product(w.x.address(), norm, &layer.qkv, layer.qkv_bias.as_ref(), &w.qkv, n)?;
+                Ok(1)
+            }
+            Path::Product(parts) => {
+                self.normed(pending, &layer.attention_norm, n, parts)?;
+                self.product(&layer.qkv, &w.split, &w.qkv, n, parts)?;
+                Ok(parts)
+            }
+        }
+    }
+
+    /// Everything behind attention: output projection, MLP, both residuals.
+    fn finish<'a>(&'a self, path: Path, layer: &'a DeviceLayer, n: usize) -> Result<Option<Pending<'a>>> {
+        let (w, width) = (&self.workspace, self.spec.intermediate);
+        match path {
+            Path::Vector => {
+                self.ops.vector_add(&w.attention, &layer.output, layer.output_bias.as_ref(), &w.x, n)?;
+                self.ops.vector_swiglu(
+                    &w.x,
+                    &layer.mlp_norm,
+                    &layer.gate_up,
+                    layer.gate_up_bias.as_ref(),
+                    &w.hidden,
+                    n,
+                )?;
+                self.ops.vector_add(&w.hidden, &layer.down, layer.down_bias.as_ref(), &w.x, n)?;
+                Ok(None)
+            }
+            Path::Product(parts) => {
+                self.ops.split(w.attention.address(), &w.split, parts, n, layer.output.inputs)?;
+                self.product(&layer.output, &w.split, &w.product, n, parts)?;
+                let added = Pending { parts: &w.product, count: parts, bias: layer.output_bias.as_ref() };
+                self.normed(Some(added), &layer.mlp_norm, n, parts)?;
+                self.product(&layer.gate_up, &w.split, &w.gate_up, n, parts)?;
+                self.ops.swiglu(&w.gate_up, layer.gate_up_bias.as_ref(), &w.split_hidden, parts, n, width)?;
+                self.product(&layer.down, &w.split_hidden, &w.product, n, parts)?;
+                Ok(Some(Pending { parts: &w.product, count: parts, bias: layer.down_bias.as_ref() }))
+            }
+        }
+    }
+
+    /// `x += pending`; its norm, in bf16 parts, to the workspace.
+    fn normed(&self, pending: Option<Pending<'_>>, weight: &Memory, n: usize, parts: usize) -> Result<()> {
+        let from = Residual { x: &self.workspace.x, pending, rows: 0 };
+        self.ops.add_norm(&from, weight, NormOut::Split(&self.workspace.split, parts), n)
+    }
+
+    fn product(&self, matrix: &Matrix, x: &Memory, y: &Memory, n: usize, parts: usize) -> Result<()> {
+        let shape = ProductShape { rows: n * parts, outputs: matrix.outputs, inputs: matrix.inputs };
+        if self.tuning.load(Ordering::Relaxed) && !self.gemm.has(shape) {
+            self.gemm.tune(shape, x.address(), matrix.memory.address(), y.address())?;
+        }
+        self.gemm.product(shape, x.address(), matrix.memory.address(), y.address())
+    }
+
+    /// The wanted rows' normed final states, to `workspace.finals`.
+    fn final_states(&self, batch: &Batch, pending: Option<Pending<'_>>) -> Result<()> {
+        let w = &self.workspace;
+        self.settle(pending, batch.rows)?;
+        if batch.wanted == 0 {
+            return Ok(());
+        }
+        let from = Residual { x: &w.x, pending: None, rows: batch.wanted_rows() };
+        self.ops.add_norm(&from, &self.weights.norm, NormOut::F32(&w.finals), batch.wanted)
+    }
+
+    /// Logits of `rows` final states from number `first` on, to `workspace.logits`; the number of parts they are in.
+    pub(crate) fn head(&self, first: usize, rows: usize) -> Result<usize> {
+        let (w, head) = (&self.workspace, self.weights.head());
+        let x = w.finals.at::<f32>(first * self.spec.hidden);
+        match self.path(rows) {
+            Path::Vector => {
+                self.ops.vector_product(x, None, head, None, &w.logits, rows)?;
+                Ok(1)
+            }
+            Path::Product(parts) => {
+                self.ops.split(x, &w.split, parts, rows, self.spec.hidden)?;
+                self.product(head, &w.split, &w.logits, rows, parts)?;
+                Ok(parts)
+            }
+        }
+    }
+
+    /// Attention of all rows over their sequences' recent runs, then over sinks where there are such.
+    fn attend(&self, layer: usize, batch: &Batch) -> Result<()> {
+        let w = &self.workspace;
+        for span in &batch.spans {
+            self.ops.attend(self, layer, batch, span, (&w.attention, &w.lse))?;
+        }
+        for sinks in &batch.sinks {
+            self.ops.attend(self, layer, batch, sinks, (&w.other, &w.other_lse))?;
+            self.ops.merge(self, sinks.rows())?;
+        }
+        Ok(())
+    }
+}

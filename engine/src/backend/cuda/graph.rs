@@ -1,0 +1,118 @@
+//! Decoding as a CUDA graph: some three hundred launches replayed as one.
+//!
+//! A graph is captured for a number of sequences, rounded up to a few sizes; rows beyond the real ones are padding that every
+//! kernel passes over. What changes from step to step (tokens, positions, pages) lies in arrays that are copied before the
+//! replay, and kernels divide their work by what they find there.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use cudarc::driver::{result, sys};
+
+use super::batch::Batch;
+use super::device::{Device, failed};
+use super::model::{CudaModel, LOGIT_ROWS};
+use crate::error::Result;
+use crate::model::transformer::Piece;
+
+/// Numbers of sequences that graphs are captured for.
+const SIZES: [usize; 15] = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 256];
+
+/// Captured graphs by number of rows.
+#[derive(Default)]
+pub(crate) struct Graphs {
+    captured: HashMap<usize, Captured>,
+}
+
+/// An executable graph, and the parts that its logits are in.
+struct Captured {
+    device: Arc<Device>,
+    graph: sys::CUgraph,
+    executable: sys::CUgraphExec,
+    parts: usize,
+}
+
+// SAFETY: handles; used by one thread at a time, behind a mutex.
+unsafe impl Send for Captured {}
+
+impl Graphs {
+    /// The size of graph for this many sequences; `None`: there is none so large.
+    pub(crate) fn size(model: &CudaModel, sequences: usize) -> Option<usize> {
+        let most = LOGIT_ROWS.min(model.workspace.tables / 2);
+        SIZES.into_iter().find(|size| *size >= sequences).filter(|size| *size <= most)
+    }
+
+    /// A decode step of `size` rows, up to the chosen tokens. The first of a size runs launch by launch, which also times the
+    /// plans of its products, and is captured behind that.
+    pub(crate) fn step(&mut self, model: &CudaModel, size: usize, pieces: &[Piece<'_>]) -> Result<usize> {
+        let batch = model.lay_out(pieces, size);
+        batch.upload(&model.workspace.inputs)?;
+        let parts = match self.captured.get(&size) {
+            Some(captured) => {
+                captured.replay()?;
+                captured.parts
+            }
+            None => {
+                model.tuning.store(true, Ordering::Relaxed);
+                let first = run(model, &batch);
+                model.tuning.store(false, Ordering::Relaxed);
+                let parts = first?;
+                model.device.synchronize()?;
+                let captured = Captured::capture(&model.device, || run(model, &batch))?;
+                tracing::debug!(size, "a decode step was captured as a graph");
+                self.captured.insert(size, captured);
+                parts
+            }
+        };
+        model.head_done.store(size << 8 | parts, Ordering::Relaxed);
+        Ok(pieces.len())
+    }
+}
+
+/// The launches of a whole step; the parts that logits are in.
+fn run(model: &CudaModel, batch: &Batch) -> Result<usize> {
+    model.layers(batch, None)?;
+    let parts = model.head(0, batch.rows)?;
+    model.ops.choose(model, parts, batch.banned(), batch.rows)?;
+    Ok(parts)
+}
+
+impl Captured {
+    fn capture(device: &Arc<Device>, launches: impl FnOnce() -> Result<usize>) -> Result<Captured> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives; a capture that was begun is ended below, whatever happens between.
+        unsafe { result::stream::begin_capture(device.stream(), mode) }
+            .map_err(failed("begin the capture of a graph"))?;
+        let launched = launches();
+        // SAFETY: a capture was begun on this stream.
+        let graph = unsafe { result::stream::end_capture(device.stream()) }.map_err(failed("capture a graph"));
+        let (parts, graph) = (launched?, graph?);
+        // SAFETY: the graph was just captured.
+        let executable = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
+        match executable {
+            Ok(executable) => Ok(Captured { device: Arc::clone(device), graph, executable, parts }),
+            Err(error) => {
+                // SAFETY: captured above, destroyed once.
+                let _ = unsafe { result::graph::destroy(graph) };
+                Err(failed("instantiate a graph")(error))
+            }
+        }
+    }
+
+    fn replay(&self) -> Result<()> {
+        // SAFETY: the graph is instantiated, and all memory that it names lives as long as the model.
+        unsafe { result::graph::launch(self.executable, self.device.stream()) }.map_err(failed("replay a graph"))
+    }
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        let _ = self.device.bind();
+        // SAFETY: made by `capture`, destroyed once.
+        unsafe {
+            let _ = result::graph::exec_destroy(self.executable);
+            let _ = result::graph::destroy(self.graph);
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! Every kernel with its arguments and the shape of its launch. The kernels' files say what each argument is.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::batch::{Batch, Span};
+use super::device::{Device, Memory};
+use super::forward::Pending;
+use super::launch::{Shape, arguments};
+use super::model::{CudaModel, LOGIT_ROWS, Limits};
+use super::module::{Kernel, Modules};
+use super::weights::{Format, Matrix};
+use crate::error::{EngineError, Result};
+use crate::kv::{KvDtype, KvShape};
+use crate::model::rope::RopeTable;
+use crate::model::spec::ModelSpec;
+
+/// Query heads that share a KV head's products in `attention_decode.cu`.
+const DECODE_HEADS: usize = 8;
+/// Threads of a block of the attention kernels.
+const ATTENTION_THREADS: usize = 128;
+/// Dynamic shared memory of `attention_decode.cu`, and its blocks on a multiprocessor.
+const DECODE_SHARED: usize = 98_304;
+const DECODE_BLOCKS: usize = 2;
+
+/// `gemv.cu`: bytes of its ring of weights, the multiple that inputs are rounded up to, and the shared memory it is given at
+/// most.
+const VECTOR_RING: usize = 73_728;
+const VECTOR_SLICE: usize = 1024;
+const VECTOR_SHARED: usize = 200 << 10;
+/// Threads of a block of most kernels.
+const THREADS: usize = 256;
+/// Heads that a block of `rope_append.cu` and `kv_rows.cu` takes.
+const BLOCK_HEADS: usize = 8;
+/// Blocks that share a row in `sample.cu`.
+const CHOOSE_BLOCKS: usize = 32;
+
+/// The residual stream with what is still to be added, or some of its rows.
+pub(crate) struct Residual<'a> {
+    pub(crate) x: &'a Memory,
+    pub(crate) pending: Option<Pending<'a>>,
+    /// Address of row numbers; 0: all rows.
+    pub(crate) rows: u64,
+}
+
+/// Where a norm goes.
+pub(crate) enum NormOut<'a> {
+    /// Only the residual stream is updated.
+    Nowhere,
+    F32(&'a Memory),
+    /// In so many bf16 parts.
+    Split(&'a Memory, usize),
+}
+
+/// Matrix-vector kernels for 1, 2, 4 and 8 rows.
+struct Vectors {
+    norm: [Kernel; 4],
+    add: [Kernel; 4],
+    swiglu: [Kernel; 4],
+}
+
+/// Loaded kernels, and what they need beside a step's memory.
+pub(crate) struct Ops {
+    device: Arc<Device>,
+    spec: ModelSpec,
+    embed_bf16: Kernel,
+    embed_f32: Kernel,
+    add_norm: Kernel,
+    rope_append: Kernel,
+    write_rows: Kernel,
+    swiglu: Kernel,
+    split: Kernel,
+    merge: Kernel,
+    choose: Kernel,
+    vectors: Vectors,
+    vectors_f32: [Kernel; 3],
+    attention_decode: Option<Kernel>,
+    attention_prefill: Option<Kernel>,
+    attention_any: Kernel,
+    /// Cosines and sines, `[positions][head_dim / 2]`.
+    cos: Memory,
+    sin: Memory,
+    /// Partial states of `attention_decode.cu`, and its counters.
+    partial: Memory,
+    counters: Memory,
+    /// Scratch of `sample.cu`, and its counters.
+    choosing: Memory,
+    chosen_blocks: Memory,
+    /// End-of-text tokens.
+    eos: Memory,
+}
+
+impl Ops {
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        modules: &Modules,
+        spec: &ModelSpec,
+        shape: KvShape,
+        rope: &RopeTable,
+        limits: Limits,
+    ) -> Result<Ops> {
+        let plain = |file: &str, name: &str| modules.kernel(file, name, 0);
+        let kv = match shape.dtype {
+            KvDtype::F32 => "f32",
+            KvDtype::Bf16 => "bf16",
+        };
+        let tuned = shape.dtype == KvDtype::Bf16 && [64, 128].contains(&spec.head_dim);
+        let dim = spec.head_dim;
+        let positions: Vec<i64> = (0..limits.context as i64).collect();
+        let (cos, sin) = rope.rows(&positions);
+        let vectors = |kind: &str| -> Result<[Kernel; 4]> {
+            let one = |rows: usize| modules.kernel("gemv.cu", &format!("gemv_{kind}_r{rows}"), VECTOR_SHARED);
+            Ok([one(1)?, one(2)?, one(4)?, one(8)?])
+        };
+        let blocks = decode_blocks(device);
+        let group_blocks = shape.kv_heads * (spec.heads / shape.kv_heads).div_ceil(DECODE_HEADS);
+        let counters = device.allocate(2 * limits.sequences * group_blocks * 4, "counters of attention")?;
+        counters.fill(0)?;
+        let choosing = device.allocate(LOGIT_ROWS * CHOOSE_BLOCKS * 16, "scratch of sampling")?;
+        let chosen_blocks = device.allocate(LOGIT_ROWS * 4, "counters of sampling")?;
+        chosen_blocks.fill(0)?;
+        Ok(Ops {
+            spec: spec.clone(),
+            embed_bf16: plain("embed.cu", "embed_bf16")?,
+            embed_f32: plain("embed.cu", "embed_f32")?,
+            add_norm: plain("norm.cu", "add_norm")?,
+            rope_append: plain("rope_append.cu", &format!("rope_append_{kv}"))?,
+            write_rows: plain("kv_rows.cu", &format!("write_rows_{kv}"))?,
+            swiglu: plain("swiglu.cu", "swiglu")?,
+            split: plain("split.cu", "split")?,
+            merge: plain("merge.cu", "merge")?,
+            choose: plain("sample.cu", "argmax_logprob")?,
+            vectors: Vectors { norm: vectors("norm")?, add: vectors("add")?, swiglu: vectors("swiglu")? },
+            vectors_f32: [
+                plain("gemv.cu", "gemv_f32w_norm")?,
+                plain("gemv.cu", "gemv_f32w_add")?,
+                plain("gemv.cu", "gemv_f32w_swiglu")?,
+            ],
+            attention_decode: tuned
+                .then(|| modules.kernel("attention_decode.cu", &format!("attention_decode_d{dim}"), DECODE_SHARED))
+                .transpose()?,
+            attention_prefill: tuned
+                .then(|| modules.kernel("attention_prefill.cu", &format!("attention_prefill_d{dim}"), 768 * dim))
+                .transpose()?,
+            attention_any: plain("attention_any.cu", &format!("attention_any_{kv}"))?,
+            cos: device.upload(&cos, "the table of rotations")?,
+            sin: device.upload(&sin, "the table of rotations")?,
+            partial: device.allocate(blocks * 16 * (dim + 2) * 4, "partial states of attention")?,
+            counters,
+            choosing,
+            chosen_blocks,
+            eos: device
+                .upload(&spec.eos.iter().map(|t| *t as i32).chain([-1]).collect::<Vec<_>>(), "end-of-text tokens")?,
+            device: Arc::clone(device),
+        })
+    }
+
+    pub(crate) fn embed(&self, tokens: u64, table: &Matrix, x: &Memory, n: usize) -> Result<()> {
+        let kernel = if table.format == Format::Bf16 { self.embed_bf16 } else { self.embed_f32 };
+        self.device.launch(kernel, Shape::new(n, THREADS), arguments![tokens, &table.memory, x, n, table.inputs])
+    }
+
+    /// Picks rows (numbers at the address `rows`) of a matrix.
+    pub(crate) fn rows(&self, rows: u64, from: &Memory, to: &Memory, n: usize, width: usize) -> Result<()> {
+        self.device.launch(self.embed_f32, Shape::new(n, THREADS), arguments![rows, from, to, n, width])
+    }
+
+    /// `x += pending`, and the RMS norm of it.
+    pub(crate) fn add_norm(&self, from: &Residual<'_>, weight: &Memory, out: NormOut<'_>, n: usize) -> Result<()> {
+        let (parts, count, bias) = from.pending.map_or((None, 0, None), |p| (Some(p.parts), p.count, p.bias));
+        let (plain, split, split_parts) = match out {
+            NormOut::Nowhere => (None, None, 0),
+            NormOut::F32(memory) => (Some(memory), None, 0),
+            NormOut::Split(memory, parts) => (None, Some(memory), parts),
+        };
+        let (eps, width) = (self.spec.norm_eps, self.spec.hidden);
+        let arguments =
+            arguments![from.x, parts, count, bias, weight, eps, plain, split, split_parts, from.rows, n, width];
+        self.device.launch(self.add_norm, Shape::new(n, 4 * THREADS), arguments)
+    }
+
+    /// Rotates queries to the workspace; rotates keys and writes them with the values to the pages.
+    pub(crate) fn rope_append(&self, model: &CudaModel, layer: usize, batch: &Batch, parts: usize) -> Result<()> {
+        let (w, spec, l) = (&model.workspace, &self.spec, &model.weights.layers[layer]);
+        // The matrix-vector kernels have added the bias.
+        let bias = if model.is_vector(batch.rows) { None } else { l.qkv_bias.as_ref() };
+        let tap = |memory| batch.tapped.then_some(memory);
+        let arguments = arguments![
+            &w.qkv,
+            parts,
+            bias,
+            l.q_norm.as_ref(),
+            l.k_norm.as_ref(),
+            spec.norm_eps,
+            &self.cos,
+            &self.sin,
+            batch.positions(),
+            batch.table_of(),
+            batch.table(0),
+            batch.stride,
+            batch.first(),
+            model.pool.layer(layer),
+            batch.rows,
+            spec.heads,
+            spec.kv_heads,
+            spec.head_dim,
+            &w.q,
+            tap(&w.keys),
+            tap(&w.values),
+        ];
+        let blocks = (spec.heads + 2 * spec.kv_heads).div_ceil(BLOCK_HEADS);
+        let shape = Shape { grid: (blocks, batch.rows), ..Shape::new(1, THREADS) };
+        self.device.launch(self.rope_append, shape, arguments)
+    }
+
+    pub(crate) fn split(&self, x: u64, out: &Memory, parts: usize, n: usize, width: usize) -> Result<()> {
+        let shape = Shape::new((n * width).div_ceil(4 * THREADS), THREADS);
+        self.device.launch(self.split, shape, arguments![x, out, parts, n, width])
+    }
+
+    /// `[n, 2 width]` gates and ups in parts to `[n, width]` in as many bf16 parts.
+    pub(crate) fn swiglu(
+        &self,
+        gate_up: &Memory,
+        bias: Option<&Memory>,
+        out: &Memory,
+        parts: usize,
+        n: usize,
+        width: usize,
+    ) -> Result<()> {
+        let shape = Shape { grid: (width.div_ceil(4 * THREADS), n), ..Shape::new(1, THREADS) };
+        let nowhere: Option<&Memory> = None;
+        let arguments = arguments![gate_up, parts, bias, nowhere, out, parts, n, width];
+        self.device.launch(self.swiglu, shape, arguments)
+    }
+
+    /// `y = W norm(x) + bias`; without a norm's weight, of `x` as it is.
+    pub(crate) fn vector_product(
+        &self,
+        x: u64,
+        norm: Option<&Memory>,
+        matrix: &Matrix,
+        bias: Option<&Memory>,
+        y: &Memory,
+        n: usize,
+    ) -> Result<()> {
+        let Matrix { outputs, inputs, .. } = *matrix;
+        let arguments = arguments![x, norm, self.spec.norm_eps, &matrix.memory, bias, y, n, inputs, outputs];
+        let (kernel, shape) = self.vector_kernel(&self.vectors.norm, 0, matrix, n, outputs);
+        self.device.launch(kernel, shape, arguments)
+    }
+
+    /// `y += W x + bias`.
+    pub(crate) fn vector_add(
+        &self,
+        x: &Memory,
+        matrix: &Matrix,
+        bias: Option<&Memory>,
+        y: &Memory,
+        n: usize,
+    ) -> Result<()> {
+        let Matrix { outputs, inputs, .. } = *matrix;
+        let arguments = arguments![x, &matrix.memory, bias, y, n, inputs, outputs];
+        let (kernel, shape) = self.vector_kernel(&self.vectors.add, 1, matrix, n, outputs);
+        self.device.launch(kernel, shape, arguments)
+    }
+
+    /// `y = silu(gate) * up` of the norm of `x`, for stacked gates and ups.
+    pub(crate) fn vector_swiglu(
+        &self,
+        x: &Memory,
+        norm: &Memory,
+        matrix: &Matrix,
+        bias: Option<&Memory>,
+        y: &Memory,
+        n: usize,
+    ) -> Result<()> {
+        let (inputs, width) = (matrix.inputs, matrix.outputs / 2);
+        let arguments = arguments![x, norm, self.spec.norm_eps, &matrix.memory, bias, y, n, inputs, width];
+        let (kernel, shape) = self.vector_kernel(&self.vectors.swiglu, 2, matrix, n, width);
+        self.device.launch(kernel, shape, arguments)
+    }
+
+    /// The kernel for `n` rows of this matrix's format, and its launch for so many outputs.
+    fn vector_kernel(
+        &self,
+        bf16: &[Kernel; 4],
+        kind: usize,
+        matrix: &Matrix,
+        n: usize,
+        outputs: usize,
+    ) -> (Kernel, Shape) {
+        if matrix.format == Format::F32 {
+            let shape = Shape { grid: (outputs.div_ceil(8), n), ..Shape::new(1, THREADS) };
+            return (self.vectors_f32[kind], shape);
+        }
+        let size = [1, 2, 4, 8].iter().position(|rows| *rows >= n).unwrap_or(3);
+        let inputs = matrix.inputs.next_multiple_of(VECTOR_SLICE);
+        let shared = VECTOR_SHARED.min(VECTOR_RING + 4 * n * inputs);
+        (bf16[size], Shape { shared, ..Shape::new(self.device.multiprocessors, THREADS) })
+    }
+
+    /// Attention of a span of rows over their runs, to `out` and `lse` of the workspace.
+    pub(crate) fn attend(
+        &self,
+        model: &CudaModel,
+        layer: usize,
+        batch: &Batch,
+        span: &Span,
+        to: (&Memory, &Memory),
+    ) -> Result<()> {
+        let (spec, kv) = (&self.spec, model.pool.layer(layer));
+        let rows = span.rows();
+        let row = |memory: &Memory, width: usize| memory.at::<f32>(rows.start * width);
+        let (heads, kv_heads, dim) = (spec.heads, spec.kv_heads, spec.head_dim);
+        let q = row(&model.workspace.q, heads * dim);
+        let (out, lse) = (row(to.0, heads * dim), row(to.1, heads));
+        let positions = batch.positions() + 4 * rows.start as u64;
+        let tables = |array: u64| array + 4 * rows.start as u64;
+        match (span, self.attention_decode, self.attention_prefill) {
+            (Span::Decode { window, .. }, Some(kernel), _) => {
+                let arguments = arguments![
+                    q,
+                    kv,
+                    batch.table(rows.start),
+                    batch.stride,
+                    tables(batch.first()),
+                    tables(batch.start()),
+                    tables(batch.end()),
+                    positions,
+                    rows.len(),
+                    heads,
+                    kv_heads,
+                    *window,
+                    model.scale,
+                    out,
+                    lse,
+                    &self.partial,
+                    &self.counters,
+                ];
+                let blocks = decode_blocks(&self.device);
+                let shape = Shape { shared: DECODE_SHARED, ..Shape::new(blocks, ATTENTION_THREADS) };
+                self.device.launch(kernel, shape, arguments)
+            }
+            (Span::Prefill { table, extent, window, .. }, _, Some(kernel)) => {
+                let split = i32::from(model.parts == 2);
+                let arguments = arguments![
+                    q,
+                    positions,
+                    kv,
+                    batch.table(*table),
+                    extent.first,
+                    extent.start,
+                    extent.end,
+                    rows.len(),
+                    heads,
+                    kv_heads,
+                    *window,
+                    model.scale,
+                    split,
+                    out,
+                    lse,
+                ];
+                let block_rows = if split == 1 { 64 } else { 128 };
+                let blocks = kv_heads * (rows.len() * (heads / kv_heads)).div_ceil(block_rows);
+                let shape = Shape { shared: 768 * dim, ..Shape::new(blocks, ATTENTION_THREADS) };
+                self.device.launch(kernel, shape, arguments)
+            }
+            (Span::Decode { window, .. } | Span::Prefill { window, .. }, _, _) => {
+                let table_of = match span {
+                    Span::Decode { .. } => batch.table_of() + 4 * rows.start as u64,
+                    Span::Prefill { .. } => model.workspace.zeros.address(),
+                };
+                // One table for all rows: `zeros` names its first entry.
+                let base = match span {
+                    Span::Decode { .. } => 0,
+                    Span::Prefill { table, .. } => *table,
+                };
+                let of_table = |array: u64| array + 4 * base as u64;
+                let arguments = arguments![
+                    q,
+                    positions,
+                    table_of,
+                    kv,
+                    batch.table(base),
+                    batch.stride,
+                    of_table(batch.first()),
+                    of_table(batch.start()),
+                    of_table(batch.end()),
+                    rows.len(),
+                    heads,
+                    kv_heads,
+                    dim,
+                    *window,
+                    model.scale,
+                    out,
+                    lse,
+                ];
+                self.device.launch(self.attention_any, Shape::new(rows.len() * heads, ATTENTION_THREADS), arguments)
+            }
+        }
+    }
+
+    /// Merges the second state of some rows into the first.
+    pub(crate) fn merge(&self, model: &CudaModel, rows: &Range<usize>) -> Result<()> {
+        let (w, spec) = (&model.workspace, &self.spec);
+        let state = |memory: &Memory| memory.at::<f32>(rows.start * spec.heads * spec.head_dim);
+        let lse = |memory: &Memory| memory.at::<f32>(rows.start * spec.heads);
+        let count = rows.len() * spec.heads;
+        let arguments =
+            arguments![state(&w.attention), lse(&w.lse), state(&w.other), lse(&w.other_lse), count, spec.head_dim];
+        self.device.launch(self.merge, Shape::new(count.div_ceil(8), THREADS), arguments)
+    }
+
+    /// Writes the workspace's keys (not rotated) and values to the pages of a batch's only table.
+    pub(crate) fn write_rows(&self, model: &CudaModel, layer: usize, batch: &Batch) -> Result<()> {
+        let (spec, w) = (&self.spec, &model.workspace);
+        let first = match &batch.spans[..] {
+            [Span::Prefill { extent, .. }] => extent.first,
+            _ => return Err(EngineError::Internal("cached rows of several sequences".into())),
+        };
+        let arguments = arguments![
+            &w.keys,
+            &w.values,
+            &self.cos,
+            &self.sin,
+            batch.positions(),
+            batch.table(0),
+            first,
+            model.pool.layer(layer),
+            batch.rows,
+            spec.kv_heads,
+            spec.head_dim,
+        ];
+        let shape = Shape { grid: (spec.kv_heads.div_ceil(BLOCK_HEADS), batch.rows), ..Shape::new(1, THREADS) };
+        self.device.launch(self.write_rows, shape, arguments)
+    }
+
+    /// The likeliest tokens of `rows` rows of logits, to `workspace.chosen`; `banned` is the address of the rows' flags.
+    pub(crate) fn choose(&self, model: &CudaModel, parts: usize, banned: u64, rows: usize) -> Result<()> {
+        let chosen = |array: usize| model.workspace.chosen.at::<u32>(array * LOGIT_ROWS);
+        let arguments = arguments![
+            &model.workspace.logits,
+            parts,
+            rows,
+            self.spec.vocab,
+            &self.eos,
+            self.spec.eos.len(),
+            banned,
+            chosen(0),
+            chosen(1),
+            chosen(2),
+            &self.choosing,
+            &self.chosen_blocks,
+        ];
+        let shape = Shape { grid: (CHOOSE_BLOCKS, rows), ..Shape::new(1, THREADS) };
+        self.device.launch(self.choose, shape, arguments)
+    }
+}
+
+/// Blocks of `attention_decode.cu`: as many as are resident at once.
+fn decode_blocks(device: &Device) -> usize {
+    DECODE_BLOCKS * device.multiprocessors
+}

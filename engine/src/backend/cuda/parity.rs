@@ -1,0 +1,525 @@
+//! Kernels and passes on a GPU against the CPU's operations, on fresh random inputs.
+//!
+//! Ignored by default; `cargo test -p engine --release -- --ignored parity` runs them and fails where there is no GPU.
+//! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
+//! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
+//! swiglu.cu, split.cu, gemv.cu, sample.cu, attention_decode.cu, attention_prefill.cu, attention_any.cu, kv_rows.cu
+//! (blending) and merge.cu (sinks, cold tokens); products and single kernels are also compared alone, in double precision.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use half::bf16;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use safetensors::tensor::TensorView;
+
+use super::gemm::{Gemm, ProductShape};
+use super::model::{CudaConfig, CudaModel, Limits, Next};
+use super::weights::{Format, Matrix};
+use super::{Device, Memory};
+use crate::blend::blend;
+use crate::chunk::{ChunkKv, PromptChunk};
+use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
+use crate::kv::KvDtype;
+use crate::kv::sequence::SequenceKv;
+use crate::model::spec::ModelSpec;
+use crate::model::transformer::{Piece, Transformer, Want};
+use crate::weights::Weights;
+
+/// A small random model.
+#[derive(Clone, Copy, Debug)]
+struct Tiny {
+    family: &'static str,
+    hidden: usize,
+    intermediate: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    bf16: bool,
+    kv: KvDtype,
+    window: Option<usize>,
+}
+
+const PLAIN: Tiny = Tiny {
+    family: "LlamaForCausalLM",
+    hidden: 256,
+    intermediate: 344,
+    heads: 4,
+    kv_heads: 2,
+    head_dim: 64,
+    bf16: true,
+    kv: KvDtype::Bf16,
+    window: None,
+};
+
+/// Every shape that some kernel treats in its own way.
+const SHAPES: [Tiny; 10] = [
+    PLAIN,
+    Tiny { heads: 6, kv_heads: 2, hidden: 384, ..PLAIN },
+    Tiny { heads: 8, kv_heads: 1, head_dim: 128, ..PLAIN },
+    Tiny { heads: 12, kv_heads: 1, head_dim: 64, ..PLAIN },
+    Tiny { heads: 4, kv_heads: 4, head_dim: 128, family: "Qwen3ForCausalLM", ..PLAIN },
+    Tiny { heads: 7, kv_heads: 1, head_dim: 64, family: "Qwen2ForCausalLM", ..PLAIN },
+    Tiny { heads: 3, kv_heads: 3, head_dim: 48, hidden: 144, ..PLAIN },
+    Tiny { head_dim: 64, window: Some(100), family: "MistralForCausalLM", ..PLAIN },
+    Tiny { bf16: false, kv: KvDtype::F32, hidden: 200, ..PLAIN },
+    Tiny { bf16: false, kv: KvDtype::Bf16, ..PLAIN },
+];
+
+const VOCAB: usize = 1000;
+const LAYERS: usize = 3;
+const LIMITS: Limits = Limits { rows: 700, sequences: 24, context: 8192, kv_bytes: 1 << 28 };
+
+fn config() -> CudaConfig {
+    CudaConfig { memory_budget_bytes: 8 << 30, ..CudaConfig::default() }
+}
+
+impl Tiny {
+    /// Writes config and weights as Hugging Face publishes them.
+    fn write(&self, dir: &Path, rng: &mut ChaCha8Rng) {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let config = serde_json::json!({
+            "architectures": [self.family], "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": LAYERS, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim, "vocab_size": VOCAB, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "tie_word_embeddings": false, "sliding_window": self.window, "bos_token_id": 1,
+            "eos_token_id": [2, 7],
+        });
+        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+        let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        let mut add = |name: String, shape: Vec<usize>, around: f32| {
+            let inputs = *shape.last().unwrap();
+            let spread = if shape.len() == 2 { (3.0 / inputs as f32).sqrt() } else { 0.3 };
+            let numbers = (0..shape.iter().product()).map(|_| around + spread * rng.random_range(-1.0f32..1.0));
+            let bytes = match self.bf16 {
+                true => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+                false => numbers.flat_map(f32::to_le_bytes).collect(),
+            };
+            tensors.push((name, shape, bytes));
+        };
+        add("model.embed_tokens.weight".into(), vec![VOCAB, self.hidden], 0.0);
+        add("lm_head.weight".into(), vec![VOCAB, self.hidden], 0.0);
+        add("model.norm.weight".into(), vec![self.hidden], 1.0);
+        for layer in 0..LAYERS {
+            let mut add = |name: &str, shape: Vec<usize>, around: f32| {
+                add(format!("model.layers.{layer}.{name}"), shape, around);
+            };
+            for (part, outputs) in [("q", q), ("k", kv), ("v", kv)] {
+                add(&format!("self_attn.{part}_proj.weight"), vec![outputs, self.hidden], 0.0);
+                if self.family.starts_with("Qwen2") {
+                    add(&format!("self_attn.{part}_proj.bias"), vec![outputs], 0.0);
+                }
+            }
+            if self.family.starts_with("Qwen3") {
+                add("self_attn.q_norm.weight", vec![self.head_dim], 1.0);
+                add("self_attn.k_norm.weight", vec![self.head_dim], 1.0);
+            }
+            add("self_attn.o_proj.weight", vec![self.hidden, q], 0.0);
+            for part in ["gate", "up"] {
+                add(&format!("mlp.{part}_proj.weight"), vec![self.intermediate, self.hidden], 0.0);
+            }
+            add("mlp.down_proj.weight", vec![self.hidden, self.intermediate], 0.0);
+            add("input_layernorm.weight", vec![self.hidden], 1.0);
+            add("post_attention_layernorm.weight", vec![self.hidden], 1.0);
+        }
+        let dtype = if self.bf16 { safetensors::Dtype::BF16 } else { safetensors::Dtype::F32 };
+        let views = tensors
+            .iter()
+            .map(|(name, shape, bytes)| (name.clone(), TensorView::new(dtype, shape.clone(), bytes).unwrap()));
+        safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    }
+
+    /// The model on the CPU and on the GPU.
+    fn pair(&self, seed: u64) -> (Transformer, Transformer) {
+        let dir = tempfile::tempdir().unwrap();
+        self.write(dir.path(), &mut ChaCha8Rng::seed_from_u64(seed));
+        let spec = ModelSpec::from_dir(dir.path()).unwrap();
+        let weights = Weights::open(dir.path()).unwrap();
+        let host = Transformer::load(spec.clone(), &weights, 4, Some(self.kv)).unwrap();
+        let device = Transformer::load_on_device(spec, &weights, 4, Some(self.kv), &config(), LIMITS).unwrap();
+        poison(device.device().unwrap());
+        (host, device)
+    }
+}
+
+/// Fills all intermediate memory with NaN, so that what a kernel leaves unwritten is seen.
+fn poison(model: &CudaModel) {
+    model.device.bind().unwrap();
+    let w = &model.workspace;
+    for memory in [
+        &w.x,
+        &w.qkv,
+        &w.q,
+        &w.keys,
+        &w.values,
+        &w.attention,
+        &w.lse,
+        &w.other,
+        &w.other_lse,
+        &w.split,
+        &w.product,
+        &w.gate_up,
+        &w.split_hidden,
+        &w.hidden,
+        &w.finals,
+        &w.logits,
+        &w.chosen,
+    ] {
+        memory.fill(0xff).unwrap();
+    }
+}
+
+fn tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.random_range(8..VOCAB as u32)).collect()
+}
+
+/// The relative error |a - b| / |b|.
+fn error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let (distance, size) = a.iter().zip(b).fold((0.0, 0.0), |(d, s), (a, b)| (d + square(a - b), s + square(*b)));
+    (distance / f64::max(size, f64::MIN_POSITIVE)).sqrt()
+}
+
+/// NaN fails.
+fn assert_close(a: &[f32], b: &[f32], tolerance: f64, what: &str) {
+    let error = error(a, b);
+    assert!(error <= tolerance, "{what}: relative error {error:e}, at most {tolerance:e} is allowed");
+}
+
+/// Errors of 2^-16 in every activation; where KV is bf16, a few keys and values round to the other side.
+fn tolerance(tiny: &Tiny) -> f64 {
+    match (tiny.bf16, tiny.kv) {
+        (_, KvDtype::Bf16) => 2e-3,
+        (true, KvDtype::F32) => 2e-4,
+        (false, KvDtype::F32) => 2e-5,
+    }
+}
+
+fn logits(model: &Transformer, kv: &mut SequenceKv, text: &[u32], attention: Option<&AttentionConfig>) -> Vec<f32> {
+    let piece = Piece { attention, ..Piece::exact(kv, text, Want::Last) };
+    let states = model.forward(&mut [piece]).unwrap();
+    model.logits(&states).unwrap()
+}
+
+type Tap = (Vec<(Vec<f32>, Vec<f32>)>, Vec<Vec<f32>>);
+
+fn tapped(model: &Transformer, text: &[u32], cuts: &[usize]) -> (Tap, Vec<f32>) {
+    let (mut tap, mut query_tap) = (Vec::new(), Vec::new());
+    let mut kv = model.new_kv();
+    let mut all = Vec::new();
+    let mut start = 0;
+    for end in cuts.iter().copied().chain([text.len()]) {
+        let piece = Piece::exact(&mut kv, &text[start..end], Want::All);
+        let piece = Piece { tap: Some(&mut tap), query_tap: Some(&mut query_tap), ..piece };
+        let states = model.forward(&mut [piece]).unwrap();
+        all.extend(model.logits(&states).unwrap());
+        start = end;
+    }
+    ((tap, query_tap), all)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_prefill_in_every_shape() {
+    for (number, tiny) in SHAPES.iter().enumerate() {
+        let (host, device) = tiny.pair(number as u64);
+        let text = tokens(&mut ChaCha8Rng::seed_from_u64(50 + number as u64), 1300);
+        // Pieces for the kernels of many rows and of few, at odd sizes and across pages.
+        let cuts = [611, 612, 614, 619, 627, 636, 700, 1299];
+        let ((here, here_q), here_logits) = tapped(&host, &text, &cuts);
+        let ((there, there_q), there_logits) = tapped(&device, &text, &cuts);
+        let limit = tolerance(tiny);
+        for layer in 0..LAYERS {
+            let what = |part: &str| format!("{tiny:?}, layer {layer}: {part}");
+            assert_close(&there[layer].0, &here[layer].0, limit, &what("keys"));
+            assert_close(&there[layer].1, &here[layer].1, limit, &what("values"));
+            assert_close(&there_q[layer], &here_q[layer], limit, &what("queries"));
+        }
+        assert_close(&there_logits, &here_logits, limit, &format!("{tiny:?}: logits"));
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_batched_decoding_and_its_graphs() {
+    for (number, tiny) in SHAPES.iter().enumerate() {
+        let (host, device) = tiny.pair(100 + number as u64);
+        let mut rng = ChaCha8Rng::seed_from_u64(number as u64);
+        // Lengths around the borders of pages; more sequences than one graph size, and padding in most.
+        let lengths = [1, 63, 64, 65, 128, 300, 5, 640, 127, 129, 2, 90, 33];
+        let texts: Vec<Vec<u32>> = lengths.iter().map(|n| tokens(&mut rng, *n)).collect();
+        for batch in [1, 2, 3, 7, 9, 13] {
+            let read = |model: &Transformer| -> Vec<SequenceKv> {
+                let one = |text: &Vec<u32>| {
+                    let mut kv = model.new_kv();
+                    model.forward(&mut [Piece::exact(&mut kv, text, Want::Nothing)]).unwrap();
+                    kv
+                };
+                texts[..batch].iter().map(one).collect()
+            };
+            let (mut here, mut there) = (read(&host), read(&device));
+            for step in 0..4 {
+                let next: Vec<[u32; 1]> = (0..batch).map(|_| [rng.random_range(8..VOCAB as u32)]).collect();
+                let forward = |model: &Transformer, kvs: &mut Vec<SequenceKv>| {
+                    let mut pieces: Vec<Piece<'_>> =
+                        kvs.iter_mut().zip(&next).map(|(kv, t)| Piece::exact(kv, t, Want::Last)).collect();
+                    model.forward(&mut pieces).unwrap()
+                };
+                let expected = host.logits(&forward(&host, &mut here)).unwrap();
+                let states = forward(&device, &mut there);
+                let greedy: Vec<bool> = (0..batch).map(|i| (i + step) % 2 == 0).collect();
+                let nexts = device.next(&states, &greedy).unwrap();
+                for (i, (next, expected)) in nexts.iter().zip(expected.chunks_exact(VOCAB)).enumerate() {
+                    check_next(next, expected, greedy[i], tolerance(tiny), &format!("{tiny:?} {batch} {step} {i}"));
+                }
+            }
+        }
+    }
+}
+
+/// A chosen token must be the likeliest one, or as good as it, with its log-probability.
+fn check_next(next: &Next, expected: &[f32], greedy: bool, limit: f64, what: &str) {
+    let top = expected.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = expected.iter().map(|x| f64::from(x - top).exp()).sum();
+    match next {
+        Next::Token(sampled) => {
+            assert!(greedy);
+            let found = expected[sampled.id as usize];
+            assert!(top - found < 1e-2, "{what}: chose {found} where {top} was there");
+            let logprob = f64::from(found - top) - sum.ln();
+            assert!((f64::from(sampled.logprob) - logprob).abs() < 2e-2, "{what}: {} {logprob}", sampled.logprob);
+        }
+        Next::Logits(logits) => {
+            assert!(!greedy);
+            assert_close(logits, expected, limit, what);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_a_mixed_batch() {
+    for tiny in [PLAIN, SHAPES[2], SHAPES[6]] {
+        let (host, device) = tiny.pair(7);
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let texts: Vec<Vec<u32>> = [200, 1, 77, 1, 130, 1].iter().map(|n| tokens(&mut rng, *n)).collect();
+        let before = tokens(&mut rng, 90);
+        let run = |model: &Transformer| {
+            let mut kvs: Vec<SequenceKv> = texts
+                .iter()
+                .map(|_| {
+                    let mut kv = model.new_kv();
+                    model.forward(&mut [Piece::exact(&mut kv, &before, Want::Nothing)]).unwrap();
+                    kv
+                })
+                .collect();
+            let wants = [Want::Nothing, Want::Last, Want::All, Want::Last, Want::Last, Want::Nothing];
+            let mut pieces: Vec<Piece<'_>> =
+                kvs.iter_mut().zip(&texts).zip(wants).map(|((kv, t), want)| Piece::exact(kv, t, want)).collect();
+            let states = model.forward(&mut pieces).unwrap();
+            model.logits(&states).unwrap()
+        };
+        assert_close(&run(&device), &run(&host), tolerance(&tiny), &format!("{tiny:?}"));
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_window_and_retrieval() {
+    for tiny in [PLAIN, SHAPES[2], SHAPES[6], SHAPES[8]] {
+        let (host, device) = tiny.pair(11);
+        for strategy in [Strategy::Window, Strategy::Retrieval] {
+            let attention = AttentionConfig {
+                strategy,
+                sinks: 5,
+                window: 70,
+                k: 40,
+                wait_for_index: true,
+                ..AttentionConfig::default()
+            };
+            let run = |model: &Transformer| {
+                let mut rng = ChaCha8Rng::seed_from_u64(4);
+                let mut kv = model.new_kv();
+                let mut out = logits(model, &mut kv, &tokens(&mut rng, 690), None);
+                for n in [1, 1, 20, 1, 300, 1, 1] {
+                    kv.settle(&attention).unwrap();
+                    out.extend(logits(model, &mut kv, &tokens(&mut rng, n), Some(&attention)));
+                }
+                (out, kv.has_cold())
+            };
+            let ((there, cold), (here, _)) = (run(&device), run(&host));
+            assert_eq!(cold, strategy == Strategy::Retrieval);
+            // A key at the edge of the k best may be another: that is what its weight is worth.
+            assert_close(&there, &here, 2e-2, &format!("{tiny:?} {strategy}"));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_blending_and_of_forks() {
+    for tiny in [PLAIN, SHAPES[2], SHAPES[4], SHAPES[6], SHAPES[8]] {
+        let (host, device) = tiny.pair(12);
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let texts: Vec<Vec<u32>> = (0..4).map(|_| tokens(&mut rng, 333)).collect();
+        let question = tokens(&mut rng, 21);
+        let chunks = |model: &Transformer| -> Vec<PromptChunk> {
+            let one = |text: &Vec<u32>| {
+                let kv = ChunkKv::compute(model, &[1], text, 256).unwrap();
+                PromptChunk { tokens: text.as_slice().into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
+            };
+            texts.iter().map(one).collect()
+        };
+        let (here_chunks, there_chunks) = (chunks(&host), chunks(&device));
+        for mode in [BlendMode::FullRecompute, BlendMode::Reuse, BlendMode::CacheBlend] {
+            let config = BlendConfig { mode, ratio: 0.2, check_layer: 1 };
+            let run = |model: &Transformer, chunks: &[PromptChunk]| {
+                let mut chunks = chunks.to_vec();
+                chunks[2].source = None;
+                let blended = blend(model, &[1], &chunks, &config, &|| false).unwrap();
+                let mut out = Vec::new();
+                // Two answers over one context: pages are shared, and copied when written.
+                for _ in 0..2 {
+                    let mut kv = blended.kv.clone();
+                    out.extend(logits(model, &mut kv, &question, None));
+                    out.extend(logits(model, &mut kv, &[9], None));
+                }
+                (out, blended.stats.recomputed_tokens)
+            };
+            let (here, there) = (run(&host, &here_chunks), run(&device, &there_chunks));
+            assert_eq!(here.1, there.1);
+            // The choice of recomputed tokens may differ where deviations are almost equal.
+            let limit = if mode == BlendMode::CacheBlend { 3e-2 } else { 2.0 * tolerance(&tiny) };
+            assert_close(&there.0, &here.0, limit, &format!("{tiny:?} {mode}"));
+            let half = there.0.len() / 2;
+            assert_close(&there.0[..half], &there.0[half..], 1e-6, "the second answer over the same context");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn memory_that_runs_out_is_a_typed_error_and_nothing_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    PLAIN.write(dir.path(), &mut ChaCha8Rng::seed_from_u64(1));
+    let spec = ModelSpec::from_dir(dir.path()).unwrap();
+    let weights = Weights::open(dir.path()).unwrap();
+    let limits = Limits { kv_bytes: 10 * 64 * 3 * 2 * 128 * 2, ..LIMITS };
+    let model = Transformer::load_on_device(spec, &weights, 2, None, &config(), limits).unwrap();
+    let text = tokens(&mut ChaCha8Rng::seed_from_u64(2), 500);
+    let mut kv = model.new_kv();
+    let first = logits(&model, &mut kv, &text[..400], None);
+    let mut other = model.new_kv();
+    let refused = model.forward(&mut [Piece::exact(&mut other, &text, Want::Last)]);
+    assert!(matches!(refused, Err(crate::EngineError::OutOfMemory { needed, budget, .. }) if needed > budget));
+    assert_eq!((other.len(), kv.len()), (0, 400));
+    drop(other);
+    logits(&model, &mut kv, &text[400..], None);
+    drop(kv);
+    let again = logits(&model, &mut model.new_kv(), &text[..400], None);
+    assert_eq!(first, again);
+    assert!(logits(&model, &mut model.new_kv(), &text, None).iter().all(|x| x.is_finite()));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_products_in_double_precision() {
+    let (_, model) = PLAIN.pair(1);
+    let model = model.device().unwrap();
+    model.device.bind().unwrap();
+    let gemm = Gemm::new(&model.device).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    for (outputs, inputs) in [(16, 8), (30, 64), (257, 200), (96, 1100), (520, 4096), (64, 14_336)] {
+        let w: Vec<bf16> = (0..outputs * inputs).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect();
+        let norm: Vec<f32> = (0..inputs).map(|_| rng.random_range(0.5..1.5)).collect();
+        let memory = model.device.upload(&w, "weights").unwrap();
+        let matrix = Matrix { memory, outputs, inputs, format: Format::Bf16 };
+        let norm_memory = model.device.upload(&norm, "norm").unwrap();
+        for n in [1, 2, 3, 5, 8, 9, 40] {
+            let x: Vec<f32> = (0..n * inputs).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let at = model.device.upload(&x, "x").unwrap();
+            let y = model.device.upload(&vec![1.0f32; 2 * n * outputs], "y").unwrap();
+            let what = format!("{outputs} x {inputs}, {n} rows");
+            if n <= 8 {
+                let bias = model.device.upload(&vec![0.25f32; outputs], "bias").unwrap();
+                model.ops.vector_add(&at, &matrix, Some(&bias), &y, n).unwrap();
+                assert_close(&read(&y, n * outputs), &expected(&x, &w, None, inputs, 1.25), 1e-5, &what);
+                model.ops.vector_product(at.address(), Some(&norm_memory), &matrix, None, &y, n).unwrap();
+                assert_close(&read(&y, n * outputs), &expected(&x, &w, Some(&norm), inputs, 0.0), 1e-5, &what);
+                check_swiglu(model, &at, &norm_memory, &matrix, &x, &w, &norm, n);
+            }
+            let split = model.device.allocate(4 * n * inputs, "split").unwrap();
+            model.ops.split(at.address(), &split, 2, n, inputs).unwrap();
+            gemm.product(
+                ProductShape { rows: 2 * n, outputs, inputs },
+                split.address(),
+                matrix.memory.address(),
+                y.address(),
+            )
+            .unwrap();
+            let both = read(&y, 2 * n * outputs);
+            let sums: Vec<f32> = (0..n * outputs).map(|i| both[i] + both[n * outputs + i]).collect();
+            assert_close(&sums, &expected(&x, &w, None, inputs, 0.0), 2e-5, &what);
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn check_swiglu(
+    model: &CudaModel,
+    at: &Memory,
+    norm_memory: &Memory,
+    matrix: &Matrix,
+    x: &[f32],
+    w: &[bf16],
+    norm: &[f32],
+    n: usize,
+) {
+    let (width, inputs) = (matrix.outputs / 2, matrix.inputs);
+    if !matrix.outputs.is_multiple_of(2) {
+        return;
+    }
+    let y = model.device.upload(&vec![f32::NAN; n * width], "y").unwrap();
+    model.ops.vector_swiglu(at, norm_memory, matrix, None, &y, n).unwrap();
+    let both = expected(x, w, Some(norm), inputs, 0.0);
+    let silu = |x: f32| x / (1.0 + (-x).exp());
+    let row = |i: usize| &both[i * 2 * width..(i + 1) * 2 * width];
+    let wanted: Vec<f32> =
+        (0..n * width).map(|i| silu(row(i / width)[i % width]) * row(i / width)[width + i % width]).collect();
+    assert_close(&read(&y, n * width), &wanted, 1e-5, &format!("swiglu {width} x {inputs}, {n} rows"));
+}
+
+fn read(memory: &Memory, numbers: usize) -> Vec<f32> {
+    let mut out = vec![0.0; numbers];
+    memory.read(0, &mut out).unwrap();
+    out
+}
+
+/// `x W^T + plus` in f64, of the norm of `x` where a weight is given.
+fn expected(x: &[f32], w: &[bf16], norm: Option<&[f32]>, inputs: usize, plus: f64) -> Vec<f32> {
+    let mut out = Vec::new();
+    for row in x.chunks_exact(inputs) {
+        let mean = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / inputs as f64;
+        let scale = 1.0 / (mean + 1e-5).sqrt();
+        let input: Vec<f64> = match norm {
+            None => row.iter().map(|x| f64::from(*x)).collect(),
+            Some(norm) => row.iter().zip(norm).map(|(x, n)| f64::from(*x) * scale * f64::from(*n)).collect(),
+        };
+        for weights in w.chunks_exact(inputs) {
+            let dot: f64 = weights.iter().zip(&input).map(|(w, x)| f64::from(w.to_f32()) * x).sum();
+            out.push((dot + plus) as f32);
+        }
+    }
+    out
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn a_budget_that_is_too_small_names_itself() {
+    let device = Device::open(0, 1 << 20).unwrap();
+    let refused = device.allocate(2 << 20, "a test").err().unwrap();
+    assert!(refused.to_string().contains("a test on the GPU"), "{refused}");
+    assert!(matches!(refused, crate::EngineError::OutOfMemory { budget: 1_048_576, .. }));
+}

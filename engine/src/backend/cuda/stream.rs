@@ -1,0 +1,109 @@
+//! Stages over rows at any ascending positions of one context, for blending.
+
+use super::batch::{Batch, at_positions};
+use super::device::Memory;
+use super::model::CudaModel;
+use crate::error::{EngineError, Result};
+use crate::kv::sequence::SequenceKv;
+
+impl CudaModel {
+    /// Embeddings, `[tokens, hidden]`.
+    pub(crate) fn stream(&self, tokens: &[u32]) -> Result<Memory> {
+        self.device.bind()?;
+        self.check_vocabulary(tokens)?;
+        let x = self.device.allocate(tokens.len() * self.spec.hidden * 4, "the residual stream of a context")?;
+        let ids: Vec<i32> = tokens.iter().map(|t| *t as i32).collect();
+        let ids = self.device.upload(&ids, "the tokens of a context")?;
+        self.ops.embed(ids.address(), &self.weights.embedding, &x, tokens.len())?;
+        Ok(x)
+    }
+
+    /// The rows `kept` of a residual stream.
+    pub(crate) fn stream_rows(&self, x: &Memory, kept: &[usize]) -> Result<Memory> {
+        self.device.bind()?;
+        let out = self.device.allocate(kept.len() * self.spec.hidden * 4, "the residual stream of a context")?;
+        let rows: Vec<i32> = kept.iter().map(|r| *r as i32).collect();
+        let rows = self.device.upload(&rows, "the rows of a context")?;
+        self.ops.rows(rows.address(), x, &out, kept.len(), self.spec.hidden)?;
+        Ok(out)
+    }
+
+    /// Keys (not rotated) and values of the rows of `x` from `first` on, which lie at `positions`. They are also written to the
+    /// pages.
+    pub(crate) fn stream_keys_and_values(
+        &self,
+        layer: usize,
+        x: &Memory,
+        first: usize,
+        positions: &[usize],
+        kv: &SequenceKv,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let mut batch = self.positions(positions, kv)?;
+        batch.tapped = true;
+        self.enter(layer, x, first, &batch)?;
+        let width = batch.rows * self.shape.width();
+        let (mut keys, mut values) = (vec![0.0; width], vec![0.0; width]);
+        self.workspace.keys.read(0, &mut keys)?;
+        self.workspace.values.read(0, &mut values)?;
+        Ok((keys, values))
+    }
+
+    /// Runs the layer for these rows and updates them in `x`; with `last`, only writes their KV.
+    pub(crate) fn stream_layer(
+        &self,
+        layer: usize,
+        x: &Memory,
+        first: usize,
+        positions: &[usize],
+        kv: &SequenceKv,
+        last: bool,
+    ) -> Result<()> {
+        let batch = self.positions(positions, kv)?;
+        self.enter(layer, x, first, &batch)?;
+        if last {
+            return Ok(());
+        }
+        self.leave(layer, &batch)?;
+        let row = self.spec.hidden * 4;
+        self.workspace.x.copy_to(0, x, first * row, positions.len() * row)
+    }
+
+    /// Writes cached rows (keys not rotated), `[positions, kv_heads, head_dim]`.
+    pub(crate) fn write_cached(
+        &self,
+        layer: usize,
+        positions: &[usize],
+        keys: &[f32],
+        values: &[f32],
+        kv: &SequenceKv,
+    ) -> Result<()> {
+        let width = self.shape.width();
+        let rows = self.workspace.rows;
+        let parts = keys.chunks(rows * width).zip(values.chunks(rows * width));
+        for (positions, (keys, values)) in positions.chunks(rows).zip(parts) {
+            let batch = self.positions(positions, kv)?;
+            self.workspace.keys.write(0, keys)?;
+            self.workspace.values.write(0, values)?;
+            self.ops.write_rows(self, layer, &batch)?;
+        }
+        Ok(())
+    }
+
+    /// The batch of rows at these positions of a context that has pages for them, its arrays copied.
+    fn positions(&self, positions: &[usize], kv: &SequenceKv) -> Result<Batch> {
+        self.device.bind()?;
+        let here =
+            kv.device().ok_or_else(|| EngineError::Internal("a context on the CPU was given to a GPU".into()))?;
+        let w = &self.workspace;
+        let batch = at_positions(positions, &here.recent, self.spec.sliding_window, w.stride, &w.inputs);
+        batch.upload(&w.inputs)?;
+        Ok(batch)
+    }
+
+    /// Queries, keys and values of rows of a residual stream; KV goes to the pages.
+    fn enter(&self, layer: usize, x: &Memory, first: usize, batch: &Batch) -> Result<()> {
+        let row = self.spec.hidden * 4;
+        x.copy_to(first * row, &self.workspace.x, 0, batch.rows * row)?;
+        self.qkv_of(layer, batch)
+    }
+}

@@ -1,0 +1,116 @@
+//! The residual stream of the rows that a blend computes, where the model computes.
+
+use std::ops::Range;
+
+use crate::backend::cuda::Memory;
+use crate::error::Result;
+use crate::kv::sequence::SequenceKv;
+use crate::model::transformer::{Rows, Transformer, gather};
+
+/// Rows at ascending positions of one context, with their residual stream.
+pub(super) struct Stream<'a> {
+    model: &'a Transformer,
+    rows: Rows,
+    x: Residual,
+}
+
+/// `[rows, hidden]`
+enum Residual {
+    Host(Vec<f32>),
+    Device(Memory),
+}
+
+impl<'a> Stream<'a> {
+    /// The embeddings of `tokens`.
+    pub(super) fn new(model: &'a Transformer, positions: Vec<usize>, tokens: &[u32]) -> Result<Stream<'a>> {
+        let x = match model.device() {
+            None => Residual::Host(model.embed(tokens)?),
+            Some(device) => Residual::Device(device.stream(tokens)?),
+        };
+        Ok(Stream { model, rows: model.rows(positions), x })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows.positions.len()
+    }
+
+    pub(super) fn position(&self, row: usize) -> usize {
+        self.rows.positions[row]
+    }
+
+    /// Keys (not rotated) and values of the rows of `block` in `layer`, `[rows, kv_heads, head_dim]`.
+    pub(super) fn keys_and_values(
+        &self,
+        layer: usize,
+        block: Range<usize>,
+        kv: &SequenceKv,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        match &self.x {
+            Residual::Host(x) => {
+                let hidden = self.model.spec.hidden;
+                let qkv = self.model.qkv(layer, &x[block.start * hidden..block.end * hidden], &self.rows.part(block));
+                Ok((qkv.keys.to_vec(), qkv.values.to_vec()))
+            }
+            Residual::Device(x) => {
+                let positions = &self.rows.positions[block.clone()];
+                on_device(self.model)?.stream_keys_and_values(layer, x, block.start, positions, kv)
+            }
+        }
+    }
+
+    /// Runs the layer for the rows of `block`, whose predecessors have been through it. The last layer only writes KV.
+    pub(super) fn compute(&mut self, layer: usize, block: Range<usize>, kv: &mut SequenceKv) -> Result<()> {
+        let model = self.model;
+        let last = layer + 1 == model.spec.layers;
+        match &mut self.x {
+            Residual::Host(x) => {
+                let rows = self.rows.part(block.clone());
+                let x = &mut x[block.start * model.spec.hidden..block.end * model.spec.hidden];
+                let qkv = model.qkv(layer, x, &rows);
+                model.write_kv(kv.recent_mut(layer), &rows, &qkv.keys, &qkv.values);
+                if !last {
+                    let queries = model.queries(&qkv.q, &rows.positions);
+                    let state = kv.attend_exact(&model.cpu, layer, &queries);
+                    model.finish_layer(layer, x, &state.out);
+                }
+                Ok(())
+            }
+            Residual::Device(x) => {
+                let positions = &self.rows.positions[block.clone()];
+                on_device(model)?.stream_layer(layer, x, block.start, positions, kv, last)
+            }
+        }
+    }
+
+    /// Narrows the stream to some of its rows.
+    pub(super) fn keep(&mut self, kept: &[usize]) -> Result<()> {
+        self.x = match &self.x {
+            Residual::Host(x) => Residual::Host(gather(x, self.model.spec.hidden, kept)),
+            Residual::Device(x) => Residual::Device(on_device(self.model)?.stream_rows(x, kept)?),
+        };
+        self.rows = self.rows.pick(kept);
+        Ok(())
+    }
+}
+
+/// Writes cached rows (keys not rotated) to the positions of `rows`.
+pub(super) fn write_cached(
+    model: &Transformer,
+    kv: &mut SequenceKv,
+    layer: usize,
+    rows: &Rows,
+    keys: &[f32],
+    values: &[f32],
+) -> Result<()> {
+    match model.device() {
+        None => {
+            model.write_kv(kv.recent_mut(layer), rows, keys, values);
+            Ok(())
+        }
+        Some(device) => device.write_cached(layer, &rows.positions, keys, values, kv),
+    }
+}
+
+fn on_device(model: &Transformer) -> Result<&crate::backend::cuda::CudaModel> {
+    model.device().ok_or_else(|| crate::EngineError::Internal("a stream on a GPU with a model on the CPU".into()))
+}
