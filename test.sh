@@ -7,20 +7,24 @@ scripts/setup.sh
 . scripts/env.sh
 export PATH="$PATH:$HOME/.cargo/bin"
 
-# The HTTP test drives the server with the public openai client, in an environment of its own.
+# The HTTP test drives the server with the public openai client, and NVRTC compiles the CUDA kernels without a GPU: both
+# in an environment of their own, brought up to date when the requirements change.
 venv=$QUIRE_CACHE/test-venv
-if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
+if ! cmp -s scripts/requirements-test.txt "$venv/requirements-test.txt"; then
     python3 -m venv "$venv" 2>/dev/null || {
         echo "[test] error: python3 with venv is missing; on Debian and Ubuntu: apt install python3-venv" >&2
         exit 1
     }
     "$venv/bin/pip" install -q -r scripts/requirements-test.txt
+    cp scripts/requirements-test.txt "$venv/"
 fi
 export QUIRE_TEST_PYTHON=$venv/bin/python
 
 step() { printf '\n[test] %s\n' "$*"; }
 step format
 cargo fmt --all --check
+step kernels
+"$venv/bin/python" scripts/kernels.py
 step lints
 cargo clippy --release --locked --workspace --all-targets -- -D warnings
 step documentation

@@ -18,7 +18,7 @@ can_apt() { command -v apt-get >/dev/null && { [ -z "$sudo" ] || $sudo true 2>/d
 apt_install() { $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null; }
 
 # 1. System packages. clang's library reads RocksDB's C header; g++ compiles RocksDB; python3-venv
-#    is for the test of the HTTP API alone.
+#    is for the tests of the HTTP API and of the CUDA kernels' compilation.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 command -v python3 >/dev/null && python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

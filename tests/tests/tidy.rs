@@ -131,6 +131,15 @@ fn every_unsafe_block_says_why_it_is_sound() {
 }
 
 #[test]
+fn every_kernel_names_its_cpu_operation() {
+    let unnamed = files("engine/kernels", ".cu").into_iter().filter(|(_, text)| {
+        let mut comment = text.lines().take_while(|line| line.starts_with("//"));
+        !comment.any(|line| line.starts_with("// CPU: "))
+    });
+    complain(unnamed.map(|(path, _)| path).collect(), "kernels whose top comment has no line \"// CPU: <operation>\"");
+}
+
+#[test]
 fn nothing_is_left_unfinished() {
     let marks = [concat!("todo", "!("), concat!("unimple", "mented!("), concat!("FIX", "ME"), concat!("#[ign", "ore")];
     let mut offences = Vec::new();
