@@ -4,6 +4,7 @@
 //
 //   logits  f32 [p][n][vocab]: the parts are added
 //   banned  int [n_banned] or null: ids that are not chosen (they count in the softmax); at most 64 are meant
+//   ban     int [n] or null: the rows that `banned` holds for; null: all
 //   token   int [n]: id of the largest logit, the lowest among equals
 //   logprob f32 [n]: its natural log-probability under the softmax of all logits
 //   bad     int [n]: 1 if a logit is NaN or plus infinity, or all are minus infinity
@@ -61,12 +62,13 @@ __device__ __forceinline__ bool allowed(int id, const int* banned, int n_banned)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    argmax_logprob(const float* logits, int p, int n, int vocab, const int* banned, int n_banned, int* token,
-                   float* logprob, int* bad, float4* scratch, unsigned* counter) {
+    argmax_logprob(const float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban,
+                   int* token, float* logprob, int* bad, float4* scratch, unsigned* counter) {
     __shared__ bool last;
     pdl_launch();
     pdl_wait();
     long long row = blockIdx.y, all = (long long)n * vocab;
+    if (ban != nullptr && ban[row] == 0) n_banned = 0;
     const Part none = {-INFINITY_F, -1, -INFINITY_F, 0.0f};
     Part mine = none;
     for (int id = blockIdx.x * 256 + threadIdx.x; id < vocab; id += gridDim.x * 256) {
