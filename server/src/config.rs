@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use ann_index::IndexKind;
-use engine::{AttentionConfig, BlendConfig, BlendMode, EngineConfig, KvDtype, Strategy};
+use engine::{AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, KvDtype, Strategy};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -133,6 +133,16 @@ settings! {
         model: Option<PathBuf> = None, "the reference model found beside the program";
         /// Name under which the server offers the model
         model_name: Option<String> = None, "the name of the model's folder";
+        /// Where the model computes: auto (a GPU where there is one), cpu or cuda
+        device: Named<DeviceChoice> = Named(DeviceChoice::Auto), "auto";
+        /// Which GPU, from 0
+        gpu: usize = 0, "0";
+        /// Bytes of the GPU's memory that may be used; 0: most of what is free
+        gpu_memory_bytes: u64 = 0, "0";
+        /// Round activations to bf16 when a GPU reads a prompt: up to twice as fast, less exact: true or false
+        fast_prefill: bool = false, "false";
+        /// Folder for kernels that were compiled for a GPU
+        kernel_cache: PathBuf = default_kernel_cache(), "$XDG_CACHE_HOME/quire/kernels or ~/.cache/quire/kernels";
         /// Threads of the CPU backend; 0: all cores
         threads: usize = 0, "0";
         /// Number format of KV: auto, f32 or bf16
@@ -433,6 +443,13 @@ impl Settings {
     pub fn engine(&self) -> Result<EngineConfig> {
         Ok(EngineConfig {
             model_dir: self.model_dir()?,
+            device: self.device.0,
+            cuda: CudaConfig {
+                ordinal: self.gpu,
+                memory_budget_bytes: self.gpu_memory_bytes,
+                kernel_cache: Some(self.kernel_cache.clone()),
+                fast_prefill: self.fast_prefill,
+            },
             threads: self.threads,
             kv_dtype: match self.kv_format.0 {
                 KvFormat::Auto => None,
@@ -491,11 +508,17 @@ pub fn find_shipped(installed: &str, in_tree: &str, witness: &str) -> std::resul
 }
 
 fn default_data_dir() -> PathBuf {
+    user_dir("XDG_DATA_HOME", ".local/share").join("quire")
+}
+
+fn default_kernel_cache() -> PathBuf {
+    user_dir("XDG_CACHE_HOME", ".cache").join("quire/kernels")
+}
+
+/// The folder that the variable names, else the one below the user's home, else the system's for temporary files.
+fn user_dir(variable: &str, below_home: &str) -> PathBuf {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    absolute("XDG_DATA_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".local/share")))
-        .unwrap_or_else(std::env::temp_dir)
-        .join("quire")
+    absolute(variable).or_else(|| absolute("HOME").map(|home| home.join(below_home))).unwrap_or_else(std::env::temp_dir)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use chunk_cache::StoreError;
-use engine::{Engine, ModelSpec, Tokenizer};
+use engine::{DeviceChoice, Engine, ModelSpec, Tokenizer, cuda_libraries, find_gpu};
 use serde::Serialize;
 
 use super::output::{Out, bytes, count};
@@ -44,7 +44,8 @@ impl Check {
 }
 
 pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
-    let mut checks = vec![cpu(), memory(), gpu()];
+    let mut checks = vec![cpu(), memory()];
+    checks.extend(gpu(settings));
     let (about_model, engine) = model(settings);
     checks.extend(about_model);
     checks.extend(data(settings, engine.as_ref()));
@@ -119,8 +120,31 @@ fn memory() -> Check {
     }
 }
 
-fn gpu() -> Check {
-    Check::good("gpu", "none used: this build computes on the CPU only".into())
+/// The libraries that a GPU needs, and the GPU itself. Only what was asked for and is missing is bad.
+fn gpu(settings: &Settings) -> Vec<Check> {
+    let asked = settings.device.0 == DeviceChoice::Cuda;
+    let lacking = |found: String, advice: &str| match asked {
+        true => Check::bad("gpu", found, advice.into()),
+        false => Check::note("gpu", found, "the CPU computes"),
+    };
+    if settings.device.0 == DeviceChoice::Cpu {
+        return vec![Check::good("gpu", "none used: --device is cpu".into())];
+    }
+    let missing = cuda_libraries().iter().filter_map(|library| {
+        let why = library.missing.as_ref()?;
+        Some(lacking(
+            format!("{} ({}): {why}", library.name, library.purpose),
+            "install the NVIDIA driver and the CUDA libraries NVRTC and cuBLASLt (CUDA 12 or 13), or set --device cpu",
+        ))
+    });
+    let missing: Vec<Check> = missing.collect();
+    if !missing.is_empty() {
+        return missing;
+    }
+    match settings.engine().and_then(|config| Ok(find_gpu(&config.cuda)?)) {
+        Ok(found) => vec![Check::good("gpu", found)],
+        Err(error) => vec![lacking(error.to_string(), "check `nvidia-smi`, or set --device cpu")],
+    }
 }
 
 fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {

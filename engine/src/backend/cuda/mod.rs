@@ -25,3 +25,17 @@ pub(crate) use device::{Device, Memory};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};
 pub use probe::{Library, libraries};
+
+/// The GPU that these settings name, in words.
+///
+/// # Errors
+/// [`EngineError::NoDevice`](crate::EngineError::NoDevice): a library or the GPU is missing.
+pub fn find_gpu(config: &CudaConfig) -> crate::Result<String> {
+    let device = Device::open(config.ordinal, config.memory_budget_bytes)?;
+    let (major, minor) = device.capability;
+    let gib = device.memory().0 as f64 / f64::from(1 << 30);
+    Ok(format!(
+        "{} (compute capability {major}.{minor}, {} multiprocessors), {gib:.1} GiB may be used",
+        device.name, device.multiprocessors
+    ))
+}

@@ -38,8 +38,7 @@ pub(crate) const SOURCES: [(&str, &str); 13] = sources![
 /// What they include.
 const HEADERS: [(&str, &str); 3] = sources!["common.cuh", "rotate.cuh", "attention_common.cuh"];
 
-/// The newest language version that all supported NVRTC versions know.
-const OPTIONS: [&str; 2] = ["--std=c++17", "--default-device"];
+const OPTIONS: [&str; 1] = ["--std=c++17"];
 
 /// An entry point of a loaded module.
 #[derive(Clone, Copy)]
@@ -252,6 +251,16 @@ mod tests {
         assert_eq!(read_checked(&file), None);
         fs::write(&file, b"short").unwrap();
         assert_eq!(read_checked(&file), None);
+    }
+
+    #[test]
+    #[ignore = "needs NVRTC"]
+    fn every_kernel_compiles_for_every_architecture() {
+        let jobs = SOURCES.iter().flat_map(|source| [(8, 0), (9, 0), (10, 0)].map(|version| (source, version)));
+        for ((name, source), (major, minor)) in jobs {
+            let binary = compile(name, source, &architecture(major, minor)).unwrap();
+            assert_eq!(&binary[..4], b"\x7fELF", "{name}");
+        }
     }
 
     #[test]
