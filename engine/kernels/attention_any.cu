@@ -27,20 +27,6 @@ constexpr int EACH = MAX_DIM / 32; // dimensions a lane, 32 apart
 DEVICE float load(const unsigned short *p) { return __uint_as_float((unsigned)*p << 16); }
 DEVICE float load(const float *p) { return *p; }
 
-DEVICE float warp_sum(float x) {
-    for (int d = 16; d > 0; d /= 2) {
-        x += __shfl_xor_sync(ALL_LANES, x, d);
-    }
-    return x;
-}
-
-DEVICE float warp_max(float x) {
-    for (int d = 16; d > 0; d /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, d));
-    }
-    return x;
-}
-
 // One warp's attention; the lane has dimensions lane, lane + 32, ...
 struct State {
     float o[EACH];
