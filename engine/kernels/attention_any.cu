@@ -92,12 +92,13 @@ DEVICE void write(const State &s, int dim, float *out, float *lse) {
     for (int w = 0; w < WARPS; ++w) {
         sum += sums[w] * exp2_approx(maxima[w] - max);
     }
+    float share = sum > 0.0f ? 1.0f / sum : 0.0f;
     for (int d = threadIdx.x; d < dim; d += THREADS) {
         float x = 0.0f;
         for (int w = 0; w < WARPS; ++w) {
             x += values[w][d] * exp2_approx(maxima[w] - max);
         }
-        out[d] = sum > 0.0f ? x / sum : 0.0f;
+        out[d] = x * share;
     }
     if (threadIdx.x == 0) {
         *lse = sum > 0.0f ? (max + log2f(sum)) * LN_2 : minus_infinity();

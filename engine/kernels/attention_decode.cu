@@ -41,10 +41,6 @@
 #define DECODE_BLOCKS 2
 #endif
 
-#ifndef GATHER
-#define GATHER 2
-#endif
-constexpr int GATHER_UNROLL = GATHER;
 constexpr int WARPS = DECODE_WARPS;
 constexpr int THREADS = 32 * WARPS;
 // Keys a warp takes at a time, and a block.
@@ -234,6 +230,26 @@ template <int DIM> struct Fetcher {
     }
 };
 
+// A lane's part of an item's queries: head g, dimensions 2t, 2t+1, 2t+8, 2t+9 of each sixteen.
+template <int DIM> struct Query {
+    float2 x[DIM / 16][2];
+
+    __device__ void read(const Problem &p, const Cursor &c) {
+        int lane = threadIdx.x % 32, head = c.block % p.head_blocks * HEADS + lane / 4;
+        const float *from = p.q + ((long long)c.row * p.heads + c.block / p.head_blocks * p.group + head) * DIM;
+#pragma unroll
+        for (int k = 0; k < DIM / 16; ++k) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                x[k][half] = {0.0f, 0.0f};
+                if (head < p.group) {
+                    x[k][half] = *reinterpret_cast<const float2 *>(from + k * 16 + half * 8 + lane % 4 * 2);
+                }
+            }
+        }
+    }
+};
+
 // One warp's attention of an item's heads over the keys it has seen. Lane 4g + t holds head g.
 template <int DIM> struct State {
     using L = Layout<DIM>;
@@ -242,19 +258,11 @@ template <int DIM> struct State {
     float max, sum; // `max` in units of log2; `sum` is this lane's share
 
     // Scales to log2, splits into hi + lo.
-    __device__ void open(const Problem &p, const Cursor &c) {
-        int lane = threadIdx.x % 32, head = c.block % p.head_blocks * HEADS + lane / 4;
-        const float *from = p.q + ((long long)c.row * p.heads + c.block / p.head_blocks * p.group + head) * DIM;
-        float scale = p.scale * LOG2_E;
+    __device__ void open(const Query<DIM> &query, float scale) {
 #pragma unroll
         for (int k = 0; k < DIM / 16; ++k) {
-            float2 x = {0.0f, 0.0f}, y = {0.0f, 0.0f};
-            if (head < p.group) {
-                x = *reinterpret_cast<const float2 *>(from + k * 16 + lane % 4 * 2);
-                y = *reinterpret_cast<const float2 *>(from + k * 16 + lane % 4 * 2 + 8);
-            }
-            split_bf16(x.x * scale, x.y * scale, q[k][0], q[k][1]);
-            split_bf16(y.x * scale, y.y * scale, q[k][2], q[k][3]);
+            split_bf16(query.x[k][0].x * scale, query.x[k][0].y * scale, q[k][0], q[k][1]);
+            split_bf16(query.x[k][1].x * scale, query.x[k][1].y * scale, q[k][2], q[k][3]);
         }
 #pragma unroll
         for (int n = 0; n < DIM / 8; ++n) {
@@ -422,7 +430,6 @@ DEVICE void gather_blocks(const Problem &p, unsigned from, unsigned to, int slot
     int lane = threadIdx.x % 32;
     float4 sum[EACH] = {};
     float max = LOWEST, weight = 0.0f;
-#pragma unroll GATHER_UNROLL
     for (unsigned b = from + threadIdx.x / 32; b <= to; b += WARPS) {
         int s = b == from ? slot : 0;
         const float4 *values = reinterpret_cast<const float4 *>(slot_values<DIM>(p, b, s));
@@ -518,27 +525,31 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     for (int s = 0; s < L::STAGES - 1; ++s) {
         fetcher.fetch(p, ring + s * L::STAGE_BYTES);
     }
+    Query<DIM> query;
+    query.read(p, c);
     write_empty_rows<DIM>(p);
+    float scale = p.scale * LOG2_E;
     State<DIM> state;
-    state.open(p, c);
+    state.open(query, scale);
     for (unsigned i = 0, stage = 0, free = L::STAGES - 1; i < count; ++i) {
         copy_wait<L::STAGES - 2>();
         __syncwarp();
         fetcher.fetch(p, ring + free * L::STAGE_BYTES);
         int key = c.tile * TILE + warp * STEP;
         state.attend(ring + stage * L::STAGE_BYTES, c.keys.begin - key, c.keys.end - key);
-        bool more = i + 1 < count;
-        if (c.tile + 1 == c.last || !more) {
+        Cursor next = c;
+        if (i + 1 < count) {
+            next.next(p);
+        }
+        if (c.tile + 1 == c.last || i + 1 == count) {
             __syncwarp();
             state.leave(reinterpret_cast<float *>(shared + (warp * L::STAGES + stage) * L::STAGE_BYTES));
+            // On its way during the merge.
+            query.read(p, next);
             finish<DIM>(p, shares, c, begin + i - (c.tile - c.keys.first_tile()), shared, stage);
-            if (more) {
-                c.next(p);
-                state.open(p, c);
-            }
-        } else {
-            c.next(p);
+            state.open(query, scale);
         }
+        c = next;
         free = stage;
         stage = stage + 1 == L::STAGES ? 0 : stage + 1;
     }

@@ -1,33 +1,27 @@
 // The prefill of attention_prefill.cu on Hopper's warpgroup matrix instructions: same entry points, same arguments
 // (see there), another launch shape. Compile this file for sm_90a, the other one for every other card.
 //
-// Launch: grid (kv_heads * ceil(n * group / ROWS), parts), ROWS = 64 * WARPGROUPS = 192 with and without split; block
-// of THREADS = 384; dynamic shared memory 1536 * DIM bytes.
+// Launch: grid (kv_heads * ceil(n * group / ROWS), parts), ROWS = 192 with and without split; block of THREADS = 512;
+// dynamic shared memory 1536 * DIM bytes.
 //
-// A warpgroup has 64 rows. Scores of the next page are computed while the values of this one are added and while the
-// softmax runs (FlashAttention-3, arXiv 2407.08608, algorithm 2), which the three warpgroups of a block do at
-// different times. Pages come through a ring of asynchronous copies that all threads feed.
+// Three warpgroups have 64 rows each. Scores of the next page are computed while the values of this one are added and
+// while the softmax runs (FlashAttention-3, arXiv 2407.08608, section 3). A fourth warpgroup copies pages to a ring.
 
 #include "attention_prefill_common.cuh"
 
-#ifndef PREFILL_WARPGROUPS
-#define PREFILL_WARPGROUPS 3
-#endif
-
-constexpr int WARPGROUPS = PREFILL_WARPGROUPS;
-constexpr int THREADS = 128 * WARPGROUPS;
+constexpr int WARPGROUPS = 3;
+// One warpgroup more feeds the ring. It gives its registers to the others.
+constexpr int THREADS = 128 * WARPGROUPS + 128;
 constexpr int ROWS = 64 * WARPGROUPS;
-constexpr int STAGES = 3;
 
 // Tiles in shared memory are panels of 64 columns: rows of 128 bytes, whose 16-byte chunks are exchanged as the
 // matrix unit's 128-byte swizzle wants it.
 constexpr int PANEL_BYTES = 64 * 128;
 
 template <int DIM> struct Layout {
-    static constexpr int CHUNKS = DIM / 8;                    // of 16 bytes a row
+    static constexpr int CHUNKS = DIM / 8;                     // of 16 bytes a row
     static constexpr int BLOCK_BYTES = DIM / 64 * PANEL_BYTES; // 64 rows
-    // The queries of each warpgroup, with a split then what is below bf16; the stages of a page of K and one of V.
-    static constexpr int KV = 2 * WARPGROUPS * BLOCK_BYTES;
+    static constexpr int STAGE_BYTES = 2 * BLOCK_BYTES;        // a page of K and one of V
     static __device__ __forceinline__ unsigned offset(int row, int chunk) {
         return chunk / 8 * PANEL_BYTES + row * 128 + (chunk % 8 ^ row % 8) * 16;
     }
@@ -45,6 +39,24 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int LEFT> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
 // Makes what ordinary and asynchronous copies wrote to shared memory visible to the matrix unit.
 DEVICE void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+DEVICE void barrier_init(unsigned barrier, unsigned count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+DEVICE void barrier_arrive(unsigned barrier) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(barrier) : "memory");
+}
+// Waits for the end of the phase of this parity.
+DEVICE void barrier_wait(unsigned barrier, unsigned parity) {
+    asm volatile("{ .reg .pred p;\n"
+                 "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra AGAIN; }" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+// Barrier `id` among `count` threads.
+DEVICE void named_sync(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+DEVICE void named_arrive(int id, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 
 // Keeps the compiler from moving uses of accumulators across a wait.
 template <int N> DEVICE void hold(float (&x)[N][4]) {
@@ -88,42 +100,92 @@ DEVICE void wgmma_values(float (&o)[16][4], const unsigned (&a)[4], unsigned lon
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// Queries to shared memory as bf16, zeros past the last row.
-template <int DIM, int SPLIT> DEVICE void load_queries(const Problem &p, const Rows<ROWS> &rows, char *shared) {
+// A warpgroup's queries to shared memory as bf16, zeros past the last row.
+template <int DIM, int SPLIT> DEVICE void load_queries(const Problem &p, const Rows<ROWS> &rows, char *to) {
     using L = Layout<DIM>;
     constexpr int QUADS = DIM / 4;
+    int thread = threadIdx.x % 128, first = threadIdx.x / 128 * 64;
 #pragma unroll 4
-    for (int i = 0; i < ROWS * QUADS / THREADS; ++i) {
-        int row = (i * THREADS + threadIdx.x) / QUADS, quad = threadIdx.x % QUADS;
+    for (int i = 0; i < 64 * QUADS / 128; ++i) {
+        int row = (i * 128 + thread) / QUADS, quad = thread % QUADS;
         float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (rows.there(p, row)) {
-            x = *reinterpret_cast<const float4 *>(p.q + rows.state(p, row) * DIM + quad * 4);
+        if (rows.there(p, first + row)) {
+            x = *reinterpret_cast<const float4 *>(p.q + rows.state(p, first + row) * DIM + quad * 4);
         }
         uint2 hi, lo;
         split_bf16(x.x, x.y, hi.x, lo.x);
         split_bf16(x.z, x.w, hi.y, lo.y);
-        char *to = shared + row / 64 * L::BLOCK_BYTES + L::offset(row % 64, quad / 2) + quad % 2 * 8;
-        *reinterpret_cast<uint2 *>(to) = hi;
+        char *at = to + L::offset(row, quad / 2) + quad % 2 * 8;
+        *reinterpret_cast<uint2 *>(at) = hi;
         if (SPLIT) {
-            *reinterpret_cast<uint2 *>(to + WARPGROUPS * L::BLOCK_BYTES) = lo;
+            *reinterpret_cast<uint2 *>(at + WARPGROUPS * L::BLOCK_BYTES) = lo;
         }
     }
 }
 
-// Starts the copies of page-table entry `tile` of one KV head; positions that are not present become zeros.
-template <int DIM> DEVICE void load_keys(const Problem &p, int kv_head, int page, int tile, unsigned to) {
+// The ring of pages: a barrier a stage says that its page is there, another that nobody needs it any more.
+template <int DIM, int SPLIT> struct Ring {
     using L = Layout<DIM>;
-    const unsigned short *k = p.kv + ((long long)page * 2 * p.kv_heads + kv_head) * PAGE * DIM;
-    const unsigned short *v = k + (long long)p.kv_heads * PAGE * DIM;
-    int from = p.start - p.first - tile * PAGE, end = p.end - p.first - tile * PAGE;
-    for (int i = threadIdx.x; i < PAGE * L::CHUNKS; i += THREADS) {
-        int row = i / L::CHUNKS;
-        unsigned at = to + L::offset(row, i % L::CHUNKS);
-        bool there = row >= from && row < end;
-        copy_async(at, k + i * 8, there);
-        copy_async(at + L::BLOCK_BYTES, v + i * 8, there);
+    static constexpr int STAGES = SPLIT ? 3 : 4;
+    // Pages whose copies are under way beside the one that is started. A page is needed until the scores of the
+    // next one are done, so more would wait for each other.
+    static constexpr int AHEAD = STAGES - 2;
+    unsigned pages, barriers;
+
+    __device__ unsigned page(int i) const { return pages + i % STAGES * L::STAGE_BYTES; }
+    __device__ unsigned full(int i) const { return barriers + i % STAGES * 8; }
+    __device__ unsigned empty(int i) const { return barriers + (STAGES + i % STAGES) * 8; }
+    // For so many warpgroups that have rows.
+    __device__ void init(int active) const {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full(i), 128);
+            barrier_init(empty(i), 4 * active);
+        }
     }
-}
+    // Waits for the i-th page.
+    __device__ void await(int i) const { barrier_wait(full(i), i / STAGES % 2); }
+    // The warp needs the i-th page no more.
+    __device__ void release(int i) const {
+        if (threadIdx.x % 32 == 0) {
+            barrier_arrive(empty(i));
+        }
+    }
+
+    // Starts the copies of page-table entry `tile` of a KV head; positions that are not present become zeros.
+    __device__ void load(const Problem &p, int kv_head, int page, int tile, unsigned to) const {
+        constexpr int AT_ONCE = 128 / L::CHUNKS; // rows
+        int thread = threadIdx.x % 128, row = thread / L::CHUNKS;
+        const unsigned short *k = p.kv + ((long long)page * 2 * p.kv_heads + kv_head) * PAGE * DIM + thread * 8;
+        const unsigned short *v = k + (long long)p.kv_heads * PAGE * DIM;
+        unsigned at = to + L::offset(row, thread % L::CHUNKS);
+        int from = p.start - p.first - tile * PAGE - row, end = p.end - p.first - tile * PAGE - row;
+#pragma unroll
+        for (int i = 0; i < PAGE; i += AT_ONCE) {
+            bool there = i >= from && i < end;
+            copy_async(at + i * 128, k + i * DIM, there);
+            copy_async(at + L::BLOCK_BYTES + i * 128, v + i * DIM, there);
+        }
+    }
+
+    // What the feeding warpgroup does.
+    __device__ void feed(const Problem &p, const Span &span, int kv_head) const {
+        int count = span.last - span.tile;
+        int page_id = count > 0 ? p.page_table[span.tile] : 0;
+        for (int i = 0; i < count + AHEAD; ++i) {
+            if (i < count) {
+                barrier_wait(empty(i), i / STAGES % 2 ^ 1);
+                load(p, kv_head, page_id, span.tile + i, page(i));
+                page_id = i + 1 < count ? p.page_table[span.tile + i + 1] : 0;
+            }
+            copy_commit();
+            if (i >= AHEAD) {
+                copy_wait<AHEAD>();
+                fence_for_wgmma();
+                barrier_arrive(full(i - AHEAD));
+            }
+        }
+    }
+};
 
 // What a warpgroup holds of its 64 rows; a lane has rows g and g + 8 of its warp's 16.
 template <int DIM, int SPLIT> struct Tile {
@@ -256,60 +318,45 @@ template <int DIM, int SPLIT> struct Tile {
     }
 };
 
-// Feeds the ring; the page-table entry is read one page ahead of its use.
-template <int DIM> struct Feeder {
-    int tile, last, kv_head, page;
-    unsigned ring;
-    int stage;
-
-    // Starts the copies of the next page, if there is one.
-    __device__ void feed(const Problem &p) {
-        if (tile < last) {
-            load_keys<DIM>(p, kv_head, page, tile, ring + stage * 2 * Layout<DIM>::BLOCK_BYTES);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
-            if (++tile < last) {
-                page = p.page_table[tile];
-            }
+// The `active` warpgroups take turns in starting products, so that the softmax of one runs beside the products of
+// others (FlashAttention-3, section 3.1). Barrier 1 + w lets warpgroup w start. Where products outweigh the softmax,
+// turns cost more than they bring: `ON` says.
+template <bool ON> struct Turns {
+    int mine, active;
+    __device__ void open() const {
+        if (ON && active > 1 && mine == active - 1) {
+            named_arrive(1, 256);
         }
-        copy_commit();
+    }
+    __device__ void await() const {
+        if (ON && active > 1) {
+            named_sync(1 + mine, 256);
+        }
+    }
+    // `more`: another turn will be waited for.
+    __device__ void pass(bool more) const {
+        if (ON && active > 1 && (more || mine < active - 1)) {
+            named_arrive(mine + 1 < active ? 2 + mine : 1, 256);
+        }
     }
 };
 
-// Waits until the page that comes after the one in use is there for all.
-DEVICE void await_page() {
-    copy_wait<STAGES - 3>();
-    fence_for_wgmma();
-    __syncthreads();
-}
-
-template <int DIM, int SPLIT> DEVICE void prefill(const Problem &p) {
+// What a warpgroup does.
+template <int DIM, int SPLIT>
+DEVICE void attend(const Problem &p, const Span &span, const Rows<ROWS> &rows, const Ring<DIM, SPLIT> &ring,
+                   const Turns<DIM == 128 && !SPLIT> &turns, unsigned queries, const Keys *limits) {
     using L = Layout<DIM>;
-    extern __shared__ __align__(1024) char shared[];
-    __shared__ Keys limits[ROWS];
-    pdl_wait();
-    pdl_launch();
-    auto rows = Rows<ROWS>::of_block(p);
-    if (!rows.there(p, 0)) {
-        return;
-    }
-    Span span = Span::of_block(p, rows);
-    unsigned base = shared_address(shared), ring = base + L::KV;
-    unsigned queries = base + threadIdx.x / 128 * L::BLOCK_BYTES;
-    Feeder<DIM> feeder = {span.tile, span.last, rows.kv_head, 0, ring, 0};
-    feeder.page = span.tile < span.last ? p.page_table[span.tile] : 0;
-    feeder.feed(p);
-    if (threadIdx.x < ROWS) {
-        limits[threadIdx.x] = rows.keys(p, threadIdx.x);
-    }
-    load_queries<DIM, SPLIT>(p, rows, shared);
     Tile<DIM, SPLIT> t;
     t.open();
-    if (span.tile < span.last) {
+    int count = span.last - span.tile;
+    if (count > 0) {
         float scale = p.scale * LOG2_E;
-        await_page();
-        feeder.feed(p);
+        turns.open();
+        ring.await(0);
+        turns.await();
         wgmma_fence();
-        t.start_scores(queries, ring);
+        t.start_scores(queries, ring.page(0));
+        turns.pass(true);
         wgmma_wait<0>();
         hold(t.s);
         if (span.masked(span.tile)) {
@@ -317,34 +364,72 @@ template <int DIM, int SPLIT> DEVICE void prefill(const Problem &p) {
         }
         t.soften(scale);
         t.turn();
-        unsigned keys = ring;
-        for (int tile = span.tile + 1; tile < span.last; ++tile) {
-            unsigned next = keys + 2 * L::BLOCK_BYTES;
-            next = next == ring + STAGES * 2 * L::BLOCK_BYTES ? ring : next;
-            await_page();
-            feeder.feed(p);
+        for (int i = 1; i < count; ++i) {
+            ring.await(i);
+            turns.await();
             hold(t.o);
             wgmma_fence();
-            t.start_scores(queries, next);
-            t.start_values(keys + L::BLOCK_BYTES);
+            t.start_scores(queries, ring.page(i));
+            t.start_values(ring.page(i - 1) + L::BLOCK_BYTES);
+            turns.pass(true);
             wgmma_wait<1>();
             hold(t.s);
-            if (span.masked(tile)) {
-                t.mask(limits, tile * PAGE);
+            if (span.masked(span.tile + i)) {
+                t.mask(limits, (span.tile + i) * PAGE);
             }
             t.soften(scale);
             wgmma_wait<0>();
             hold(t.o);
+            ring.release(i - 1);
             t.turn();
-            keys = next;
         }
+        turns.await();
         hold(t.o);
         wgmma_fence();
-        t.start_values(keys + L::BLOCK_BYTES);
+        t.start_values(ring.page(count - 1) + L::BLOCK_BYTES);
+        turns.pass(false);
         wgmma_wait<0>();
         hold(t.o);
     }
     t.write(p, rows);
+}
+
+template <int DIM, int SPLIT> DEVICE void prefill(const Problem &p) {
+    using L = Layout<DIM>;
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ Keys limits[ROWS];
+    __shared__ unsigned long long barriers[2 * Ring<DIM, SPLIT>::STAGES];
+    pdl_wait();
+    pdl_launch();
+    auto rows = Rows<ROWS>::of_block(p);
+    if (!rows.there(p, 0)) {
+        return;
+    }
+    Span span = Span::of_block(p, rows);
+    unsigned base = shared_address(shared);
+    Ring<DIM, SPLIT> ring = {base + (1 + SPLIT) * WARPGROUPS * L::BLOCK_BYTES, shared_address(barriers)};
+    int active = min(WARPGROUPS, (p.n * p.group - rows.first + 63) / 64);
+    if (threadIdx.x == 0) {
+        ring.init(active);
+        fence_for_wgmma();
+    }
+    __syncthreads();
+    int warpgroup = __shfl_sync(ALL_LANES, threadIdx.x / 128, 0);
+    if (warpgroup == WARPGROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        ring.feed(p, span, rows.kv_head);
+    } else if (warpgroup < active) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        if (threadIdx.x % 128 < 64) {
+            int row = warpgroup * 64 + threadIdx.x % 128;
+            limits[row] = rows.keys(p, row);
+        }
+        load_queries<DIM, SPLIT>(p, rows, shared + warpgroup * L::BLOCK_BYTES);
+        fence_for_wgmma();
+        named_sync(1 + WARPGROUPS + warpgroup, 128);
+        Turns<DIM == 128 && !SPLIT> turns = {warpgroup, active};
+        attend<DIM, SPLIT>(p, span, rows, ring, turns, base + warpgroup * L::BLOCK_BYTES, limits);
+    }
 }
 
 PREFILL_ENTRY(attention_prefill_d64, 64, THREADS, 1)
