@@ -27,20 +27,6 @@ constexpr int EACH = MAX_DIM / 32; // dimensions a lane, 32 apart
 DEVICE float load(const unsigned short *p) { return __uint_as_float((unsigned)*p << 16); }
 DEVICE float load(const float *p) { return *p; }
 
-DEVICE float warp_sum(float x) {
-    for (int d = 16; d > 0; d /= 2) {
-        x += __shfl_xor_sync(ALL_LANES, x, d);
-    }
-    return x;
-}
-
-DEVICE float warp_max(float x) {
-    for (int d = 16; d > 0; d /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, d));
-    }
-    return x;
-}
-
 // One warp's attention; the lane has dimensions lane, lane + 32, ...
 struct State {
     float o[EACH];
@@ -106,12 +92,13 @@ DEVICE void write(const State &s, int dim, float *out, float *lse) {
     for (int w = 0; w < WARPS; ++w) {
         sum += sums[w] * exp2_approx(maxima[w] - max);
     }
+    float share = sum > 0.0f ? 1.0f / sum : 0.0f;
     for (int d = threadIdx.x; d < dim; d += THREADS) {
         float x = 0.0f;
         for (int w = 0; w < WARPS; ++w) {
             x += values[w][d] * exp2_approx(maxima[w] - max);
         }
-        out[d] = sum > 0.0f ? x / sum : 0.0f;
+        out[d] = x * share;
     }
     if (threadIdx.x == 0) {
         *lse = sum > 0.0f ? (max + log2f(sum)) * LN_2 : minus_infinity();

@@ -93,6 +93,21 @@ DEVICE float quad_sum(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
+// Reductions over a warp.
+DEVICE float warp_sum(float x) {
+    for (int d = 16; d > 0; d /= 2) {
+        x += __shfl_xor_sync(ALL_LANES, x, d);
+    }
+    return x;
+}
+
+DEVICE float warp_max(float x) {
+    for (int d = 16; d > 0; d /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, d));
+    }
+    return x;
+}
+
 // Programmatic dependent launch: waits until the kernels before this one have finished and their writes are seen.
 DEVICE void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -230,6 +230,26 @@ template <int DIM> struct Fetcher {
     }
 };
 
+// A lane's part of an item's queries: head g, dimensions 2t, 2t+1, 2t+8, 2t+9 of each sixteen.
+template <int DIM> struct Query {
+    float2 x[DIM / 16][2];
+
+    __device__ void read(const Problem &p, const Cursor &c) {
+        int lane = threadIdx.x % 32, head = c.block % p.head_blocks * HEADS + lane / 4;
+        const float *from = p.q + ((long long)c.row * p.heads + c.block / p.head_blocks * p.group + head) * DIM;
+#pragma unroll
+        for (int k = 0; k < DIM / 16; ++k) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                x[k][half] = {0.0f, 0.0f};
+                if (head < p.group) {
+                    x[k][half] = *reinterpret_cast<const float2 *>(from + k * 16 + half * 8 + lane % 4 * 2);
+                }
+            }
+        }
+    }
+};
+
 // One warp's attention of an item's heads over the keys it has seen. Lane 4g + t holds head g.
 template <int DIM> struct State {
     using L = Layout<DIM>;
@@ -238,19 +258,11 @@ template <int DIM> struct State {
     float max, sum; // `max` in units of log2; `sum` is this lane's share
 
     // Scales to log2, splits into hi + lo.
-    __device__ void open(const Problem &p, const Cursor &c) {
-        int lane = threadIdx.x % 32, head = c.block % p.head_blocks * HEADS + lane / 4;
-        const float *from = p.q + ((long long)c.row * p.heads + c.block / p.head_blocks * p.group + head) * DIM;
-        float scale = p.scale * LOG2_E;
+    __device__ void open(const Query<DIM> &query, float scale) {
 #pragma unroll
         for (int k = 0; k < DIM / 16; ++k) {
-            float2 x = {0.0f, 0.0f}, y = {0.0f, 0.0f};
-            if (head < p.group) {
-                x = *reinterpret_cast<const float2 *>(from + k * 16 + lane % 4 * 2);
-                y = *reinterpret_cast<const float2 *>(from + k * 16 + lane % 4 * 2 + 8);
-            }
-            split_bf16(x.x * scale, x.y * scale, q[k][0], q[k][1]);
-            split_bf16(y.x * scale, y.y * scale, q[k][2], q[k][3]);
+            split_bf16(query.x[k][0].x * scale, query.x[k][0].y * scale, q[k][0], q[k][1]);
+            split_bf16(query.x[k][1].x * scale, query.x[k][1].y * scale, q[k][2], q[k][3]);
         }
 #pragma unroll
         for (int n = 0; n < DIM / 8; ++n) {
@@ -373,48 +385,92 @@ template <int DIM> DEVICE float2 *slot_weights(const Problem &p, unsigned block,
     return reinterpret_cast<float2 *>(after) + (block * 2 + slot) * HEADS;
 }
 
-// Merges the states that blocks `from..=to` left of the item that begins at `item` of the line.
-template <int DIM>
-DEVICE Part merge_blocks(const Problem &p, const Shares &shares, unsigned item, unsigned from, unsigned to, int head,
-                         int quad) {
-    Part all = {{0.0f, 0.0f, 0.0f, 0.0f}, LOWEST, 0.0f};
-    // Only the first of them can have begun before the item.
-    int slot = shares.begin(from) < item ? 1 : 0;
-#pragma unroll 4
-    for (unsigned b = from; b <= to; ++b) {
-        all.max = fmaxf(all.max, slot_weights<DIM>(p, b, b == from ? slot : 0)[head].x);
-    }
-#pragma unroll 4
-    for (unsigned b = from; b <= to; ++b) {
-        int s = b == from ? slot : 0;
-        float2 w = slot_weights<DIM>(p, b, s)[head];
-        float4 x = *reinterpret_cast<const float4 *>(slot_values<DIM>(p, b, s) + head * DIM + quad * 4);
-        all.add(x, exp2_approx(w.x - all.max), w.y);
-    }
-    return all;
-}
-
 // Counts this block's arrival at an item that `blocks` share. True for the last one, which sees what all have left.
 DEVICE bool arrive(unsigned *counter, unsigned blocks) {
     __shared__ unsigned before;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        __threadfence();
         before = atomicAdd(counter, 1);
         if (before == blocks - 1) {
             *counter = 0;
         }
+        __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return before == blocks - 1;
+}
+
+// Merges the states that the warps of this block have left in their stages: four dimensions of one head.
+template <int DIM> DEVICE Part merge_warps(const char *shared, int stage, int head, int quad) {
+    using L = Layout<DIM>;
+    Part all = {{0.0f, 0.0f, 0.0f, 0.0f}, LOWEST, 0.0f};
+    const float *states = reinterpret_cast<const float *>(shared + stage * L::STAGE_BYTES);
+    constexpr int NEXT = L::STAGES * L::STAGE_BYTES / 4;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        all.max = fmaxf(all.max, states[w * NEXT + HEADS * L::STATE_ROW + 2 * head]);
+    }
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        const float *weights = states + w * NEXT + HEADS * L::STATE_ROW + 2 * head;
+        float4 x = *reinterpret_cast<const float4 *>(states + w * NEXT + head * L::STATE_ROW + quad * 4);
+        all.add(x, exp2_approx(weights[0] - all.max), weights[1]);
+    }
+    return all;
+}
+
+// Merges the states of an item's first `heads` heads that every WARPS-th of the blocks `from..=to` left in scratch,
+// into a state at `left`. Only the first block can have begun before the item: its `slot` is given. The lanes share
+// the values; lane h keeps the weights of head h.
+template <int DIM>
+DEVICE void gather_blocks(const Problem &p, unsigned from, unsigned to, int slot, int heads, float *left) {
+    using L = Layout<DIM>;
+    constexpr int QUADS = DIM / 4, EACH = HEADS * QUADS / 32;
+    int lane = threadIdx.x % 32;
+    float4 sum[EACH] = {};
+    float max = LOWEST, weight = 0.0f;
+    for (unsigned b = from + threadIdx.x / 32; b <= to; b += WARPS) {
+        int s = b == from ? slot : 0;
+        const float4 *values = reinterpret_cast<const float4 *>(slot_values<DIM>(p, b, s));
+        float2 w = {LOWEST, 0.0f};
+        if (lane < heads) {
+            w = __ldcg(slot_weights<DIM>(p, b, s) + lane);
+        }
+        float4 x[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            x[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if ((i * 32 + lane) / QUADS < heads) {
+                x[i] = __ldcg(values + i * 32 + lane);
+            }
+        }
+        float higher = fmaxf(max, w.x), keep = exp2_approx(max - higher), take = exp2_approx(w.x - higher);
+        max = higher;
+        weight = weight * keep + w.y * take;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            float k = __shfl_sync(ALL_LANES, keep, (i * 32 + lane) / QUADS);
+            float t = __shfl_sync(ALL_LANES, take, (i * 32 + lane) / QUADS);
+            sum[i].x = sum[i].x * k + x[i].x * t, sum[i].y = sum[i].y * k + x[i].y * t;
+            sum[i].z = sum[i].z * k + x[i].z * t, sum[i].w = sum[i].w * k + x[i].w * t;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        int e = i * 32 + lane;
+        *reinterpret_cast<float4 *>(left + e / QUADS * L::STATE_ROW + e % QUADS * 4) = sum[i];
+    }
+    if (lane < HEADS) {
+        left[HEADS * L::STATE_ROW + 2 * lane] = max;
+        left[HEADS * L::STATE_ROW + 2 * lane + 1] = weight;
+    }
 }
 
 // Ends a block's part of an item: merges its warps' states, then those of other blocks. `item` is where the item
 // begins on the line; `stage` the stage that every warp has just used.
 template <int DIM>
-DEVICE void finish(const Problem &p, const Shares &shares, const Cursor &c, unsigned item, const char *shared,
-                   int stage) {
+DEVICE void finish(const Problem &p, const Shares &shares, const Cursor &c, unsigned item, char *shared, int stage) {
     using L = Layout<DIM>;
     unsigned from = shares.owner(item), to = shares.owner(item + c.keys.tiles() - 1);
     int slot = shares.begin(blockIdx.x) < item ? 1 : 0;
@@ -423,19 +479,7 @@ DEVICE void finish(const Problem &p, const Shares &shares, const Cursor &c, unsi
     __syncthreads();
     for (int e = threadIdx.x; e < heads * (DIM / 4); e += THREADS) {
         int head = e / (DIM / 4), quad = e % (DIM / 4);
-        Part all = {{0.0f, 0.0f, 0.0f, 0.0f}, LOWEST, 0.0f};
-        auto warp_state = [&](int w) {
-            return reinterpret_cast<const float *>(shared + (w * L::STAGES + stage) * L::STAGE_BYTES);
-        };
-        for (int w = 0; w < WARPS; ++w) {
-            all.max = fmaxf(all.max, warp_state(w)[HEADS * L::STATE_ROW + 2 * head]);
-        }
-        for (int w = 0; w < WARPS; ++w) {
-            const float *state = warp_state(w);
-            const float *weights = state + HEADS * L::STATE_ROW + 2 * head;
-            float4 x = *reinterpret_cast<const float4 *>(state + head * L::STATE_ROW + quad * 4);
-            all.add(x, exp2_approx(weights[0] - all.max), weights[1]);
-        }
+        Part all = merge_warps<DIM>(shared, stage, head, quad);
         if (from == to) {
             write_out<DIM>(p, c.row, base + head, quad, all);
             continue;
@@ -446,10 +490,13 @@ DEVICE void finish(const Problem &p, const Shares &shares, const Cursor &c, unsi
         }
     }
     if (from != to && arrive(p.counters + c.row * p.blocks + c.block, to - from + 1)) {
+        char *left = shared + (threadIdx.x / 32 * L::STAGES + stage) * L::STAGE_BYTES;
+        slot = shares.begin(from) < item ? 1 : 0;
+        gather_blocks<DIM>(p, from, to, slot, heads, reinterpret_cast<float *>(left));
+        __syncthreads();
         for (int e = threadIdx.x; e < heads * (DIM / 4); e += THREADS) {
             int head = e / (DIM / 4), quad = e % (DIM / 4);
-            Part all = merge_blocks<DIM>(p, shares, item, from, to, head, quad);
-            write_out<DIM>(p, c.row, base + head, quad, all);
+            write_out<DIM>(p, c.row, base + head, quad, merge_warps<DIM>(shared, stage, head, quad));
         }
     }
     // The stages are free again.
@@ -461,10 +508,10 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     extern __shared__ __align__(1024) char shared[];
     pdl_wait();
     pdl_launch();
-    write_empty_rows<DIM>(p);
     unsigned tiles = count_tiles(p);
     unsigned blocks = min(gridDim.x, (tiles + MIN_TILES - 1) / MIN_TILES);
     if (blockIdx.x >= blocks) {
+        write_empty_rows<DIM>(p);
         return;
     }
     Shares shares = {tiles / blocks, tiles % blocks};
@@ -478,26 +525,31 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     for (int s = 0; s < L::STAGES - 1; ++s) {
         fetcher.fetch(p, ring + s * L::STAGE_BYTES);
     }
+    Query<DIM> query;
+    query.read(p, c);
+    write_empty_rows<DIM>(p);
+    float scale = p.scale * LOG2_E;
     State<DIM> state;
-    state.open(p, c);
+    state.open(query, scale);
     for (unsigned i = 0, stage = 0, free = L::STAGES - 1; i < count; ++i) {
         copy_wait<L::STAGES - 2>();
         __syncwarp();
         fetcher.fetch(p, ring + free * L::STAGE_BYTES);
         int key = c.tile * TILE + warp * STEP;
         state.attend(ring + stage * L::STAGE_BYTES, c.keys.begin - key, c.keys.end - key);
-        bool more = i + 1 < count;
-        if (c.tile + 1 == c.last || !more) {
+        Cursor next = c;
+        if (i + 1 < count) {
+            next.next(p);
+        }
+        if (c.tile + 1 == c.last || i + 1 == count) {
             __syncwarp();
             state.leave(reinterpret_cast<float *>(shared + (warp * L::STAGES + stage) * L::STAGE_BYTES));
+            // On its way during the merge.
+            query.read(p, next);
             finish<DIM>(p, shares, c, begin + i - (c.tile - c.keys.first_tile()), shared, stage);
-            if (more) {
-                c.next(p);
-                state.open(p, c);
-            }
-        } else {
-            c.next(p);
+            state.open(query, scale);
         }
+        c = next;
         free = stage;
         stage = stage + 1 == L::STAGES ? 0 : stage + 1;
     }

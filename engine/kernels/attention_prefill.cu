@@ -13,28 +13,20 @@
 //   out        f32 [n][heads][DIM]; 0 where a token sees nothing
 //   lse        f32 [n][heads], natural logarithm; -inf where a token sees nothing
 //
-// Launch: grid kv_heads * ceil(n * group / R) with R = 128 rows a block, 64 with split; block of THREADS = 128;
-// dynamic shared memory 768 * DIM bytes.
+// Launch: grid (kv_heads * ceil(n * group / R), parts) with R = 128 rows a block, 64 with split; block of
+// THREADS = 128; dynamic shared memory 768 * DIM bytes.
+//
+// With parts above 1 the keys of each block are shared among `parts` blocks, for few tokens over many keys. Part y
+// writes its own state, at out + y * n * heads * DIM and lse + y * n * heads: attention_merge makes them one.
 //
 // A row is a (token, head of the group) pair. A warp multiplies two planes of 16 rows: different rows, or hi and lo
 // of the same ones. So either kind loads keys and values from shared memory once for 32 rows of the matrix unit.
 
-#include "attention_common.cuh"
+#include "attention_prefill_common.cuh"
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int PLANE = 16 * WARPS; // rows
-
-struct Problem {
-    const float *q;
-    const int *pos;
-    const unsigned short *kv;
-    const int *page_table;
-    int first, start, end, n, heads, kv_heads, window;
-    float scale;
-    float *out, *lse;
-    int group;
-};
 
 template <int DIM> struct Layout {
     static constexpr int ROW_BYTES = DIM * 2;
@@ -49,37 +41,15 @@ template <int DIM> struct Layout {
     }
 };
 
-// Keys that a token sees, counted from `first`.
-struct Keys {
-    int begin, end;
-};
-
-DEVICE Keys visible(const Problem &p, int token) {
-    int pos = p.pos[token];
-    int begin = max(p.start, p.window > 0 ? pos + 1 - p.window : 0), end = min(p.end, pos + 1);
-    return {begin - p.first, end - p.first};
-}
-
-// The rows of a block.
-template <int SPLIT> struct Rows {
-    static constexpr int COUNT = SPLIT ? PLANE : 2 * PLANE;
-    int first, kv_head;
-    __device__ bool there(const Problem &p, int row) const { return first + row < p.n * p.group; }
-    __device__ int token(const Problem &p, int row) const { return (first + row) / p.group; }
-    // Index of the row's state in `[n][heads]`.
-    __device__ long long state(const Problem &p, int row) const {
-        int at = first + row;
-        return (long long)(at / p.group) * p.heads + kv_head * p.group + at % p.group;
-    }
-};
+template <int SPLIT> using BlockRows = Rows<SPLIT ? PLANE : 2 * PLANE>;
 
 // Queries to shared memory as bf16, zeros past the last row.
-template <int DIM, int SPLIT> DEVICE void load_queries(const Problem &p, const Rows<SPLIT> &rows, char *shared) {
+template <int DIM, int SPLIT> DEVICE void load_queries(const Problem &p, const BlockRows<SPLIT> &rows, char *shared) {
     using L = Layout<DIM>;
-    constexpr int QUADS = DIM / 4;
+    constexpr int QUADS = DIM / 4, ROWS = SPLIT ? PLANE : 2 * PLANE;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < Rows<SPLIT>::COUNT * QUADS; i += THREADS) {
-        int row = i / QUADS, quad = i % QUADS;
+    for (int i = 0; i < ROWS * QUADS / THREADS; ++i) {
+        int row = (i * THREADS + threadIdx.x) / QUADS, quad = threadIdx.x % QUADS;
         float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
         if (rows.there(p, row)) {
             x = *reinterpret_cast<const float4 *>(p.q + rows.state(p, row) * DIM + quad * 4);
@@ -163,7 +133,7 @@ template <int DIM, int SPLIT> struct Tile {
         }
     }
 
-    // Hides keys that a row does not see. `limits` are the rows' visible keys, `key` the tile's first.
+    // Hides keys that a row does not see. `limits` are the rows' visible keys, `key` the first key.
     __device__ void mask(const Keys *limits, int key) {
         int lane = threadIdx.x % 32;
 #pragma unroll
@@ -272,7 +242,7 @@ template <int DIM, int SPLIT> struct Tile {
         }
     }
 
-    __device__ void write(const Problem &p, const Rows<SPLIT> &rows) const {
+    __device__ void write(const Problem &p, const BlockRows<SPLIT> &rows) const {
         int lane = threadIdx.x % 32;
 #pragma unroll
         for (int m = 0; m < PLANES; ++m) {
@@ -300,46 +270,39 @@ template <int DIM, int SPLIT> struct Tile {
 
 template <int DIM, int SPLIT> DEVICE void prefill(const Problem &p) {
     using L = Layout<DIM>;
-    using R = Rows<SPLIT>;
     extern __shared__ __align__(1024) char shared[];
     __shared__ Keys limits[2 * PLANE];
     pdl_wait();
     pdl_launch();
-    // The last tokens come first: they see most.
-    int block = gridDim.x - 1 - blockIdx.x;
-    R rows = {block / p.kv_heads * R::COUNT, block % p.kv_heads};
+    auto rows = BlockRows<SPLIT>::of_block(p);
     if (!rows.there(p, 0)) {
         return;
     }
-    int last_row = min(R::COUNT, p.n * p.group - rows.first) - 1;
-    Keys early = visible(p, rows.token(p, 0)), late = visible(p, rows.token(p, last_row));
-    int tile = early.begin / PAGE, tiles = (late.end + PAGE - 1) / PAGE;
+    Span span = Span::of_block(p, rows);
     unsigned base = shared_address(shared);
-    int page = tile < tiles ? p.page_table[tile] : 0, next_page = tile + 1 < tiles ? p.page_table[tile + 1] : 0;
-    if (tile < tiles) {
-        load_keys<DIM>(p, rows.kv_head, page, tile, base + L::KV);
+    int tile = span.tile, next_page = tile + 1 < span.last ? p.page_table[tile + 1] : 0;
+    if (tile < span.last) {
+        load_keys<DIM>(p, rows.kv_head, p.page_table[tile], tile, base + L::KV);
     }
     copy_commit();
-    for (int row = threadIdx.x; row < R::COUNT; row += THREADS) {
-        limits[row] = rows.there(p, row) ? visible(p, rows.token(p, row)) : Keys{0, 0};
-    }
+    limits[threadIdx.x] = rows.keys(p, threadIdx.x);
     load_queries<DIM, SPLIT>(p, rows, shared);
 
     Tile<DIM, SPLIT> t;
     t.open();
     float scale = p.scale * LOG2_E;
-    for (int stage = 0; tile < tiles; ++tile, stage ^= 1) {
+    for (int stage = 0; tile < span.last; ++tile, stage ^= 1) {
         copy_wait<0>();
         // Now all have their keys, and none still reads the other stage.
         __syncthreads();
-        if (tile + 1 < tiles) {
+        if (tile + 1 < span.last) {
             load_keys<DIM>(p, rows.kv_head, next_page, tile + 1, base + L::KV + (stage ^ 1) * 2 * L::BLOCK_BYTES);
-            next_page = tile + 2 < tiles ? p.page_table[tile + 2] : 0;
+            next_page = tile + 2 < span.last ? p.page_table[tile + 2] : 0;
         }
         copy_commit();
         unsigned keys = base + L::KV + stage * 2 * L::BLOCK_BYTES;
         t.scores(base + L::Q, keys);
-        if (tile * PAGE < late.begin || (tile + 1) * PAGE > early.end) {
+        if (span.masked(tile)) {
             t.mask(limits, tile * PAGE);
         }
         t.soften(scale);
@@ -348,18 +311,5 @@ template <int DIM, int SPLIT> DEVICE void prefill(const Problem &p) {
     t.write(p, rows);
 }
 
-#define PREFILL_ENTRY(NAME, DIM)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                          \
-        NAME(const float *q, const int *pos, const unsigned short *kv, const int *page_table, int first, int start,   \
-             int end, int n, int heads, int kv_heads, int window, float scale, int split, float *out, float *lse) {   \
-        Problem p = {q, pos, kv, page_table, first, start, end, n, heads, kv_heads, window, scale, out, lse,          \
-                     heads / kv_heads};                                                                               \
-        if (split) {                                                                                                  \
-            prefill<DIM, 1>(p);                                                                                       \
-        } else {                                                                                                      \
-            prefill<DIM, 0>(p);                                                                                       \
-        }                                                                                                             \
-    }
-
-PREFILL_ENTRY(attention_prefill_d64, 64)
-PREFILL_ENTRY(attention_prefill_d128, 128)
+PREFILL_ENTRY(attention_prefill_d64, 64, THREADS, 2)
+PREFILL_ENTRY(attention_prefill_d128, 128, THREADS, 2)
