@@ -401,6 +401,16 @@ impl Model {
         Ok(Model { model: Transformer::load_dir(dir, threads, kv)? })
     }
 
+    /// Loads the model that `config` names where it says.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_as(config: &EngineConfig) -> Result<Model> {
+        let spec = ModelSpec::from_dir(&config.model_dir)?;
+        let context = config.max_context.map_or(spec.max_context, |m| m.min(spec.max_context));
+        Ok(Model { model: load_model(spec, &Weights::open(&config.model_dir)?, config, context)? })
+    }
+
     /// Logits behind every token of a text, `[tokens, vocab]`.
     ///
     /// # Errors

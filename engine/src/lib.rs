@@ -30,7 +30,10 @@ mod weights;
 
 pub use attention::AttentionState;
 pub use backend::cpu::Isa;
-pub use backend::cuda::{CudaConfig, Library as CudaLibrary, find_gpu, libraries as cuda_libraries};
+pub use backend::cuda::{
+    AttentionShape, CudaConfig, Library as CudaLibrary, copy_bandwidth, decode_attention, find_gpu,
+    libraries as cuda_libraries,
+};
 pub use chat::{ChatMessage, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
 pub use config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, EngineConfig, Strategy};

@@ -5,7 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::{ChatMessage, Engine, EngineConfig, Event, KvDtype, Model, ModelSpec, Prompt, PromptChunk, Request};
+use engine::{
+    ChatMessage, DeviceChoice, Engine, EngineConfig, Event, KvDtype, Model, ModelSpec, Prompt, PromptChunk, Request,
+};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -41,10 +43,22 @@ fn assert_close(name: &str, position: &str, found: &[f32], expected: &Value) {
 }
 
 fn check(name: &str) {
+    check_on(name, DeviceChoice::Cpu);
+}
+
+fn check_on(name: &str, device: DeviceChoice) {
     let dir = fixtures().join("golden").join(name);
     let expected = json(&dir.join("expected.json"));
     let vocab = ModelSpec::from_dir(&dir).unwrap().vocab;
-    let model = Model::load(&dir, 2, Some(KvDtype::F32)).unwrap();
+    let config = EngineConfig {
+        model_dir: dir.clone(),
+        device,
+        threads: 2,
+        kv_dtype: Some(KvDtype::F32),
+        kv_budget_bytes: 1 << 28,
+        ..EngineConfig::default()
+    };
+    let model = Model::load_as(&config).unwrap();
     let mut tokens = ids(&expected["prompt"]);
 
     let logits = model.logits(&tokens).unwrap();
@@ -98,6 +112,14 @@ fn qwen_3_with_normed_heads() {
     check("qwen3");
 }
 
+#[test]
+#[ignore = "needs a GPU"]
+fn every_family_on_a_gpu() {
+    for name in ["llama2", "llama3", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen3"] {
+        check_on(name, DeviceChoice::Cuda);
+    }
+}
+
 /// The text of an answer and its tokens, the end token left out.
 fn answer(engine: &Engine, prompt: Prompt) -> (String, Vec<u32>) {
     let mut events = engine.submit(Request::new(prompt, 24)).unwrap();
@@ -118,8 +140,19 @@ fn answer(engine: &Engine, prompt: Prompt) -> (String, Vec<u32>) {
 
 #[test]
 fn the_reference_model_answers_as_transformers_does() {
+    answers_as_transformers_does(DeviceChoice::Cpu);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_reference_model_answers_as_transformers_does_on_a_gpu() {
+    answers_as_transformers_does(DeviceChoice::Cuda);
+}
+
+fn answers_as_transformers_does(device: DeviceChoice) {
     let model_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference");
-    let engine = Engine::load(EngineConfig { model_dir, threads: 2, ..EngineConfig::default() }).unwrap();
+    let config = EngineConfig { model_dir, device, threads: 2, kv_budget_bytes: 1 << 30, ..EngineConfig::default() };
+    let engine = Engine::load(config).unwrap();
     let tokenizer = engine.tokenizer();
     let suffix = tokenizer.encode(engine.chat().chunk_suffix()).unwrap();
     let prompts = lines(&fixtures().join("reference_prompts.jsonl"));

@@ -2,9 +2,9 @@
 
 use cudarc::driver::sys;
 
-use super::device::{Device, failed};
+use super::device::Device;
 use super::module::Kernel;
-use crate::error::Result;
+use crate::error::{EngineError, Result};
 
 /// Most arguments of a kernel.
 const ARGUMENTS: usize = 32;
@@ -114,8 +114,11 @@ impl Device {
         };
         // SAFETY: the function is loaded, and the pointers lead to as many words as the kernel has parameters; callers pass
         // addresses of allocations that outlive the launch, as freeing waits for the stream.
-        unsafe { sys::cuLaunchKernelEx(&config, kernel.0, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+        unsafe { sys::cuLaunchKernelEx(&config, kernel.function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
-            .map_err(failed("start a kernel"))
+            .map_err(|error| EngineError::Device {
+                action: "start a kernel",
+                reason: format!("{}, {shape:?}: {error}", kernel.file),
+            })
     }
 }

@@ -6,6 +6,7 @@
 //! decode steps, `host_work` does what strategies leave to the CPU, `model` ties them together.
 
 mod batch;
+mod bench;
 mod device;
 mod forward;
 mod gemm;
@@ -21,6 +22,7 @@ mod probe;
 mod stream;
 mod weights;
 
+pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
 pub(crate) use device::{Device, Memory};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};

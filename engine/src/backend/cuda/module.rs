@@ -20,7 +20,7 @@ macro_rules! sources {
 }
 
 /// The files that are compiled, one program each.
-pub(crate) const SOURCES: [(&str, &str); 13] = sources![
+const SOURCES: [(&str, &str); 15] = sources![
     "embed.cu",
     "norm.cu",
     "rope_append.cu",
@@ -33,16 +33,33 @@ pub(crate) const SOURCES: [(&str, &str); 13] = sources![
     "fill.cu",
     "attention_decode.cu",
     "attention_prefill.cu",
+    "attention_prefill_sm90.cu",
+    "attention_merge.cu",
     "attention_any.cu",
 ];
 /// What they include.
-const HEADERS: [(&str, &str); 3] = sources!["common.cuh", "rotate.cuh", "attention_common.cuh"];
+const HEADERS: [(&str, &str); 4] =
+    sources!["common.cuh", "rotate.cuh", "attention_common.cuh", "attention_prefill_common.cuh"];
+
+/// Prefill attention for every card, and for Hopper's own matrix instructions.
+pub(crate) const PREFILL: &str = "attention_prefill.cu";
+pub(crate) const PREFILL_HOPPER: &str = "attention_prefill_sm90.cu";
 
 const OPTIONS: [&str; 1] = ["--std=c++17"];
 
+/// The files for a GPU of this compute capability.
+fn sources_for(major: i32) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    let other = if major == 9 { PREFILL } else { PREFILL_HOPPER };
+    SOURCES.iter().filter(move |(name, _)| *name != other)
+}
+
 /// An entry point of a loaded module.
 #[derive(Clone, Copy)]
-pub(crate) struct Kernel(pub(crate) sys::CUfunction);
+pub(crate) struct Kernel {
+    pub(crate) function: sys::CUfunction,
+    /// For errors.
+    pub(crate) file: &'static str,
+}
 
 // SAFETY: a handle into a module that lives as long as the device's context.
 unsafe impl Send for Kernel {}
@@ -68,8 +85,9 @@ impl Modules {
         let (major, minor) = device.capability;
         let architecture = architecture(major, minor);
         let identity = versions()?;
-        let programs: Vec<(&str, Vec<u8>, bool)> = SOURCES
-            .par_iter()
+        let sources: Vec<_> = sources_for(major).collect();
+        let programs: Vec<(&str, Vec<u8>, bool)> = sources
+            .into_par_iter()
             .map(|(name, source)| {
                 let (binary, cached) = binary(name, source, &architecture, &identity, cache)?;
                 Ok((*name, binary, cached))
@@ -91,20 +109,20 @@ impl Modules {
     /// The entry point `name` of the file `file`; `shared`: the most dynamic shared memory a launch will ask for.
     pub(crate) fn kernel(&self, file: &str, name: &str, shared: usize) -> Result<Kernel> {
         let missing = |why: String| EngineError::Kernel { kernel: format!("{name} in {file}"), why };
-        let module = self.loaded.iter().find(|(loaded, _)| *loaded == file).map(|(_, module)| *module);
-        let module = module.ok_or_else(|| missing("no such file".into()))?;
+        let found = self.loaded.iter().find(|(loaded, _)| *loaded == file);
+        let (file, module) = *found.ok_or_else(|| missing("no such file".into()))?;
         let symbol = CString::new(name).map_err(|_| missing("its name holds a NUL".into()))?;
         self.device.bind()?;
         // SAFETY: the module is loaded.
         let function = unsafe { driver::module::get_function(module, symbol) }.map_err(|e| missing(e.to_string()))?;
-        // A block gets more than 48 KiB only on request.
-        if shared > 48 << 10 {
+        // A block gets more than 48 KiB only on request, its static part counted.
+        if shared > 0 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a loaded module.
             unsafe { driver::function::set_function_attribute(function, attribute, shared as i32) }
                 .map_err(|e| missing(format!("{shared} bytes of shared memory are refused: {e}")))?;
         }
-        Ok(Kernel(function))
+        Ok(Kernel { function, file })
     }
 }
 
@@ -256,7 +274,7 @@ mod tests {
     #[test]
     #[ignore = "needs NVRTC"]
     fn every_kernel_compiles_for_every_architecture() {
-        let jobs = SOURCES.iter().flat_map(|source| [(8, 0), (9, 0), (10, 0)].map(|version| (source, version)));
+        let jobs = [8, 9, 10].into_iter().flat_map(|major| sources_for(major).map(move |source| (source, (major, 0))));
         for ((name, source), (major, minor)) in jobs {
             let binary = compile(name, source, &architecture(major, minor)).unwrap();
             assert_eq!(&binary[..4], b"\x7fELF", "{name}");

@@ -8,7 +8,7 @@ use super::device::{Device, Memory};
 use super::forward::Pending;
 use super::launch::{Shape, arguments};
 use super::model::{CudaModel, LOGIT_ROWS, Limits};
-use super::module::{Kernel, Modules};
+use super::module::{Kernel, Modules, PREFILL, PREFILL_HOPPER};
 use super::weights::{Format, Matrix};
 use crate::error::{EngineError, Result};
 use crate::kv::{KvDtype, KvShape};
@@ -16,11 +16,11 @@ use crate::model::rope::RopeTable;
 use crate::model::spec::ModelSpec;
 
 /// Query heads that share a KV head's products in `attention_decode.cu`.
-const DECODE_HEADS: usize = 8;
+pub(super) const DECODE_HEADS: usize = 8;
 /// Threads of a block of the attention kernels.
-const ATTENTION_THREADS: usize = 128;
+pub(super) const ATTENTION_THREADS: usize = 128;
 /// Dynamic shared memory of `attention_decode.cu`, and its blocks on a multiprocessor.
-const DECODE_SHARED: usize = 98_304;
+pub(super) const DECODE_SHARED: usize = 98_304;
 const DECODE_BLOCKS: usize = 2;
 
 /// `gemv.cu`: bytes of its ring of weights, the multiple that inputs are rounded up to, and the shared memory it is given at
@@ -59,6 +59,44 @@ struct Vectors {
     swiglu: [Kernel; 4],
 }
 
+/// Prefill attention: the kernel with its launch, and room for partial states.
+struct Prefill {
+    kernel: Kernel,
+    /// Rows (tokens times heads of a group) of a block, with activations in one part and in two.
+    block_rows: [usize; 2],
+    threads: usize,
+    shared: usize,
+    partial: Memory,
+    partial_lse: Memory,
+}
+
+/// Numbers of the partial states of prefill attention, and keys that are not worth dividing.
+const PREFILL_PARTIAL: usize = 8 << 20;
+const PREFILL_PART_KEYS: usize = 1024;
+
+impl Prefill {
+    fn new(device: &Arc<Device>, modules: &Modules, spec: &ModelSpec) -> Result<Prefill> {
+        let dim = spec.head_dim;
+        let name = format!("attention_prefill_d{dim}");
+        let hopper = device.capability.0 == 9;
+        let (file, shared) = if hopper { (PREFILL_HOPPER, 1536 * dim) } else { (PREFILL, 768 * dim) };
+        Ok(Prefill {
+            kernel: modules.kernel(file, &name, shared)?,
+            block_rows: if hopper { [192, 192] } else { [128, 64] },
+            threads: if hopper { 512 } else { ATTENTION_THREADS },
+            shared,
+            partial: device.allocate(PREFILL_PARTIAL * 4, "partial states of attention")?,
+            partial_lse: device.allocate(PREFILL_PARTIAL / dim * 4, "partial states of attention")?,
+        })
+    }
+
+    /// Parts that the keys of a launch with so many blocks are divided into, so that the GPU is filled.
+    fn parts(&self, device: &Device, blocks: usize, numbers: usize, keys: usize) -> usize {
+        let idle = (2 * device.multiprocessors / blocks.max(1)).min(keys / PREFILL_PART_KEYS);
+        idle.min(PREFILL_PARTIAL / numbers.max(1)).max(1)
+    }
+}
+
 /// Loaded kernels, and what they need beside a step's memory.
 pub(crate) struct Ops {
     device: Arc<Device>,
@@ -75,7 +113,8 @@ pub(crate) struct Ops {
     vectors: Vectors,
     vectors_f32: [Kernel; 3],
     attention_decode: Option<Kernel>,
-    attention_prefill: Option<Kernel>,
+    attention_prefill: Option<Prefill>,
+    attention_merge: Kernel,
     attention_any: Kernel,
     /// Cosines and sines, `[positions][head_dim / 2]`.
     cos: Memory,
@@ -139,9 +178,8 @@ impl Ops {
             attention_decode: tuned
                 .then(|| modules.kernel("attention_decode.cu", &format!("attention_decode_d{dim}"), DECODE_SHARED))
                 .transpose()?,
-            attention_prefill: tuned
-                .then(|| modules.kernel("attention_prefill.cu", &format!("attention_prefill_d{dim}"), 768 * dim))
-                .transpose()?,
+            attention_prefill: tuned.then(|| Prefill::new(device, modules, spec)).transpose()?,
+            attention_merge: plain("attention_merge.cu", "attention_merge")?,
             attention_any: plain("attention_any.cu", &format!("attention_any_{kv}"))?,
             cos: device.upload(&cos, "the table of rotations")?,
             sin: device.upload(&sin, "the table of rotations")?,
@@ -317,7 +355,7 @@ impl Ops {
         let (out, lse) = (row(to.0, heads * dim), row(to.1, heads));
         let positions = batch.positions() + 4 * rows.start as u64;
         let tables = |array: u64| array + 4 * rows.start as u64;
-        match (span, self.attention_decode, self.attention_prefill) {
+        match (span, self.attention_decode, &self.attention_prefill) {
             (Span::Decode { window, .. }, Some(kernel), _) => {
                 let arguments = arguments![
                     q,
@@ -343,7 +381,14 @@ impl Ops {
                 self.device.launch(kernel, shape, arguments)
             }
             (Span::Prefill { table, extent, window, .. }, _, Some(kernel)) => {
-                let split = i32::from(model.parts == 2);
+                let numbers = rows.len() * heads * dim;
+                let block_rows = kernel.block_rows[model.parts - 1];
+                let blocks = kv_heads * (rows.len() * (heads / kv_heads)).div_ceil(block_rows);
+                let parts = kernel.parts(&self.device, blocks, numbers, extent.end - extent.start);
+                let (to_out, to_lse) = match parts {
+                    1 => (out, lse),
+                    _ => (kernel.partial.address(), kernel.partial_lse.address()),
+                };
                 let arguments = arguments![
                     q,
                     positions,
@@ -357,14 +402,18 @@ impl Ops {
                     kv_heads,
                     *window,
                     model.scale,
-                    split,
-                    out,
-                    lse,
+                    i32::from(model.parts == 2),
+                    to_out,
+                    to_lse,
                 ];
-                let block_rows = if split == 1 { 64 } else { 128 };
-                let blocks = kv_heads * (rows.len() * (heads / kv_heads)).div_ceil(block_rows);
-                let shape = Shape { shared: 768 * dim, ..Shape::new(blocks, ATTENTION_THREADS) };
-                self.device.launch(kernel, shape, arguments)
+                let shape = Shape { grid: (blocks, parts), block: kernel.threads, shared: kernel.shared, early: true };
+                self.device.launch(kernel.kernel, shape, arguments)?;
+                if parts == 1 {
+                    return Ok(());
+                }
+                let count = rows.len() * heads;
+                let shape = Shape::new(count.div_ceil(4), ATTENTION_THREADS);
+                self.device.launch(self.attention_merge, shape, arguments![to_out, to_lse, parts, count, dim, out, lse])
             }
             (Span::Decode { window, .. } | Span::Prefill { window, .. }, _, _) => {
                 let table_of = match span {
@@ -459,6 +508,6 @@ impl Ops {
 }
 
 /// Blocks of `attention_decode.cu`: as many as are resident at once.
-fn decode_blocks(device: &Device) -> usize {
+pub(super) fn decode_blocks(device: &Device) -> usize {
     DECODE_BLOCKS * device.multiprocessors
 }
