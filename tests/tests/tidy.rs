@@ -140,10 +140,20 @@ fn every_kernel_names_its_cpu_operation() {
 }
 
 #[test]
+fn every_kernel_is_compared_with_the_cpu() {
+    let suite = std::fs::read_to_string(root().join("engine/src/backend/cuda/parity.rs")).unwrap();
+    let named = |path: &str| path.rsplit('/').next().is_some_and(|name| suite.contains(name));
+    let absent = files("engine/kernels", ".cu").into_iter().map(|(path, _)| path).filter(|path| !named(path));
+    complain(absent.collect(), "kernels that the parity suite does not name");
+}
+
+#[test]
 fn nothing_is_left_unfinished() {
     let marks = [concat!("todo", "!("), concat!("unimple", "mented!("), concat!("FIX", "ME"), concat!("#[ign", "ore")];
     let mut offences = Vec::new();
     for (path, text) in rust_sources().into_iter().chain(files("tests/tests", ".rs")) {
+        // Tests for machines that not everybody has are asked for by name, and then fail where the machine lacks.
+        let text = text.replace("#[ignore = \"needs a GPU\"]", "").replace("#[ignore = \"needs NVRTC\"]", "");
         for mark in marks {
             if text.contains(mark) {
                 offences.push(format!("{path}: {mark}"));

@@ -103,12 +103,6 @@ impl DevicePool {
     }
 }
 
-impl DevicePage {
-    pub(crate) fn id(&self) -> u32 {
-        self.id
-    }
-}
-
 impl Drop for DevicePage {
     fn drop(&mut self) {
         // Work on the page that is still in flight comes before whatever its next owner does: there is one stream.

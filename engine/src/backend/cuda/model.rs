@@ -26,7 +26,7 @@ use crate::weights::Weights;
 pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// Settings of the CUDA backend.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CudaConfig {
     /// Which GPU, from 0.
     pub ordinal: usize,
@@ -37,12 +37,6 @@ pub struct CudaConfig {
     /// Round activations to bf16 before products of many rows, as is common, instead of keeping 16 of their bits in two
     /// bf16 numbers. Prefill is then up to twice as fast, and answers may differ from the CPU's.
     pub fast_prefill: bool,
-}
-
-impl Default for CudaConfig {
-    fn default() -> Self {
-        CudaConfig { ordinal: 0, memory_budget_bytes: 0, kernel_cache: None, fast_prefill: false }
-    }
 }
 
 /// What every launch of a forward pass needs.
@@ -66,8 +60,6 @@ pub(crate) struct CudaModel {
     /// Where the last batch's bans lie.
     pub(crate) banned: AtomicU64,
     graphs: Mutex<Graphs>,
-    /// Programs of kernels that came from the disk.
-    pub(crate) kernels_cached: usize,
 }
 
 /// Memory for intermediate results, for at most `rows` rows.
@@ -190,6 +182,13 @@ impl CudaModel {
         let left = budget.saturating_sub(used);
         let kv_bytes = if limits.kv_bytes > 0 { limits.kv_bytes.min(left) } else { left };
         let pool = DevicePool::new(&device, shape, kv_bytes)?;
+        tracing::info!(
+            gpu = device.name,
+            kernels_compiled = modules.compiled,
+            kernels_from_disk = modules.cached,
+            kv_bytes,
+            "the model is on the GPU"
+        );
         Ok(CudaModel {
             spec: spec.clone(),
             shape,
@@ -204,7 +203,6 @@ impl CudaModel {
             head_done: AtomicUsize::new(0),
             banned: AtomicU64::new(0),
             graphs: Mutex::default(),
-            kernels_cached: modules.cached,
             device,
         })
     }

@@ -70,8 +70,10 @@ unsafe impl Sync for Kernel {}
 pub(crate) struct Modules {
     device: Arc<Device>,
     loaded: Vec<(&'static str, sys::CUmodule)>,
-    /// Programs that came from the disk, the others were compiled.
+    /// Programs that came from the disk.
     pub(crate) cached: usize,
+    /// Programs that had to be compiled.
+    pub(crate) compiled: usize,
 }
 
 // SAFETY: module handles, guarded by the driver.
@@ -94,7 +96,7 @@ impl Modules {
             })
             .collect::<Result<_>>()?;
         device.bind()?;
-        let mut modules = Modules { device: Arc::clone(device), loaded: Vec::new(), cached: 0 };
+        let mut modules = Modules { device: Arc::clone(device), loaded: Vec::new(), cached: 0, compiled: 0 };
         for (name, binary, cached) in &programs {
             // SAFETY: a cubin that NVRTC has made, whole: its checksum was compared if it came from the disk.
             let module = unsafe { driver::module::load_data(binary.as_ptr().cast()) }.map_err(|e| {
@@ -102,6 +104,7 @@ impl Modules {
             })?;
             modules.loaded.push((name, module));
             modules.cached += usize::from(*cached);
+            modules.compiled += usize::from(!*cached);
         }
         Ok(modules)
     }
@@ -223,7 +226,7 @@ pub(crate) fn compile(name: &str, source: &str, architecture: &str) -> Result<Ve
     let options: Vec<String> =
         OPTIONS.iter().map(|o| (*o).to_string()).chain([format!("--gpu-architecture={architecture}")]).collect();
     // SAFETY: the program was created above and is destroyed once, below.
-    let outcome = unsafe {
+    unsafe {
         let outcome = match nvrtc::compile_program(program, &options) {
             Ok(()) => take_binary(program).map_err(|e| wrong(format!("NVRTC gives no binary: {e:?}"))),
             Err(_) => {
@@ -235,8 +238,7 @@ pub(crate) fn compile(name: &str, source: &str, architecture: &str) -> Result<Ve
         };
         let _ = nvrtc::destroy_program(program);
         outcome
-    };
-    outcome
+    }
 }
 
 /// # Safety

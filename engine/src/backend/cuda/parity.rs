@@ -3,8 +3,9 @@
 //! Ignored by default; `cargo test -p engine --release -- --ignored parity` runs them and fails where there is no GPU.
 //! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
 //! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
-//! swiglu.cu, split.cu, gemv.cu, sample.cu, attention_decode.cu, attention_prefill.cu, attention_any.cu, kv_rows.cu
-//! (blending) and merge.cu (sinks, cold tokens); products and single kernels are also compared alone, in double precision.
+//! swiglu.cu, split.cu, gemv.cu, sample.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
+//! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending) and merge.cu (sinks, cold tokens); products and single
+//! kernels are also compared alone, in double precision. fill.cu only makes inputs of benches.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -191,7 +192,7 @@ fn assert_close(a: &[f32], b: &[f32], tolerance: f64, what: &str) {
 /// Errors of 2^-16 in every activation; where KV is bf16, a few keys and values round to the other side.
 fn tolerance(tiny: &Tiny) -> f64 {
     match (tiny.bf16, tiny.kv) {
-        (_, KvDtype::Bf16) => 2e-3,
+        (_, KvDtype::Bf16) => 4e-3,
         (true, KvDtype::F32) => 2e-4,
         (false, KvDtype::F32) => 2e-5,
     }
