@@ -37,11 +37,46 @@ template <typename T> __device__ __forceinline__ float round_to(float x);
 template <> __device__ __forceinline__ float round_to<bf16>(float x) { return round_bf16(x); }
 template <> __device__ __forceinline__ float round_to<float>(float x) { return x; }
 
-// Writes x at `at` as hi (and, with two parts, lo = x - hi at `at + stride`), both bf16.
-__device__ __forceinline__ void store_split(bf16* out, long long at, long long stride, int parts, float x) {
-    bf16 hi = f32_to_bf16(x);
-    out[at] = hi;
-    if (parts == 2) out[at + stride] = f32_to_bf16(x - bf16_to_f32(hi));
+// --- vectors: V = 4 numbers in one access of an aligned array, or V = 1 ----------------------------------------
+
+template <int V> __device__ __forceinline__ void load_vector(float (&v)[V], const float* p) {
+    if constexpr (V == 4) {
+        float4 x = *(const float4*)p;
+        v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+    } else {
+        v[0] = *p;
+    }
+}
+
+template <int V> __device__ __forceinline__ void add_vector(float (&v)[V], const float* p) {
+    float x[V];
+    load_vector(x, p);
+#pragma unroll
+    for (int i = 0; i < V; i++) v[i] += x[i];
+}
+
+template <int V> __device__ __forceinline__ void store_vector(float* p, const float (&v)[V]) {
+    if constexpr (V == 4) *(float4*)p = make_float4(v[0], v[1], v[2], v[3]);
+    else *p = v[0];
+}
+
+template <int V> __device__ __forceinline__ void store_vector_bf16(bf16* p, const float (&v)[V]) {
+    if constexpr (V == 4) {
+        *(ushort4*)p = make_ushort4(f32_to_bf16(v[0]), f32_to_bf16(v[1]), f32_to_bf16(v[2]), f32_to_bf16(v[3]));
+    } else {
+        *p = f32_to_bf16(v[0]);
+    }
+}
+
+// Writes v at `at` as hi = bf16(v) and, with two parts, lo = bf16(v - hi) at `at + stride`.
+template <int V>
+__device__ __forceinline__ void store_split(bf16* out, long long at, long long stride, int parts, const float (&v)[V]) {
+    store_vector_bf16(out + at, v);
+    if (parts < 2) return;
+    float low[V];
+#pragma unroll
+    for (int i = 0; i < V; i++) low[i] = v[i] - round_bf16(v[i]);
+    store_vector_bf16(out + at + stride, low);
 }
 
 // --- reductions ---------------------------------------------------------------------------------------------
@@ -77,6 +112,15 @@ __device__ __forceinline__ unsigned long long evict_first() {
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
+}
+
+__device__ __forceinline__ uint4 load_shared_16(unsigned from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
 }
 
 // Starts a copy of 16 bytes from global to shared memory, past the L1.

@@ -13,14 +13,19 @@
 //   gemv_swiglu_rR  y = silu(gate) * up, [gate; up] = w norm(x) + bias
 //   R = 1, 2, 4, 8: the most rows that fit (n <= R). gemv_f32w_*: f32 weights, any n, one row a blockIdx.y.
 //
-// Each warp owns consecutive outputs and streams their rows of weights, ROWS at a time, through a ring of its own in
-// shared memory. A lane reads back only what it copied itself, so the ring needs no barrier. The ring is filled before
-// `pdl_wait`: while the previous kernel drains and x is fetched, memory stays busy.
+// A block owns consecutive outputs and reads their weights once, in order: DRAM serves sequential streams of whole rows
+// best. Its warps share each row: warp w takes every eighth step (256 elements) from step w on. ROWS rows side by side
+// share the loads of x. Each lane copies 16 bytes a row and step into a ring of its own in shared memory and reads back
+// only what it copied itself, so neither the ring nor x needs a barrier. The ring is filled before `pdl_wait`: while the
+// previous kernel drains and x is fetched, memory stays busy.
 // An output is summed in the same order whatever n is: a row does not depend on its neighbours.
 //
 // Launch: block (256), grid (any; one block a multiprocessor is meant), dynamic shared memory
-//   ring + 4 * n * (inputs rounded up to 1024), or less when that does not fit: x then passes in slices.
-//   ring = 73728 bytes; at least ring + 4096 * n.
+//   want = ring + 8192 * n * ceil(inputs / 2048) bytes, ring = 49152 (R = 1, 2, 4) or 65536 (R = 8)
+//   n <= 3: between 77824 and 106496; n >= 4: between 118784 and 212992; at least ring + 16384 * n.
+// Where x does not fit it passes in slices. The bounds keep two blocks of one kernel from a multiprocessor, which would
+// leave another one without work: up to three rows any two blocks fit and never three, from four rows on only one does.
+// Every kernel of the graph needs the same (largest) carve-out of shared memory, or they do not overlap.
 #include "common.cuh"
 
 constexpr int WARPS = 8;
@@ -28,14 +33,21 @@ constexpr int THREADS = WARPS * WARP;
 // Elements of a weight in 16 bytes, and of one row in a step: 16 bytes a lane.
 constexpr int VECTOR = 8;
 constexpr int STEP = WARP * VECTOR;
-constexpr int RING_BYTES = 73728;
-// Slices of x are multiples of this many elements: a float4 a thread.
-constexpr int SLICE = 4 * THREADS;
+// Elements of a row that a block takes at once.
+constexpr int SWEEP = WARPS * STEP;
+// Sweeps after which the lanes' sums are added up: the same for every number of rows and slices.
+constexpr int QUANTUM = 2;
 
 enum Kind { NORM, ADD, SWIGLU };
 
-// Weight rows that a warp streams side by side for N rows of x: more rows share the loads of x.
-template <int N> constexpr int ROWS_OF = N <= 2 ? 2 : 4;
+// Sums of an output: swiglu's has a gate and an up.
+template <int KIND> constexpr int HALVES = KIND == SWIGLU ? 2 : 1;
+// Outputs whose sums are combined at once.
+template <int KIND> constexpr int BATCH = 32 / HALVES<KIND>;
+
+// Rows of weights side by side for N rows of x, and the bytes of the ring that they pass through.
+template <int N> constexpr int ROWS_OF = N == 8 ? 8 : 4;
+template <int N> constexpr int RING_BYTES = N == 8 ? 65536 : 49152;
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
@@ -45,17 +57,24 @@ __device__ __forceinline__ unsigned dynamic_shared_bytes() {
     return bytes;
 }
 
-// Writes one output of one row from its sums (`up`: of the second half of swiglu's rows).
-template <int KIND>
-__device__ __forceinline__ void finish(float sum, float up, const float* bias, float* y, int output, int outputs) {
-    if (bias != nullptr) sum += bias[output];
-    if (KIND == NORM) *y = sum;
-    if (KIND == ADD) *y += sum;
-    if (KIND == SWIGLU) {
-        if (bias != nullptr) up += bias[outputs + output];
-        *y = silu(sum) * up;
+// What is added to the sums of one output, read ahead of them: the bias, and what y holds where the product is added to it.
+template <int KIND> struct Base {
+    float sum = 0.0f, up = 0.0f;
+
+    __device__ __forceinline__ Base() {}
+    __device__ __forceinline__ Base(const float* bias, const float* y, int output, int outputs) {
+        if (bias != nullptr) {
+            sum = bias[output];
+            if (KIND == SWIGLU) up = bias[outputs + output];
+        }
+        if (KIND == ADD) sum += *y;
     }
-}
+
+    // Writes the output from its sums (`more`: over the up row of swiglu).
+    __device__ __forceinline__ void finish(float total, float more, float* y) const {
+        *y = KIND == SWIGLU ? silu(sum + total) * (up + more) : sum + total;
+    }
+};
 
 // One output of one row by one warp, element by element: f32 weights, and rows that are no multiple of 16 bytes.
 template <int KIND, typename Weight>
@@ -79,211 +98,291 @@ __device__ void dot_plain(const float* x, const float* norm_w, float eps, const 
         sum *= scale;
         up *= scale;
     }
-    if (lane == 0) finish<KIND>(sum, up, bias, y + output, output, outputs);
+    if (lane == 0) Base<KIND>(bias, y + output, output, outputs).finish(sum, up, y + output);
 }
 
-// The rows of weights of one warp, copied step by step into its ring.
-template <int KIND, int ROWS> struct Stream {
-    static constexpr int PER = KIND == SWIGLU ? ROWS / 2 : ROWS; // Outputs side by side.
-    static constexpr int STAGES = RING_BYTES / (WARPS * ROWS * STEP * 2);
-    const bf16* w;
-    unsigned long long policy;
-    unsigned ring; // This lane's 16 bytes of the first row of the first stage.
-    int inputs, outputs, end;
-    int output, k, stage; // Of the next copy.
+// Where a block is in its weights: batches of outputs, in each the slices of x, in each groups of PER outputs, in each
+// the sweeps of a row.
+template <int KIND, int ROWS> struct Walk {
+    static constexpr int PER = ROWS / HALVES<KIND>; // Outputs side by side.
+    int end, sweeps, slice;         // Outputs of the block; sweeps of a row and of a slice.
+    int batch, from, output, sweep; // Where it is.
 
-    __device__ __forceinline__ long long row(int output, int r) const {
-        return output + r % PER + (KIND == SWIGLU && r >= PER ? (long long)outputs : 0);
-    }
+    __device__ __forceinline__ bool more() const { return batch < end; }
+    __device__ __forceinline__ int batch_end() const { return min(batch + BATCH<KIND>, end); }
+    __device__ __forceinline__ int slice_end() const { return min(from + slice, sweeps); }
 
-    __device__ __forceinline__ void issue() {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (output + r % PER < end && k < inputs) {
-                copy_async_16(ring + (stage * ROWS + r) * (STEP * 2), w + row(output, r) * inputs + k, policy);
-            }
+    __device__ __forceinline__ void next() {
+        if (++sweep < slice_end()) return;
+        sweep = from;
+        output += PER;
+        if (output < batch_end()) return;
+        from = slice_end();
+        if (from == sweeps) {
+            from = 0;
+            batch += BATCH<KIND>;
         }
-        copy_async_commit();
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        k += STEP;
-        if (k - (int)(threadIdx.x % WARP) * VECTOR >= inputs) {
-            k = threadIdx.x % WARP * VECTOR;
-            output += PER;
-        }
+        sweep = from;
+        output = batch;
     }
 };
 
-// x[from .. from + slice] of all rows into shared memory, times norm_w; adds this thread's squares to `squares`.
-// Element k lies so that lane l's 8 elements of a step are two float4 that the lanes of a warp read without conflict.
-template <int N>
-__device__ __forceinline__ void load_x(const float* x, const float* norm_w, float4* xs, int n, int inputs, int from,
-                                       int slice, float (&squares)[N]) {
+// The weights of one warp, copied ahead of their use into its ring.
+template <int KIND, int N> struct Stream {
+    static constexpr int ROWS = ROWS_OF<N>;
+    static constexpr int PER = ROWS / HALVES<KIND>;
+    static constexpr int STAGES = RING_BYTES<N> / (WARPS * ROWS * STEP * 2);
+    const bf16* w; // At this lane's elements of the first sweep.
+    int left;      // Elements of a row from there on.
+    int inputs, outputs;
+    unsigned long long policy;
+    unsigned ring; // This lane's 16 bytes of the first row of the first stage.
+    int stage;
+    Walk<KIND, ROWS> at; // The next copy.
+
+    __device__ __forceinline__ void issue() {
+        if (at.more() && at.sweep * SWEEP < left) {
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (i >= n) break;
-        const float4* row = (const float4*)(x + (long long)i * inputs + from);
-        int present = min(slice, inputs - from) / 4;
-#pragma unroll 4
-        for (int q = threadIdx.x; q < present; q += THREADS) {
-            float4 v = row[q];
-            squares[i] = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares[i]))));
-            if (norm_w != nullptr) {
-                float4 s = ((const float4*)(norm_w + from))[q];
-                v = make_float4(v.x * s.x, v.y * s.y, v.z * s.z, v.w * s.w);
+            for (int r = 0; r < ROWS; r++) {
+                int output = at.output + r % PER;
+                long long row = output + (KIND == SWIGLU && r >= PER ? (long long)outputs : 0);
+                if (output < at.end)
+                    copy_async_16(ring + (stage * ROWS + r) * (STEP * 2), w + row * inputs + at.sweep * SWEEP, policy);
             }
-            xs[i * (slice / 4) + q / 64 * 64 + q % 2 * 32 + q % 64 / 2] = v;
+        }
+        copy_async_commit();
+        at.next();
+    }
+
+    // Waits for the oldest stage, reads it and refills it. The read is issued before the copy that overwrites it.
+    __device__ __forceinline__ void take(uint4 (&weights)[ROWS]) {
+        copy_async_wait<STAGES - 1>();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) weights[r] = load_shared_16(ring + (stage * ROWS + r) * (STEP * 2));
+        issue();
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+};
+
+// This lane's elements of x in some sweeps of all rows into shared memory, times norm_w. Adds their squares.
+// The loads of several sweeps and rows are under way together.
+template <int KIND, int N>
+__device__ __forceinline__ void load_x(const float* x, const float* norm_w, float4* xs, int n, int inputs, int from,
+                                       int to, int slice, float (&squares)[N]) {
+    constexpr int AHEAD = KIND == ADD ? (N < 8 ? 8 / N : 1) : (N < 4 ? 4 / N : 1);
+    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int start = from; start < to; start += AHEAD) {
+        float4 v[AHEAD][N][2], g[AHEAD][2];
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            int k = (start + a) * SWEEP + threadIdx.x * VECTOR;
+            bool present = start + a < to && k < inputs;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+#pragma unroll
+                for (int i = 0; i < N; i++)
+                    v[a][i][h] = present && i < n ? ((const float4*)(x + (long long)i * inputs + k))[h] : zero;
+                if (KIND != ADD) g[a][h] = present && norm_w != nullptr ? ((const float4*)(norm_w + k))[h] : zero;
+            }
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            if (start + a >= to) break;
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                if (i >= n) break;
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float4 u = v[a][i][h], scale = g[a][h];
+                    if (KIND != ADD && norm_w != nullptr) {
+                        squares[i] = fmaf(u.x, u.x, fmaf(u.y, u.y, squares[i]));
+                        squares[i] = fmaf(u.z, u.z, fmaf(u.w, u.w, squares[i]));
+                        u = make_float4(u.x * scale.x, u.y * scale.y, u.z * scale.z, u.w * scale.w);
+                    }
+                    xs[(i * slice + start + a - from) * (2 * THREADS) + h * WARP] = u;
+                }
+            }
         }
     }
 }
 
-// Adds one step of weights times x to the sums. `xs`: this lane's first float4 of the step.
+// Adds a step of ROWS rows of weights times x to the sums. `xs`: this lane's first float4 of the sweep.
 template <int N, int ROWS>
-__device__ __forceinline__ void multiply(unsigned weights, const float4* xs, int slice, int n, float (&sums)[ROWS][N]) {
+__device__ __forceinline__ void multiply(const uint4 (&weights)[ROWS], const float4* xs, int slice, int n,
+                                         float (&sums)[ROWS * N]) {
     float w[ROWS][VECTOR];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        unsigned p[4];
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(p[0]), "=r"(p[1]), "=r"(p[2]), "=r"(p[3])
-                     : "r"(weights + r * (STEP * 2))
-                     : "memory");
+        unsigned pairs[4] = {weights[r].x, weights[r].y, weights[r].z, weights[r].w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            w[r][2 * j] = low_f32(p[j]);
-            w[r][2 * j + 1] = high_f32(p[j]);
+            w[r][2 * j] = low_f32(pairs[j]);
+            w[r][2 * j + 1] = high_f32(pairs[j]);
         }
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i >= n) break;
-        float4 a = xs[i * (slice / 4)], b = xs[i * (slice / 4) + 32];
+        float4 a = xs[i * slice * (2 * THREADS)], b = xs[i * slice * (2 * THREADS) + WARP];
         float v[VECTOR] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
 #pragma unroll
-            for (int j = 0; j < VECTOR; j++) sums[r][i] = fmaf(w[r][j], v[j], sums[r][i]);
+            for (int j = 0; j < VECTOR; j++) sums[r * N + i] = fmaf(w[r][j], v[j], sums[r * N + i]);
         }
     }
 }
 
-// Reduces the sums of a warp and writes its outputs: lane r * N + i those of row i.
-template <int KIND, int N, int ROWS>
-__device__ __forceinline__ void finish_pass(const float (&sums)[ROWS][N], float scale, const float* bias,
-                                            float* y, int n, int output, int end, int outputs) {
-    constexpr int PER = Stream<KIND, ROWS>::PER;
-    int lane = threadIdx.x % WARP, r = lane / N, i = lane % N;
-    float sum = 0.0f, up = 0.0f;
+// Sums each of COUNT values over the warp. Lane l gets value l / (32 / COUNT): each round halves the values that a lane
+// holds, while there are several. The order of additions does not depend on COUNT.
+template <int COUNT, int MASK = WARP / 2> __device__ __forceinline__ float transpose_sum(const float* v) {
+    if constexpr (MASK == 0) {
+        return v[0];
+    } else if constexpr (COUNT == 1) {
+        float sum[1] = {v[0] + __shfl_xor_sync(0xffffffffu, v[0], MASK)};
+        return transpose_sum<1, MASK / 2>(sum);
+    } else {
+        float half[COUNT / 2];
+        bool upper = threadIdx.x & MASK;
 #pragma unroll
-    for (int s = 0; s < ROWS; s++) {
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            float total = warp_sum(sums[s][j]);
-            if (lane == s % PER * N + j) (s < PER ? sum : up) = total;
+        for (int j = 0; j < COUNT / 2; j++) {
+            float keep = upper ? v[j + COUNT / 2] : v[j], give = upper ? v[j] : v[j + COUNT / 2];
+            half[j] = keep + __shfl_xor_sync(0xffffffffu, give, MASK);
         }
-    }
-    if (r < PER && i < n && output + r < end) {
-        finish<KIND>(sum * scale, up * scale, bias, y + (long long)i * outputs + output + r, output + r, outputs);
+        return transpose_sum<COUNT / 2, MASK / 2>(half);
     }
 }
 
-// RMSNorm's factor of row lane % N from all threads' squares; 1 without a norm. A barrier.
-template <int N>
-__device__ __forceinline__ float norm_scale(const float (&squares)[N], bool norm, float eps, int inputs,
-                                            float* partial) {
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+// What the warps of a block have summed: of each output, row of x and warp. Twice, so that one barrier a batch is enough.
+template <int KIND, int N> struct Partials {
+    float sums[2][BATCH<KIND>][HALVES<KIND>][N][WARPS];
+    float squares[N][WARPS];
+
+    // Adds a warp's sums for the outputs from `output` on, of `outputs`; the `first` ones replace what was there.
+    template <int ROWS>
+    __device__ __forceinline__ void add(const float (&lanes)[ROWS * N], int turn, int output, int outputs, bool first) {
+        constexpr int PER = ROWS / HALVES<KIND>;
+        constexpr int EACH = ROWS * N < WARP ? ROWS * N : WARP; // Sums that are added up at once; lanes to each: SHARE.
+        constexpr int SHARE = WARP / EACH;
+        int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        float sum = warp_sum(squares[i]);
-        if (lane == 0) partial[i * WARPS + warp] = sum;
+        for (int c = 0; c < ROWS * N; c += EACH) {
+            float sum = transpose_sum<EACH>(&lanes[c]);
+            int at = c + lane / SHARE, r = at / N, o = output + r % PER;
+            if (lane % SHARE == 0 && o < outputs) {
+                float& slot = sums[turn][o][r / PER][at % N][threadIdx.x / WARP];
+                slot = first ? sum : slot + sum;
+            }
+        }
     }
-    __syncthreads();
-    float sum = 0.0f;
+
+    __device__ __forceinline__ float sum(const float (&of)[WARPS]) const {
+        float total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < WARPS; j++) sum += partial[lane % N * WARPS + j];
-    return norm ? 1.0f / sqrtf(sum / inputs + eps) : 1.0f;
-}
+        for (int w = 0; w < WARPS; w++) total += of[w];
+        return total;
+    }
+};
 
 template <int KIND, int N>
 __device__ __forceinline__ void gemv(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias,
                                      float* y, int n, int inputs, int outputs) {
     constexpr int ROWS = ROWS_OF<N>;
-    typedef Stream<KIND, ROWS> Weights;
+    constexpr int COUNT = BATCH<KIND>;
+    typedef Stream<KIND, N> Weights;
     extern __shared__ __align__(16) unsigned char shared[];
-    __shared__ float partial[N * WARPS];
+    __shared__ Partials<KIND, N> partials;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    long long warps = (long long)gridDim.x * WARPS, index = (long long)blockIdx.x * WARPS + warp;
     pdl_launch();
     if (inputs % VECTOR != 0) {
         pdl_wait();
-        for (int o = index; o < outputs; o += warps)
+        for (int o = blockIdx.x * WARPS + warp; o < outputs; o += gridDim.x * WARPS)
             for (int i = 0; i < n; i++)
                 dot_plain<KIND>(x + (long long)i * inputs, norm_w, eps, w, bias, y + (long long)i * outputs, inputs,
                                 outputs, o);
         return;
     }
-    int begin = index * outputs / warps, end = (index + 1) * outputs / warps;
-    unsigned ring = shared_address(shared) + warp * Weights::STAGES * ROWS * STEP * 2 + lane * 16;
-    Weights stream = {w, evict_first(), ring, inputs, outputs, end, begin, lane * VECTOR, 0};
+    int begin = (long long)blockIdx.x * outputs / gridDim.x, end = (blockIdx.x + 1LL) * outputs / gridDim.x;
+    int sweeps = (inputs + SWEEP - 1) / SWEEP, first = threadIdx.x * VECTOR;
+    int slice = ((int)dynamic_shared_bytes() - RING_BYTES<N>) / (4 * n * SWEEP);
+    slice = slice < sweeps ? slice / QUANTUM * QUANTUM : sweeps;
+    if (slice < 1) __trap(); // Launched with less shared memory than x needs.
+    unsigned ring = shared_address(shared) + warp * (Weights::STAGES * ROWS * STEP * 2) + lane * 16;
+    Walk<KIND, ROWS> start = {end, sweeps, slice, begin, 0, begin, 0};
+    Weights stream = {w + first, inputs - first, inputs, outputs, evict_first(), ring, 0, start};
 #pragma unroll 1
-    for (int s = 0; s < Weights::STAGES - 1; s++) stream.issue();
+    for (int s = 0; s < Weights::STAGES; s++) {
+        stream.stage = s;
+        stream.issue();
+    }
+    stream.stage = 0;
     if (norm_w != nullptr)
         for (int k = threadIdx.x * 32; k < inputs; k += THREADS * 32) prefetch_l2(norm_w + k);
     pdl_wait();
 
-    float4* xs = (float4*)(shared + RING_BYTES);
-    int room = (dynamic_shared_bytes() - RING_BYTES) / (4 * n) / SLICE * SLICE;
-    int slice = min((inputs + SLICE - 1) / SLICE * SLICE, room);
-    int most = (outputs + warps - 1) / warps;
-    int passes = (most + Weights::PER - 1) / Weights::PER, stage = 0;
-    float squares[N] = {}, scale = 1.0f;
-    for (int pass = 0; pass < passes; pass++) {
-        int output = begin + pass * Weights::PER;
-        float sums[ROWS][N] = {};
-        for (int from = 0; from < inputs; from += slice) {
-            if (pass == 0 || slice < inputs) {
-                float ignored[N];
-                if (pass + from > 0) __syncthreads();
-                if (pass == 0) load_x<N>(x, norm_w, xs, n, inputs, from, slice, squares);
-                else load_x<N>(x, norm_w, xs, n, inputs, from, slice, ignored);
-                if (pass == 0 && from + slice >= inputs)
-                    scale = norm_scale<N>(squares, norm_w != nullptr, eps, inputs, partial);
-                else __syncthreads();
-            }
-            if (output >= end) continue;
-            int stop = min(slice, inputs - from);
+    float4* xs = (float4*)(shared + RING_BYTES<N>) + warp * (2 * WARP) + lane;
+    float squares[N] = {};
+    for (int batch = begin, turn = 0; batch < end; batch += COUNT, turn ^= 1) {
+        int batch_end = min(batch + COUNT, end);
+        int i = threadIdx.x / COUNT, mine = batch + threadIdx.x % COUNT;
+        bool writes = i < n && mine < end;
+        float* to_write = y + (long long)i * outputs + mine;
+        Base<KIND> base;
+        if (writes) base = Base<KIND>(bias, to_write, mine, outputs);
+        for (int from = 0; from < sweeps; from += slice) {
+            int to = min(from + slice, sweeps);
+            if (batch == begin || slice < sweeps) load_x<KIND, N>(x, norm_w, xs, n, inputs, from, to, slice, squares);
+            for (int output = batch; output < batch_end; output += Weights::PER) {
+                for (int start = from; start < to; start += QUANTUM) {
+                    float sums[ROWS * N] = {};
 #pragma unroll 1
-            for (int k = 0; k < stop; k += STEP) {
-                copy_async_wait<Weights::STAGES - 2>();
-                if (k + lane * VECTOR < stop)
-                    multiply<N, ROWS>(ring + stage * ROWS * STEP * 2, xs + k / 4 + lane, slice, n, sums);
-                stage = stage + 1 == Weights::STAGES ? 0 : stage + 1;
-                stream.issue();
+                    for (int s = start; s < min(start + QUANTUM, to); s++) {
+                        uint4 weights[ROWS];
+                        stream.take(weights);
+                        if (s * SWEEP + first < inputs)
+                            multiply<N, ROWS>(weights, xs + (s - from) * (2 * THREADS), slice, n, sums);
+                    }
+                    partials.template add<ROWS>(sums, turn, output - batch, batch_end - batch, start == 0);
+                }
             }
         }
-        if (output < end) finish_pass<KIND, N, ROWS>(sums, scale, bias, y, n, output, end, outputs);
+        if (batch == begin) {
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                float sum = warp_sum(squares[i]);
+                if (lane == 0) partials.squares[i][warp] = sum;
+            }
+        }
+        __syncthreads();
+        if (writes) {
+            const auto& sums = partials.sums[turn][mine - batch];
+            float scale = norm_w == nullptr ? 1.0f : 1.0f / sqrtf(partials.sum(partials.squares[i]) / inputs + eps);
+            base.finish(partials.sum(sums[0][i]) * scale, partials.sum(sums[HALVES<KIND> - 1][i]) * scale, to_write);
+        }
     }
 }
 
-#define GEMV(R)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                          \
+#define GEMV(R, BLOCKS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
         gemv_norm_r##R(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias, float* y,    \
                        int n, int inputs, int outputs) {                                                               \
         gemv<NORM, R>(x, norm_w, eps, w, bias, y, n, inputs, outputs);                                                \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
         gemv_add_r##R(const float* x, const bf16* w, const float* bias, float* y, int n, int inputs, int outputs) {   \
         gemv<ADD, R>(x, nullptr, 0.0f, w, bias, y, n, inputs, outputs);                                               \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
         gemv_swiglu_r##R(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias, float* y,  \
                          int n, int inputs, int width) {                                                               \
         gemv<SWIGLU, R>(x, norm_w, eps, w, bias, y, n, inputs, width);                                                \
     }
 
-GEMV(1)
-GEMV(2)
-GEMV(4)
-GEMV(8)
+// Two blocks of 1 to 4 rows share a multiprocessor: one drains, the next has its ring filled.
+GEMV(1, 2)
+GEMV(2, 2)
+GEMV(4, 2)
+GEMV(8, 1)
 
 // One warp an output, one row a blockIdx.y.
 template <int KIND>
