@@ -12,14 +12,14 @@
 //   out        f32 [n][heads][head_dim]; 0 where a query sees nothing
 //   lse        f32 [n][heads], natural logarithm; -inf where a query sees nothing
 //
-// Launch: grid n * heads, block of THREADS = 128, no dynamic shared memory.
+// Launch: grid n * heads, block of THREADS = 256, no dynamic shared memory.
 //
-// A block is one query of one head. Each warp takes every fourth run of 32 keys: the lanes share a key's dimensions
+// A block is one query of one head. Each warp takes every eighth run of 32 keys: the lanes share a key's dimensions
 // for its score, then the lanes hold the 32 scores, then again share the dimensions for the values.
 
 #include "attention_common.cuh"
 
-constexpr int WARPS = 4;
+constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int MAX_DIM = 256;
 constexpr int EACH = MAX_DIM / 32; // dimensions a lane, 32 apart

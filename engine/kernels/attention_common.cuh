@@ -108,6 +108,14 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
+// Adds to a counter. What this block's threads wrote before a barrier is seen by whoever adds later, and its threads
+// see after a barrier what those who added earlier wrote.
+DEVICE unsigned add_acquire_release(unsigned *counter, unsigned x) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+    return before;
+}
+
 // Programmatic dependent launch: waits until the kernels before this one have finished and their writes are seen.
 DEVICE void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -13,10 +13,10 @@
 //   scratch    f32, gridDim.x * 16 * (DIM + 2) numbers, aligned to 16 bytes, contents irrelevant
 //   counters   u32, rows * kv_heads * ceil(group / 8) numbers, 0 before the first launch; a launch leaves them 0
 //
-// Launch: any grid of at most the blocks that fit on the card at once is fastest (2 an SM on Hopper), any other is
-// right as well; block of THREADS = 128; dynamic shared memory SHARED_BYTES = 98304 for either DIM.
+// Launch: any grid is right; fastest is one block an SM, on a card of 132 SMs 128 blocks (an even number in each of its
+// clusters of SMs). Block of THREADS = 32 * WARPS = 256; dynamic shared memory 16384 * WARPS = 131072 bytes.
 //
-// An item is a (row, KV head, block of at most 8 query heads); its keys are cut into tiles of 64. The tiles of all
+// An item is a (row, KV head, block of at most 8 query heads); its keys are cut into tiles of 128. The tiles of all
 // items form one line that is shared equally among the blocks of the grid, computed here because lengths change
 // between replays of a captured graph (stream-K for attention: LeanAttention, arXiv 2405.10480). What a block has of
 // an item that others share goes to scratch; whoever comes last merges it all. So a block writes at most two partial
@@ -28,34 +28,27 @@
 
 #include "attention_common.cuh"
 
+// Fewer for cards with less shared memory a block.
 #ifndef DECODE_WARPS
-#define DECODE_WARPS 4
-#endif
-#ifndef DECODE_STAGE_BYTES_TOTAL
-#define DECODE_STAGE_BYTES_TOTAL 98304
-#endif
-#ifndef DECODE_MIN_TILES
-#define DECODE_MIN_TILES 1
-#endif
-#ifndef DECODE_BLOCKS
-#define DECODE_BLOCKS 2
+#define DECODE_WARPS 8
 #endif
 
 constexpr int WARPS = DECODE_WARPS;
 constexpr int THREADS = 32 * WARPS;
+// Shared memory a warp: its ring.
+constexpr int RING_BYTES = 16384;
 // Keys a warp takes at a time, and a block.
 constexpr int STEP = 16;
 constexpr int TILE = STEP * WARPS;
+// Query heads of an item: hi and lo parts of so many fill the 16 rows of the matrix unit.
 constexpr int HEADS = 8;
-// Tiles under which a share is not cut further: a merge costs more.
-constexpr int MIN_TILES = DECODE_MIN_TILES;
 
 template <int DIM> struct Layout {
     static constexpr int ROW_BYTES = DIM * 2;
-    static constexpr int CHUNKS = DIM / 8;                  // of 16 bytes a key
+    static constexpr int CHUNKS = DIM / 8;                   // of 16 bytes a key
     static constexpr int STAGE_BYTES = 2 * STEP * ROW_BYTES; // K, then V
-    static constexpr int STAGES = DECODE_STAGE_BYTES_TOTAL / (WARPS * STAGE_BYTES);
-    static constexpr int STATE_ROW = DIM + 8;               // floats a head; padded against bank conflicts
+    static constexpr int STAGES = RING_BYTES / STAGE_BYTES;
+    static constexpr int STATE_ROW = DIM + 8;                // floats a head; padded against bank conflicts
     static_assert((HEADS * STATE_ROW + 2 * HEADS) * 4 <= STAGE_BYTES, "a warp's state fits one of its stages");
 };
 
@@ -103,7 +96,7 @@ struct Cursor {
     Keys keys;
     int tile, last; // `last` is one past the item's last tile
 
-    __device__ void open(const Problem &p) {
+    __device__ void open() {
         tile = keys.first_tile();
         last = tile + keys.tiles();
     }
@@ -118,7 +111,7 @@ struct Cursor {
                 keys = visible(p, ++row);
             } while (keys.tiles() == 0);
         }
-        open(p);
+        open();
     }
 };
 
@@ -167,7 +160,7 @@ DEVICE Cursor find(const Problem &p, unsigned at) {
     c.keys = visible(p, base);
     unsigned tiles = c.keys.tiles();
     c.block = (at - before) / tiles;
-    c.open(p);
+    c.open();
     c.tile += (at - before) % tiles;
     return c;
 }
@@ -390,12 +383,10 @@ DEVICE bool arrive(unsigned *counter, unsigned blocks) {
     __shared__ unsigned before;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        before = atomicAdd(counter, 1);
+        before = add_acquire_release(counter, 1);
         if (before == blocks - 1) {
             *counter = 0;
         }
-        __threadfence();
     }
     __syncthreads();
     return before == blocks - 1;
@@ -406,7 +397,7 @@ template <int DIM> DEVICE Part merge_warps(const char *shared, int stage, int he
     using L = Layout<DIM>;
     Part all = {{0.0f, 0.0f, 0.0f, 0.0f}, LOWEST, 0.0f};
     const float *states = reinterpret_cast<const float *>(shared + stage * L::STAGE_BYTES);
-    constexpr int NEXT = L::STAGES * L::STAGE_BYTES / 4;
+    constexpr int NEXT = RING_BYTES / 4;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
         all.max = fmaxf(all.max, states[w * NEXT + HEADS * L::STATE_ROW + 2 * head]);
@@ -420,51 +411,81 @@ template <int DIM> DEVICE Part merge_warps(const char *shared, int stage, int he
     return all;
 }
 
-// Merges the states of an item's first `heads` heads that every WARPS-th of the blocks `from..=to` left in scratch,
-// into a state at `left`. Only the first block can have begun before the item: its `slot` is given. The lanes share
-// the values; lane h keeps the weights of head h.
-template <int DIM>
-DEVICE void gather_blocks(const Problem &p, unsigned from, unsigned to, int slot, int heads, float *left) {
-    using L = Layout<DIM>;
-    constexpr int QUADS = DIM / 4, EACH = HEADS * QUADS / 32;
-    int lane = threadIdx.x % 32;
-    float4 sum[EACH] = {};
-    float max = LOWEST, weight = 0.0f;
-    for (unsigned b = from + threadIdx.x / 32; b <= to; b += WARPS) {
-        int s = b == from ? slot : 0;
-        const float4 *values = reinterpret_cast<const float4 *>(slot_values<DIM>(p, b, s));
-        float2 w = {LOWEST, 0.0f};
-        if (lane < heads) {
-            w = __ldcg(slot_weights<DIM>(p, b, s) + lane);
-        }
-        float4 x[EACH];
+// A state in scratch, shared among the lanes of a warp: lane h has the weights of head h.
+template <int DIM> struct Gathered {
+    static constexpr int QUADS = DIM / 4, EACH = HEADS * QUADS / 32;
+    float4 x[EACH];
+    float max, sum;
+
+    __device__ static int head(int i) { return (i * 32 + (int)(threadIdx.x % 32)) / QUADS; }
+    __device__ void clear() {
+        max = LOWEST;
+        sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             x[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if ((i * 32 + lane) / QUADS < heads) {
+        }
+    }
+    // Reads the first `heads` heads of a block's state; past the first cache level, which may hold older contents.
+    __device__ void read(const Problem &p, unsigned block, int slot, int heads) {
+        int lane = threadIdx.x % 32;
+        const float4 *values = reinterpret_cast<const float4 *>(slot_values<DIM>(p, block, slot));
+        if (lane < heads) {
+            float2 w = __ldcg(slot_weights<DIM>(p, block, slot) + lane);
+            max = w.x, sum = w.y;
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            if (head(i) < heads) {
                 x[i] = __ldcg(values + i * 32 + lane);
             }
         }
-        float higher = fmaxf(max, w.x), keep = exp2_approx(max - higher), take = exp2_approx(w.x - higher);
+    }
+    __device__ void merge(const Gathered &other) {
+        float higher = fmaxf(max, other.max);
+        float keep = exp2_approx(max - higher), take = exp2_approx(other.max - higher);
         max = higher;
-        weight = weight * keep + w.y * take;
+        sum = sum * keep + other.sum * take;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            float k = __shfl_sync(ALL_LANES, keep, (i * 32 + lane) / QUADS);
-            float t = __shfl_sync(ALL_LANES, take, (i * 32 + lane) / QUADS);
-            sum[i].x = sum[i].x * k + x[i].x * t, sum[i].y = sum[i].y * k + x[i].y * t;
-            sum[i].z = sum[i].z * k + x[i].z * t, sum[i].w = sum[i].w * k + x[i].w * t;
+            float k = __shfl_sync(ALL_LANES, keep, head(i)), t = __shfl_sync(ALL_LANES, take, head(i));
+            x[i].x = x[i].x * k + other.x[i].x * t, x[i].y = x[i].y * k + other.x[i].y * t;
+            x[i].z = x[i].z * k + other.x[i].z * t, x[i].w = x[i].w * k + other.x[i].w * t;
         }
     }
+    // As `State::leave`.
+    __device__ void leave(float *to) const {
+        int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        int e = i * 32 + lane;
-        *reinterpret_cast<float4 *>(left + e / QUADS * L::STATE_ROW + e % QUADS * 4) = sum[i];
+        for (int i = 0; i < EACH; ++i) {
+            *reinterpret_cast<float4 *>(to + head(i) * Layout<DIM>::STATE_ROW + (i * 32 + lane) % QUADS * 4) = x[i];
+        }
+        if (lane < HEADS) {
+            to[HEADS * Layout<DIM>::STATE_ROW + 2 * lane] = max;
+            to[HEADS * Layout<DIM>::STATE_ROW + 2 * lane + 1] = sum;
+        }
     }
-    if (lane < HEADS) {
-        left[HEADS * L::STATE_ROW + 2 * lane] = max;
-        left[HEADS * L::STATE_ROW + 2 * lane + 1] = weight;
+};
+
+// Merges the states of an item that every WARPS-th of the blocks `from..=to` left in scratch, into a state at `left`.
+// Only the first block can have begun before the item: its `slot` is given.
+template <int DIM>
+DEVICE void gather_blocks(const Problem &p, unsigned from, unsigned to, int slot, int heads, float *left) {
+    Gathered<DIM> all;
+    all.clear();
+    for (unsigned b = from + threadIdx.x / 32; b <= to; b += 2 * WARPS) {
+        // Two at a time, for the latency.
+        Gathered<DIM> one, two;
+        one.clear();
+        two.clear();
+        one.read(p, b, b == from ? slot : 0, heads);
+        if (b + WARPS <= to) {
+            two.read(p, b + WARPS, 0, heads);
+        }
+        all.merge(one);
+        all.merge(two);
     }
+    all.leave(left);
 }
 
 // Ends a block's part of an item: merges its warps' states, then those of other blocks. `item` is where the item
@@ -490,7 +511,7 @@ DEVICE void finish(const Problem &p, const Shares &shares, const Cursor &c, unsi
         }
     }
     if (from != to && arrive(p.counters + c.row * p.blocks + c.block, to - from + 1)) {
-        char *left = shared + (threadIdx.x / 32 * L::STAGES + stage) * L::STAGE_BYTES;
+        char *left = shared + threadIdx.x / 32 * RING_BYTES + stage * L::STAGE_BYTES;
         slot = shares.begin(from) < item ? 1 : 0;
         gather_blocks<DIM>(p, from, to, slot, heads, reinterpret_cast<float *>(left));
         __syncthreads();
@@ -509,7 +530,7 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     pdl_wait();
     pdl_launch();
     unsigned tiles = count_tiles(p);
-    unsigned blocks = min(gridDim.x, (tiles + MIN_TILES - 1) / MIN_TILES);
+    unsigned blocks = min(gridDim.x, tiles);
     if (blockIdx.x >= blocks) {
         write_empty_rows<DIM>(p);
         return;
@@ -517,7 +538,7 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     Shares shares = {tiles / blocks, tiles % blocks};
     unsigned begin = shares.begin(blockIdx.x), count = shares.begin(blockIdx.x + 1) - begin;
     int warp = threadIdx.x / 32;
-    unsigned ring = shared_address(shared) + warp * L::STAGES * L::STAGE_BYTES;
+    unsigned ring = shared_address(shared) + warp * RING_BYTES;
 
     Cursor c = find(p, begin);
     Fetcher<DIM> fetcher = {c, 0, count};
@@ -543,7 +564,7 @@ template <int DIM> DEVICE void decode(const Problem &p) {
         }
         if (c.tile + 1 == c.last || i + 1 == count) {
             __syncwarp();
-            state.leave(reinterpret_cast<float *>(shared + (warp * L::STAGES + stage) * L::STAGE_BYTES));
+            state.leave(reinterpret_cast<float *>(shared + warp * RING_BYTES + stage * L::STAGE_BYTES));
             // On its way during the merge.
             query.read(p, next);
             finish<DIM>(p, shares, c, begin + i - (c.tile - c.keys.first_tile()), shared, stage);
@@ -556,7 +577,7 @@ template <int DIM> DEVICE void decode(const Problem &p) {
 }
 
 #define DECODE_ENTRY(NAME, DIM)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS)                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
         NAME(const float *q, const unsigned short *kv, const int *page_table, int table_stride, const int *first,     \
              const int *start, const int *end, const int *pos, int rows, int heads, int kv_heads, int window,         \
              float scale, float *out, float *lse, float *scratch, unsigned *counters) {                               \

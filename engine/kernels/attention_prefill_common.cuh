@@ -57,8 +57,8 @@ struct Span {
         Keys early = visible(p, rows.token(p, 0)), late = visible(p, rows.last_token(p));
         int begin = early.begin / PAGE, tiles = max((late.end + PAGE - 1) / PAGE - begin, 0);
         int part = blockIdx.y, parts = gridDim.y;
-        int from = begin + (int)((long long)tiles * part / parts), to = begin + (int)((long long)tiles * (part + 1) / parts);
-        return {from, to, {late.begin, early.end}};
+        auto cut = [&](int i) { return begin + (int)((long long)tiles * i / parts); };
+        return {cut(part), cut(part + 1), {late.begin, early.end}};
     }
     __device__ bool masked(int at) const { return at * PAGE < all.begin || (at + 1) * PAGE > all.end; }
 };
