@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::device::Memory;
+use super::device::{Memory, Pinned};
 use crate::config::{AttentionConfig, Strategy};
 use crate::error::Result;
 use crate::kv::device::{DeviceRun, PAGE};
@@ -67,6 +67,13 @@ impl Batch {
     /// Copies the arrays to where the kernels read them.
     pub(crate) fn upload(&self, inputs: &Memory) -> Result<()> {
         inputs.write(0, &self.integers)
+    }
+
+    /// The same through page-locked memory, which must not be touched until the stream has passed.
+    pub(crate) fn upload_through(&self, staging: &mut Pinned, inputs: &Memory) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.integers);
+        staging.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+        inputs.write(0, &staging.bytes()[..bytes.len()])
     }
 
     /// Token ids; -1: padding.

@@ -10,7 +10,7 @@ use super::device::{Device, Event, Memory};
 use super::launch::{Shape, arguments};
 use super::model::CudaConfig;
 use super::module::{Kernel, Modules};
-use super::ops::{ATTENTION_THREADS, DECODE_HEADS, DECODE_SHARED, decode_blocks};
+use super::ops::{DECODE_HEADS, DECODE_SHARED, DECODE_THREADS, decode_blocks};
 use crate::error::{EngineError, Result};
 use crate::kv::device::PAGE;
 
@@ -171,7 +171,7 @@ impl Bench {
 
     fn tuned(&self, kv: &Memory) -> Result<()> {
         let AttentionShape { batch, heads, kv_heads, .. } = self.shape;
-        let launch = Shape { shared: DECODE_SHARED, ..Shape::new(decode_blocks(&self.device), ATTENTION_THREADS) };
+        let launch = Shape { shared: DECODE_SHARED, ..Shape::new(decode_blocks(&self.device), DECODE_THREADS) };
         let arguments = arguments![
             &self.q,
             kv,
@@ -215,7 +215,7 @@ impl Bench {
             &self.out[1],
             &self.lse[1],
         ];
-        self.device.launch(self.plain, Shape::new(batch * heads, ATTENTION_THREADS), arguments)
+        self.device.launch(self.plain, Shape::new(batch * heads, DECODE_THREADS), arguments)
     }
 
     fn verify(&self) -> Result<()> {

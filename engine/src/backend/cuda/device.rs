@@ -11,6 +11,9 @@ use crate::error::{EngineError, Result};
 /// Share of the free memory that is used when no budget is given: the rest is for cuBLASLt, graphs and fragmentation.
 const DEFAULT_SHARE: f64 = 0.92;
 
+/// Shared memory that kernels have beside the dynamic part, at most.
+const STATIC_SHARED: usize = 8 << 10;
+
 /// A GPU. All work goes to one stream, in order; it is used from one thread at a time, on which
 /// [`bind`](Device::bind) has been called.
 pub(crate) struct Device {
@@ -21,6 +24,8 @@ pub(crate) struct Device {
     pub(crate) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(crate) multiprocessors: usize,
+    /// Most dynamic shared memory of a block, in bytes.
+    pub(crate) shared_memory: usize,
     budget: u64,
     used: AtomicU64,
 }
@@ -57,10 +62,13 @@ impl Device {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(absent)?;
         let free = result::mem_get_info().map_err(absent)?.0 as u64;
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Arc::new(Device {
             name: context.name().map_err(absent)?,
             capability,
             multiprocessors: context.attribute(count).map_err(absent)? as usize,
+            // What kernels declare by themselves counts too.
+            shared_memory: (context.attribute(shared).map_err(absent)? as usize).saturating_sub(STATIC_SHARED),
             budget: if budget > 0 { budget.min(free) } else { (free as f64 * DEFAULT_SHARE) as u64 },
             used: AtomicU64::new(0),
             context,
@@ -178,6 +186,15 @@ impl Memory {
         unsafe { result::memcpy_dtoh_async(data, self.at::<T>(at), self.device.stream) }
             .map_err(failed("copy from the GPU"))?;
         self.device.synchronize()
+    }
+
+    /// Copies the first bytes into page-locked memory, in order with other work; they are there once the stream has been
+    /// waited for.
+    pub(crate) fn read_later(&self, data: &mut [u8]) -> Result<()> {
+        debug_assert!(data.len() <= self.bytes);
+        // SAFETY: within the allocation; page-locked memory is freed by its owner, which waits for the device.
+        unsafe { result::memcpy_dtoh_async(data, self.address, self.device.stream) }
+            .map_err(failed("copy from the GPU"))
     }
 
     /// Copies `bytes` bytes from byte `from` to byte `to` of this memory; the ranges must not overlap.

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use cudarc::driver::{result, sys};
 
 use super::batch::Batch;
-use super::device::{Device, failed};
+use super::device::{Device, Event, Pinned, failed};
 use super::model::{CudaModel, LOGIT_ROWS};
 use crate::error::Result;
 use crate::model::transformer::Piece;
@@ -19,10 +19,17 @@ use crate::model::transformer::Piece;
 /// Numbers of sequences that graphs are captured for.
 const SIZES: [usize; 15] = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 256];
 
-/// Captured graphs by number of rows.
-#[derive(Default)]
+/// The least size of graph that holds so many sequences, where there is one.
+pub(crate) fn rounded(sequences: usize) -> usize {
+    SIZES.into_iter().find(|size| *size >= sequences).unwrap_or(sequences)
+}
+
+/// Captured graphs by number of rows, and the page-locked memory through which a step's arrays and choices pass.
 pub(crate) struct Graphs {
     captured: HashMap<usize, Captured>,
+    inputs: Pinned,
+    /// As `workspace.chosen`.
+    chosen: Pinned,
 }
 
 /// An executable graph, and the parts that its logits are in.
@@ -37,6 +44,21 @@ struct Captured {
 unsafe impl Send for Captured {}
 
 impl Graphs {
+    /// `inputs`: integers of the largest batch.
+    pub(crate) fn new(device: &Arc<Device>, inputs: usize) -> Result<Graphs> {
+        let chosen = 3 * LOGIT_ROWS * size_of::<u32>();
+        Ok(Graphs {
+            captured: HashMap::new(),
+            inputs: Pinned::new(device, inputs * size_of::<i32>())?,
+            chosen: Pinned::new(device, chosen)?,
+        })
+    }
+
+    /// What the last step has chosen; the stream must have been waited for.
+    pub(crate) fn chosen(&self) -> &[u32] {
+        bytemuck::cast_slice(self.chosen.bytes())
+    }
+
     /// The size of graph for this many sequences; `None`: there is none so large.
     pub(crate) fn size(model: &CudaModel, sequences: usize) -> Option<usize> {
         let most = LOGIT_ROWS.min(model.workspace.tables / 2);
@@ -47,7 +69,12 @@ impl Graphs {
     /// plans of its products, and is captured behind that.
     pub(crate) fn step(&mut self, model: &CudaModel, size: usize, pieces: &[Piece<'_>]) -> Result<usize> {
         let batch = model.lay_out(pieces, size);
-        batch.upload(&model.workspace.inputs)?;
+        if model.head_done.load(Ordering::Relaxed) != 0 {
+            // The last step's choices were never asked for, so that its arrays may still be on their way.
+            model.device.synchronize()?;
+        }
+        batch.upload_through(&mut self.inputs, &model.workspace.inputs)?;
+        let begun = tracing::enabled!(tracing::Level::TRACE).then(|| Event::record(&model.device)).transpose()?;
         let parts = match self.captured.get(&size) {
             Some(captured) => {
                 captured.replay()?;
@@ -65,6 +92,11 @@ impl Graphs {
                 parts
             }
         };
+        if let Some(begun) = begun {
+            let ms = 1e3 * Event::record(&model.device)?.seconds_since(&begun)?;
+            tracing::trace!(size, ms, "a decode step on the GPU");
+        }
+        model.workspace.chosen.read_later(self.chosen.bytes_mut())?;
         model.head_done.store(size << 8 | parts, Ordering::Relaxed);
         Ok(pieces.len())
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::batch::{self, Batch, lay_out, tables_of};
 use super::device::{Device, Memory};
 use super::gemm::Gemm;
-use super::graph::Graphs;
+use super::graph::{Graphs, rounded};
 use super::host_work::HostWork;
 use super::module::Modules;
 use super::ops::Ops;
@@ -165,6 +165,7 @@ impl CudaModel {
         weights: &Weights,
         limits: Limits,
     ) -> Result<CudaModel> {
+        let limits = Limits { sequences: rounded(limits.sequences), ..limits };
         let device = Device::open(config.ordinal, config.memory_budget_bytes)?;
         // Kernels are read or compiled while weights are copied.
         let (modules, loaded) = std::thread::scope(|scope| {
@@ -177,6 +178,7 @@ impl CudaModel {
         let gemm = Gemm::new(&device)?;
         let rows = limits.rows.max(limits.sequences).max(LOGIT_ROWS);
         let workspace = Workspace::new(&device, spec, rows, limits.sequences, limits.context)?;
+        let graphs = Graphs::new(&device, batch::integers(limits.sequences, limits.sequences, workspace.stride))?;
         let ops = Ops::new(&device, &modules, spec, shape, rope, limits)?;
         let (budget, used) = device.memory();
         let left = budget.saturating_sub(used);
@@ -202,7 +204,7 @@ impl CudaModel {
             tuning: AtomicBool::new(false),
             head_done: AtomicUsize::new(0),
             banned: AtomicU64::new(0),
-            graphs: Mutex::default(),
+            graphs: Mutex::new(graphs),
             device,
         })
     }
@@ -311,23 +313,35 @@ impl CudaModel {
         let mut all = Vec::with_capacity(greedy.len());
         for (i, block) in greedy.chunks(LOGIT_ROWS).enumerate() {
             // A replayed graph has been through the head already.
-            let parts = match self.head_done.swap(0, Ordering::Relaxed) {
+            let (parts, rows, chosen) = match self.head_done.swap(0, Ordering::Relaxed) {
                 0 => {
                     let parts = self.head(i * LOGIT_ROWS, block.len())?;
                     let banned = self.banned.load(Ordering::Relaxed) + 4 * (i * LOGIT_ROWS) as u64;
                     self.ops.choose(self, parts, banned, block.len())?;
-                    (parts, block.len())
+                    let mut chosen = vec![0; 3 * LOGIT_ROWS];
+                    self.workspace.chosen.read(0, &mut chosen)?;
+                    (parts, block.len(), chosen)
                 }
-                done => (done & 0xff, done >> 8),
+                done => {
+                    self.device.synchronize()?;
+                    let graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+                    (done & 0xff, done >> 8, graphs.chosen().to_vec())
+                }
             };
-            self.take_block(parts, block, &mut all)?;
+            self.take_block(parts, rows, &chosen, block, &mut all)?;
         }
         Ok(all)
     }
 
-    fn take_block(&self, (parts, rows): (usize, usize), greedy: &[bool], all: &mut Vec<Next>) -> Result<()> {
-        let mut chosen = [0u32; 3 * LOGIT_ROWS];
-        self.workspace.chosen.read(0, &mut chosen)?;
+    /// `rows` rows of logits in `parts` parts, of which the first are those of `greedy`.
+    fn take_block(
+        &self,
+        parts: usize,
+        rows: usize,
+        chosen: &[u32],
+        greedy: &[bool],
+        all: &mut Vec<Next>,
+    ) -> Result<()> {
         for (row, greedy) in greedy.iter().enumerate() {
             let bad = chosen[2 * LOGIT_ROWS + row] != 0;
             // Bad logits go to the host too, which says what is wrong with them.

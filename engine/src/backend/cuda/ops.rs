@@ -17,17 +17,11 @@ use crate::model::spec::ModelSpec;
 
 /// Query heads that share a KV head's products in `attention_decode.cu`.
 pub(super) const DECODE_HEADS: usize = 8;
-/// Threads of a block of the attention kernels.
-pub(super) const ATTENTION_THREADS: usize = 128;
-/// Dynamic shared memory of `attention_decode.cu`, and its blocks on a multiprocessor.
-pub(super) const DECODE_SHARED: usize = 98_304;
-const DECODE_BLOCKS: usize = 2;
-
-/// `gemv.cu`: bytes of its ring of weights, the multiple that inputs are rounded up to, and the shared memory it is given at
-/// most.
-const VECTOR_RING: usize = 73_728;
-const VECTOR_SLICE: usize = 1024;
-const VECTOR_SHARED: usize = 200 << 10;
+/// Threads of a block of `attention_decode.cu` and `attention_any.cu`, and of the other attention kernels.
+pub(super) const DECODE_THREADS: usize = 256;
+const ATTENTION_THREADS: usize = 128;
+/// Dynamic shared memory of `attention_decode.cu`.
+pub(super) const DECODE_SHARED: usize = 131_072;
 /// Threads of a block of most kernels.
 const THREADS: usize = 256;
 /// Heads that a block of `rope_append.cu` and `kv_rows.cu` takes.
@@ -143,12 +137,15 @@ impl Ops {
             KvDtype::F32 => "f32",
             KvDtype::Bf16 => "bf16",
         };
-        let tuned = shape.dtype == KvDtype::Bf16 && [64, 128].contains(&spec.head_dim);
+        // Where a block gets too little shared memory, the plain kernel attends.
+        let fits = device.shared_memory >= DECODE_SHARED;
+        let tuned = fits && shape.dtype == KvDtype::Bf16 && [64, 128].contains(&spec.head_dim);
         let dim = spec.head_dim;
         let positions: Vec<i64> = (0..limits.context as i64).collect();
         let (cos, sin) = rope.rows(&positions);
         let vectors = |kind: &str| -> Result<[Kernel; 4]> {
-            let one = |rows: usize| modules.kernel("gemv.cu", &format!("gemv_{kind}_r{rows}"), VECTOR_SHARED);
+            let shared = device.shared_memory.min(VECTOR_SHARED[1].1);
+            let one = |rows: usize| modules.kernel("gemv.cu", &format!("gemv_{kind}_r{rows}"), shared);
             Ok([one(1)?, one(2)?, one(4)?, one(8)?])
         };
         let blocks = decode_blocks(device);
@@ -214,7 +211,10 @@ impl Ops {
         let (eps, width) = (self.spec.norm_eps, self.spec.hidden);
         let arguments =
             arguments![from.x, parts, count, bias, weight, eps, plain, split, split_parts, from.rows, n, width];
-        self.device.launch(self.add_norm, Shape::new(n, 4 * THREADS), arguments)
+        // Few rows are hurried by more threads each.
+        let each = if n > self.device.multiprocessors { 16 } else { 4 };
+        let threads = width.div_ceil(each).next_multiple_of(32).min(1024);
+        self.device.launch(self.add_norm, Shape::new(n, threads), arguments)
     }
 
     /// Rotates queries to the workspace; rotates keys and writes them with the values to the pages.
@@ -333,8 +333,7 @@ impl Ops {
             return (self.vectors_f32[kind], shape);
         }
         let size = [1, 2, 4, 8].iter().position(|rows| *rows >= n).unwrap_or(3);
-        let inputs = matrix.inputs.next_multiple_of(VECTOR_SLICE);
-        let shared = VECTOR_SHARED.min(VECTOR_RING + 4 * n * inputs);
+        let shared = vector_shared(n, matrix.inputs).min(self.device.shared_memory);
         (bf16[size], Shape { shared, ..Shape::new(self.device.multiprocessors, THREADS) })
     }
 
@@ -377,7 +376,7 @@ impl Ops {
                     &self.counters,
                 ];
                 let blocks = decode_blocks(&self.device);
-                let shape = Shape { shared: DECODE_SHARED, ..Shape::new(blocks, ATTENTION_THREADS) };
+                let shape = Shape { shared: DECODE_SHARED, ..Shape::new(blocks, DECODE_THREADS) };
                 self.device.launch(kernel, shape, arguments)
             }
             (Span::Prefill { table, extent, window, .. }, _, Some(kernel)) => {
@@ -445,7 +444,7 @@ impl Ops {
                     out,
                     lse,
                 ];
-                self.device.launch(self.attention_any, Shape::new(rows.len() * heads, ATTENTION_THREADS), arguments)
+                self.device.launch(self.attention_any, Shape::new(rows.len() * heads, DECODE_THREADS), arguments)
             }
         }
     }
@@ -507,7 +506,17 @@ impl Ops {
     }
 }
 
-/// Blocks of `attention_decode.cu`: as many as are resident at once.
+/// Blocks of `attention_decode.cu`: one a multiprocessor; a little fewer on Hopper's 132, whose clusters are then even.
 pub(super) fn decode_blocks(device: &Device) -> usize {
-    DECODE_BLOCKS * device.multiprocessors
+    if device.multiprocessors == 132 { 128 } else { device.multiprocessors }
+}
+
+/// Least and most dynamic shared memory of `gemv.cu` for up to three rows, and for more.
+const VECTOR_SHARED: [(usize, usize); 2] = [(77_824, 106_496), (118_784, 212_992)];
+
+/// Dynamic shared memory of `gemv.cu`: its ring of weights, and the activations as far as they fit.
+fn vector_shared(n: usize, inputs: usize) -> usize {
+    let ring = if n <= 4 { 49_152 } else { 65_536 };
+    let (least, most) = VECTOR_SHARED[usize::from(n > 3)];
+    (ring + 8192 * n * inputs.div_ceil(2048)).clamp(least, most)
 }
