@@ -11,21 +11,24 @@
 //   gemv_norm_rR    y = w norm(x) + bias
 //   gemv_add_rR     y += w x + bias
 //   gemv_swiglu_rR  y = silu(gate) * up, [gate; up] = w norm(x) + bias
-//   R = 1, 2, 4, 8: the most rows that fit (n <= R). gemv_f32w_*: f32 weights, any n, one row a blockIdx.y.
+//   R = 1, 2, 4, 8: the most rows that fit (n <= R)
+//   gemv_f32w_norm, _add, _swiglu: the same with f32 weights, for any n
 //
 // A block owns consecutive outputs and reads their weights once, in order: DRAM serves sequential streams of whole rows
 // best. Its warps share each row: warp w takes every eighth step (256 elements) from step w on. ROWS rows side by side
 // share the loads of x. Each lane copies 16 bytes a row and step into a ring of its own in shared memory and reads back
-// only what it copied itself, so neither the ring nor x needs a barrier. The ring is filled before `pdl_wait`: while the
-// previous kernel drains and x is fetched, memory stays busy.
+// only what it copied itself, so neither the ring nor x needs a barrier. The ring is filled before `pdl_wait`: memory
+// stays busy while the previous kernel drains and x is fetched.
 // An output is summed in the same order whatever n is: a row does not depend on its neighbours.
 //
 // Launch: block (256), grid (any; one block a multiprocessor is meant), dynamic shared memory
 //   want = ring + 8192 * n * ceil(inputs / 2048) bytes, ring = 49152 (R = 1, 2, 4) or 65536 (R = 8)
-//   n <= 3: between 77824 and 106496; n >= 4: between 118784 and 212992; at least ring + 16384 * n.
+//   n <= 3: at least 77824, at most 106496; n >= 4: at least 118784, at most 212992.
+// (Never below ring + 16384 * n: a device with less shared memory takes fewer rows a launch.)
 // Where x does not fit it passes in slices. The bounds keep two blocks of one kernel from a multiprocessor, which would
 // leave another one without work: up to three rows any two blocks fit and never three, from four rows on only one does.
 // Every kernel of the graph needs the same (largest) carve-out of shared memory, or they do not overlap.
+// gemv_f32w_*: block (256), grid (ceil(outputs / 8), min(n, 65535)).
 #include "common.cuh"
 
 constexpr int WARPS = 8;
@@ -57,7 +60,7 @@ __device__ __forceinline__ unsigned dynamic_shared_bytes() {
     return bytes;
 }
 
-// What is added to the sums of one output, read ahead of them: the bias, and what y holds where the product is added to it.
+// What is added to the sums of one output, read ahead of them: the bias, and for ADD what y holds.
 template <int KIND> struct Base {
     float sum = 0.0f, up = 0.0f;
 
@@ -253,7 +256,7 @@ template <int COUNT, int MASK = WARP / 2> __device__ __forceinline__ float trans
     }
 }
 
-// What the warps of a block have summed: of each output, row of x and warp. Twice, so that one barrier a batch is enough.
+// What the warps of a block have summed: of each output, row of x and warp. Twice: one barrier a batch is enough.
 template <int KIND, int N> struct Partials {
     float sums[2][BATCH<KIND>][HALVES<KIND>][N][WARPS];
     float squares[N][WARPS];
@@ -362,20 +365,20 @@ __device__ __forceinline__ void gemv(const float* x, const float* norm_w, float 
     }
 }
 
-#define GEMV(R, BLOCKS)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
-        gemv_norm_r##R(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias, float* y,    \
+#define GEMV(R, BLOCKS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        gemv_norm_r##R(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias, float* y,     \
                        int n, int inputs, int outputs) {                                                               \
-        gemv<NORM, R>(x, norm_w, eps, w, bias, y, n, inputs, outputs);                                                \
+        gemv<NORM, R>(x, norm_w, eps, w, bias, y, n, inputs, outputs);                                                 \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
-        gemv_add_r##R(const float* x, const bf16* w, const float* bias, float* y, int n, int inputs, int outputs) {   \
-        gemv<ADD, R>(x, nullptr, 0.0f, w, bias, y, n, inputs, outputs);                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        gemv_add_r##R(const float* x, const bf16* w, const float* bias, float* y, int n, int inputs, int outputs) {    \
+        gemv<ADD, R>(x, nullptr, 0.0f, w, bias, y, n, inputs, outputs);                                                \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                     \
-        gemv_swiglu_r##R(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias, float* y,  \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        gemv_swiglu_r##R(const float* x, const float* norm_w, float eps, const bf16* w, const float* bias, float* y,   \
                          int n, int inputs, int width) {                                                               \
-        gemv<SWIGLU, R>(x, norm_w, eps, w, bias, y, n, inputs, width);                                                \
+        gemv<SWIGLU, R>(x, norm_w, eps, w, bias, y, n, inputs, width);                                                 \
     }
 
 // Two blocks of 1 to 4 rows share a multiprocessor: one drains, the next has its ring filled.
@@ -384,30 +387,31 @@ GEMV(2, 2)
 GEMV(4, 2)
 GEMV(8, 1)
 
-// One warp an output, one row a blockIdx.y.
+// One warp an output of one row.
 template <int KIND>
 __device__ __forceinline__ void gemv_f32w(const float* x, const float* norm_w, float eps, const float* w,
-                                          const float* bias, float* y, int inputs, int outputs) {
+                                          const float* bias, float* y, int n, int inputs, int outputs) {
     pdl_launch();
     pdl_wait();
     int o = blockIdx.x * WARPS + threadIdx.x / WARP;
-    long long i = blockIdx.y;
-    if (o < outputs) dot_plain<KIND>(x + i * inputs, norm_w, eps, w, bias, y + i * outputs, inputs, outputs, o);
+    if (o >= outputs) return;
+    for (long long i = blockIdx.y; i < n; i += gridDim.y)
+        dot_plain<KIND>(x + i * inputs, norm_w, eps, w, bias, y + i * outputs, inputs, outputs, o);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gemv_f32w_norm(const float* x, const float* norm_w, float eps, const float* w, const float* bias, float* y, int n,
                    int inputs, int outputs) {
-    gemv_f32w<NORM>(x, norm_w, eps, w, bias, y, inputs, outputs);
+    gemv_f32w<NORM>(x, norm_w, eps, w, bias, y, n, inputs, outputs);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) gemv_f32w_add(const float* x, const float* w, const float* bias,
                                                                     float* y, int n, int inputs, int outputs) {
-    gemv_f32w<ADD>(x, nullptr, 0.0f, w, bias, y, inputs, outputs);
+    gemv_f32w<ADD>(x, nullptr, 0.0f, w, bias, y, n, inputs, outputs);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gemv_f32w_swiglu(const float* x, const float* norm_w, float eps, const float* w, const float* bias, float* y, int n,
                      int inputs, int width) {
-    gemv_f32w<SWIGLU>(x, norm_w, eps, w, bias, y, inputs, width);
+    gemv_f32w<SWIGLU>(x, norm_w, eps, w, bias, y, n, inputs, width);
 }

@@ -10,7 +10,7 @@
 //   from         position of the first row to read
 //   src, dst     int [count]: pages to copy from and to; page_bytes: 2 * kv_heads * 64 * dim * size, a multiple of 16
 //
-// One warp a head; dim even, at most 256. Launch: block (256), grid (ceil(kv_heads / 8), n);
+// One warp a head; dim even, at most 256. Launch: block (256), grid (ceil(kv_heads / 8), min(n, 65535));
 // copy_page: block (256), grid (ceil(page_bytes / 16384), count).
 #include "rotate.cuh"
 
@@ -18,48 +18,51 @@ __device__ __forceinline__ int warp_head() { return blockIdx.x * (blockDim.x / W
 
 template <typename T>
 __device__ __forceinline__ void write_rows(const float* keys, const float* values, const float* cos, const float* sin,
-                                           const int* pos, const int* page_table, int first, T* kv, int kv_heads,
-                                           int dim) {
+                                           const int* pos, const int* page_table, int first, T* kv, int n,
+                                           int kv_heads, int dim) {
     pdl_launch();
     pdl_wait();
     int head = warp_head();
-    long long i = blockIdx.y;
-    int position = pos[i];
-    if (head >= kv_heads || position < 0) return;
-    Head key = {}, value = {};
-    key.add(keys + (i * kv_heads + head) * dim, dim);
-    value.add(values + (i * kv_heads + head) * dim, dim);
-    key.rotate(cos + (long long)position * (dim / 2), sin + (long long)position * (dim / 2), dim);
-    key.store(kv + kv_offset(page_table, first, position, false, head, kv_heads, dim), dim);
-    value.store(kv + kv_offset(page_table, first, position, true, head, kv_heads, dim), dim);
+    if (head >= kv_heads) return;
+    for (long long i = blockIdx.y; i < n; i += gridDim.y) {
+        long long position = pos[i];
+        if (position < 0) continue;
+        Head key = {}, value = {};
+        key.add(keys + (i * kv_heads + head) * dim, dim);
+        value.add(values + (i * kv_heads + head) * dim, dim);
+        key.rotate(cos + position * (dim / 2), sin + position * (dim / 2), dim);
+        key.store(kv + kv_offset(page_table, first, position, false, head, kv_heads, dim), dim);
+        value.store(kv + kv_offset(page_table, first, position, true, head, kv_heads, dim), dim);
+    }
 }
 
 template <typename T>
-__device__ __forceinline__ void read_rows(const T* kv, const int* page_table, int first, int from, int kv_heads,
+__device__ __forceinline__ void read_rows(const T* kv, const int* page_table, int first, int from, int n, int kv_heads,
                                           int dim, float* keys, float* values) {
     pdl_launch();
     pdl_wait();
     int head = warp_head();
-    long long i = blockIdx.y;
     if (head >= kv_heads) return;
-    Head key = {}, value = {};
-    key.add(kv + kv_offset(page_table, first, from + i, false, head, kv_heads, dim), dim);
-    value.add(kv + kv_offset(page_table, first, from + i, true, head, kv_heads, dim), dim);
-    key.store(keys + (i * kv_heads + head) * dim, dim);
-    value.store(values + (i * kv_heads + head) * dim, dim);
+    for (long long i = blockIdx.y; i < n; i += gridDim.y) {
+        Head key = {}, value = {};
+        key.add(kv + kv_offset(page_table, first, from + i, false, head, kv_heads, dim), dim);
+        value.add(kv + kv_offset(page_table, first, from + i, true, head, kv_heads, dim), dim);
+        key.store(keys + (i * kv_heads + head) * dim, dim);
+        value.store(values + (i * kv_heads + head) * dim, dim);
+    }
 }
 
 #define KV_ROWS(SUFFIX, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256)                                                                 \
-        write_rows_##SUFFIX(const float* keys, const float* values, const float* cos, const float* sin,               \
-                            const int* pos, const int* page_table, int first, void* kv, int n, int kv_heads,          \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        write_rows_##SUFFIX(const float* keys, const float* values, const float* cos, const float* sin,                \
+                            const int* pos, const int* page_table, int first, void* kv, int n, int kv_heads,           \
                             int dim) {                                                                                 \
-        write_rows(keys, values, cos, sin, pos, page_table, first, (T*)kv, kv_heads, dim);                            \
+        write_rows(keys, values, cos, sin, pos, page_table, first, (T*)kv, n, kv_heads, dim);                          \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                 \
-        read_rows_##SUFFIX(const void* kv, const int* page_table, int first, int from, int n, int kv_heads, int dim,  \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+        read_rows_##SUFFIX(const void* kv, const int* page_table, int first, int from, int n, int kv_heads, int dim,   \
                            float* keys, float* values) {                                                               \
-        read_rows((const T*)kv, page_table, first, from, kv_heads, dim, keys, values);                                \
+        read_rows((const T*)kv, page_table, first, from, n, kv_heads, dim, keys, values);                              \
     }
 
 KV_ROWS(bf16, bf16)

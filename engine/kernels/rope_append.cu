@@ -17,7 +17,7 @@
 //
 // Keys are rounded before and after rotation, as a cached chunk's are. Rotary embedding (arXiv 2104.09864) with pairs
 // (i, i + dim / 2). One warp a head. dim: even, at most 256.
-// Launch: block (256), grid (ceil((heads + 2 * kv_heads) / 8), n).
+// Launch: block (256), grid (ceil((heads + 2 * kv_heads) / 8), min(n, 65535)).
 #include "rotate.cuh"
 
 struct Rope {
@@ -29,14 +29,9 @@ struct Rope {
     int p, table_stride, n, heads, kv_heads, dim;
 };
 
-template <typename T> __device__ __forceinline__ void rope_append(const Rope& a) {
-    pdl_launch();
-    pdl_wait();
-    int head = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    long long i = blockIdx.y;
-    int width = (a.heads + 2 * a.kv_heads) * a.dim;
-    if (head >= a.heads + 2 * a.kv_heads) return;
-    int position = a.pos[i];
+// One head of row i.
+template <typename T> __device__ __forceinline__ void append_head(const Rope& a, int head, long long i) {
+    int width = (a.heads + 2 * a.kv_heads) * a.dim, position = a.pos[i];
     bool query = head < a.heads, key = !query && head < a.heads + a.kv_heads;
     Head x = {};
     if (position >= 0) {
@@ -62,6 +57,14 @@ template <typename T> __device__ __forceinline__ void rope_append(const Rope& a)
     int row = a.row_of[i];
     const int* table = a.page_table + (long long)row * a.table_stride;
     x.store((T*)a.kv + kv_offset(table, a.first[row], position, !key, h, a.kv_heads, a.dim), a.dim);
+}
+
+template <typename T> __device__ __forceinline__ void rope_append(const Rope& a) {
+    pdl_launch();
+    pdl_wait();
+    int head = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (head >= a.heads + 2 * a.kv_heads) return;
+    for (int i = blockIdx.y; i < a.n; i += gridDim.y) append_head<T>(a, head, i);
 }
 
 #define ROPE_APPEND(NAME, T)                                                                                           \

@@ -12,7 +12,7 @@
 //   counter unsigned [n]: zero before the first launch; left at zero
 //
 // Every block reduces a part of a row; the last one of the row to finish combines them in a fixed order.
-// Launch: block (256), grid (blocks a row, n); 32 blocks a row are meant for a large vocabulary and few rows.
+// Launch: block (256), grid (blocks a row, n); 128 blocks a row are meant for a large vocabulary and one row.
 #include "common.cuh"
 
 // A part of a row: the best allowed logit and its id, and the sum of exp(logit - peak). A NaN sum marks a bad part.
@@ -75,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(256)
         float value = 0.0f;
         for (int j = 0; j < p; j++) value += logits[j * all + row * vocab + id];
         bool broken = !(value < INFINITY_F);
-        Part one = {value, allowed(id, banned, n_banned) ? id : -1, value, broken ? NAN_F : value == -INFINITY_F ? 0.0f : 1.0f};
-        if (broken) one.peak = -INFINITY_F;
+        float weight = broken ? NAN_F : value == -INFINITY_F ? 0.0f : 1.0f;
+        Part one = {value, allowed(id, banned, n_banned) ? id : -1, broken ? -INFINITY_F : value, weight};
         mine.add(one);
     }
     mine = block_part(mine);
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) {
         bool broken = !(mine.sum > 0.0f);
         token[row] = max(mine.id, 0);
-        logprob[row] = broken ? NAN_F : mine.best - (mine.peak + logf(mine.sum));
+        logprob[row] = broken ? NAN_F : mine.best - mine.peak - logf(mine.sum);
         bad[row] = broken;
         counter[row] = 0;
     }

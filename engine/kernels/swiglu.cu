@@ -8,28 +8,30 @@
 //   out_split bf16 [parts_out][n][width] or null: the same as hi, or hi and lo
 //
 // Shazeer, arXiv 2002.05202. Arrays aligned to 16 bytes where width is a multiple of 4.
-// Launch: block (256), grid (ceil(width / 1024), n).
+// Launch: block (256), grid (ceil(width / 1024), min(n, 65535)).
 #include "common.cuh"
 
 template <int V>
 __device__ __forceinline__ void swiglu_row(const float* gate_up, int p, const float* bias, float* out_f32,
                                            bf16* out_split, int parts_out, int n, int width) {
-    long long i = blockIdx.y, all = (long long)n * width;
-    for (int k = (blockIdx.x * 256 + threadIdx.x) * V; k < width; k += gridDim.x * 256 * V) {
-        float gate[V] = {}, up[V] = {};
-        for (int j = 0; j < p; j++) {
-            const float* row = gate_up + (j * (long long)n + i) * 2 * width;
-            add_vector(gate, row + k);
-            add_vector(up, row + width + k);
-        }
-        if (bias != nullptr) {
-            add_vector(gate, bias + k);
-            add_vector(up, bias + width + k);
-        }
+    long long all = (long long)n * width;
+    for (long long i = blockIdx.y; i < n; i += gridDim.y) {
+        for (int k = (blockIdx.x * 256 + threadIdx.x) * V; k < width; k += gridDim.x * 256 * V) {
+            float gate[V] = {}, up[V] = {};
+            for (int j = 0; j < p; j++) {
+                const float* row = gate_up + (j * (long long)n + i) * 2 * width;
+                add_vector(gate, row + k);
+                add_vector(up, row + width + k);
+            }
+            if (bias != nullptr) {
+                add_vector(gate, bias + k);
+                add_vector(up, bias + width + k);
+            }
 #pragma unroll
-        for (int j = 0; j < V; j++) gate[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
-        if (out_f32 != nullptr) store_vector(out_f32 + i * width + k, gate);
-        if (out_split != nullptr) store_split(out_split, i * width + k, all, parts_out, gate);
+            for (int j = 0; j < V; j++) gate[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
+            if (out_f32 != nullptr) store_vector(out_f32 + i * width + k, gate);
+            if (out_split != nullptr) store_split(out_split, i * width + k, all, parts_out, gate);
+        }
     }
 }
 
