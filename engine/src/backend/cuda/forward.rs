@@ -15,7 +15,7 @@ use super::ops::{NormOut, Residual};
 use super::weights::{DeviceLayer, Format, Matrix};
 use crate::error::Result;
 
-/// Rows up to which the matrix-vector kernels are used.
+/// Rows up to which the matrix-vector kernels are used, where a block gets enough shared memory.
 pub(crate) const VECTOR_ROWS: usize = 8;
 
 /// How a batch's linear layers are computed.
@@ -42,7 +42,7 @@ impl CudaModel {
     }
 
     fn path(&self, rows: usize) -> Path {
-        if self.weights.layers.iter().any(|l| l.qkv.format == Format::F32) || rows <= VECTOR_ROWS {
+        if self.weights.layers.iter().any(|l| l.qkv.format == Format::F32) || rows <= self.vector_rows {
             Path::Vector
         } else {
             Path::Product(self.parts)

@@ -10,7 +10,7 @@ use super::gemm::Gemm;
 use super::graph::{Graphs, rounded};
 use super::host_work::HostWork;
 use super::module::Modules;
-use super::ops::Ops;
+use super::ops::{Ops, vector_rows};
 use super::weights::DeviceWeights;
 use crate::backend::cpu::Cpu;
 use crate::error::{EngineError, Result};
@@ -51,6 +51,8 @@ pub(crate) struct CudaModel {
     pub(crate) gemm: Gemm,
     pub(crate) workspace: Workspace,
     pub(crate) pool: Arc<DevicePool>,
+    /// Rows up to which the matrix-vector kernels are used.
+    pub(crate) vector_rows: usize,
     /// Parts of an activation in products of many rows.
     pub(crate) parts: usize,
     /// Whether plans of products are timed when first needed: on while a batch is run that will come again.
@@ -200,6 +202,7 @@ impl CudaModel {
             gemm,
             workspace,
             pool,
+            vector_rows: vector_rows(&device),
             parts: if config.fast_prefill { 1 } else { 2 },
             tuning: AtomicBool::new(false),
             head_done: AtomicUsize::new(0),

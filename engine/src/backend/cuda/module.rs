@@ -118,12 +118,20 @@ impl Modules {
         self.device.bind()?;
         // SAFETY: the module is loaded.
         let function = unsafe { driver::module::get_function(module, symbol) }.map_err(|e| missing(e.to_string()))?;
-        // A block gets more than 48 KiB only on request, its static part counted.
+        use sys::CUfunction_attribute as Attribute;
+        let mut attributes = vec![
+            // All kernels with the same split of L1 and shared memory: those with different splits are never on a multiprocessor
+            // together, so that none could begin before its predecessor's end.
+            (Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        ];
         if shared > 0 {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // A block gets more than 48 KiB only on request, its static part counted.
+            attributes.push((Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32));
+        }
+        for (attribute, value) in attributes {
             // SAFETY: a function of a loaded module.
-            unsafe { driver::function::set_function_attribute(function, attribute, shared as i32) }
-                .map_err(|e| missing(format!("{shared} bytes of shared memory are refused: {e}")))?;
+            unsafe { driver::function::set_function_attribute(function, attribute, value) }
+                .map_err(|e| missing(format!("{attribute:?} of {value} is refused: {e}")))?;
         }
         Ok(Kernel { function, file })
     }

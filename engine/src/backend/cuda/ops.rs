@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::batch::{Batch, Span};
 use super::device::{Device, Memory};
-use super::forward::Pending;
+use super::forward::{Pending, VECTOR_ROWS};
 use super::launch::{Shape, arguments};
 use super::model::{CudaModel, LOGIT_ROWS, Limits};
 use super::module::{Kernel, Modules, PREFILL, PREFILL_HOPPER};
@@ -26,8 +26,10 @@ pub(super) const DECODE_SHARED: usize = 131_072;
 const THREADS: usize = 256;
 /// Heads that a block of `rope_append.cu` and `kv_rows.cu` takes.
 const BLOCK_HEADS: usize = 8;
+/// Most blocks in a grid's second direction.
+const GRID_ROWS: usize = 65_535;
 /// Blocks that share a row in `sample.cu`.
-const CHOOSE_BLOCKS: usize = 32;
+const CHOOSE_BLOCKS: usize = 128;
 
 /// The residual stream with what is still to be added, or some of its rows.
 pub(crate) struct Residual<'a> {
@@ -247,7 +249,7 @@ impl Ops {
             tap(&w.values),
         ];
         let blocks = (spec.heads + 2 * spec.kv_heads).div_ceil(BLOCK_HEADS);
-        let shape = Shape { grid: (blocks, batch.rows), ..Shape::new(1, THREADS) };
+        let shape = Shape { grid: (blocks, batch.rows.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
         self.device.launch(self.rope_append, shape, arguments)
     }
 
@@ -266,7 +268,7 @@ impl Ops {
         n: usize,
         width: usize,
     ) -> Result<()> {
-        let shape = Shape { grid: (width.div_ceil(4 * THREADS), n), ..Shape::new(1, THREADS) };
+        let shape = Shape { grid: (width.div_ceil(4 * THREADS), n.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
         let nowhere: Option<&Memory> = None;
         let arguments = arguments![gate_up, parts, bias, nowhere, out, parts, n, width];
         self.device.launch(self.swiglu, shape, arguments)
@@ -480,7 +482,8 @@ impl Ops {
             spec.kv_heads,
             spec.head_dim,
         ];
-        let shape = Shape { grid: (spec.kv_heads.div_ceil(BLOCK_HEADS), batch.rows), ..Shape::new(1, THREADS) };
+        let shape =
+            Shape { grid: (spec.kv_heads.div_ceil(BLOCK_HEADS), batch.rows.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
         self.device.launch(self.write_rows, shape, arguments)
     }
 
@@ -514,9 +517,19 @@ pub(super) fn decode_blocks(device: &Device) -> usize {
 /// Least and most dynamic shared memory of `gemv.cu` for up to three rows, and for more.
 const VECTOR_SHARED: [(usize, usize); 2] = [(77_824, 106_496), (118_784, 212_992)];
 
+/// Rows that `gemv.cu` takes at most on this GPU.
+pub(super) fn vector_rows(device: &Device) -> usize {
+    let fits = |n: &usize| vector_ring(*n) + 16_384 * n <= device.shared_memory;
+    (1..=VECTOR_ROWS).rev().find(fits).unwrap_or(1)
+}
+
+/// Bytes of the ring of weights in `gemv.cu`.
+fn vector_ring(n: usize) -> usize {
+    if n <= 4 { 49_152 } else { 65_536 }
+}
+
 /// Dynamic shared memory of `gemv.cu`: its ring of weights, and the activations as far as they fit.
 fn vector_shared(n: usize, inputs: usize) -> usize {
-    let ring = if n <= 4 { 49_152 } else { 65_536 };
     let (least, most) = VECTOR_SHARED[usize::from(n > 3)];
-    (ring + 8192 * n * inputs.div_ceil(2048)).clamp(least, most)
+    (vector_ring(n) + 8192 * n * inputs.div_ceil(2048)).clamp(least, most)
 }
