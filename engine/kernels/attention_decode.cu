@@ -13,8 +13,8 @@
 //   scratch    f32, gridDim.x * 16 * (DIM + 2) numbers, aligned to 16 bytes, contents irrelevant
 //   counters   u32, rows * kv_heads * ceil(group / 8) numbers, 0 before the first launch; a launch leaves them 0
 //
-// Launch: any grid is right; fastest is one block an SM, on a card of 132 SMs 128 blocks (an even number in each of its
-// clusters of SMs). Block of THREADS = 32 * WARPS = 256; dynamic shared memory 16384 * WARPS = 131072 bytes.
+// Launch: any grid is right; one block an SM is meant. Of 132 blocks 128 take a share (an even number in each of the card's
+// clusters of SMs is fastest). Block of THREADS = 32 * WARPS = 256; dynamic shared memory 16384 * WARPS = 131072 bytes.
 //
 // An item is a (row, KV head, block of at most 8 query heads); its keys are cut into tiles of 128. The tiles of all
 // items form one line that is shared equally among the blocks of the grid, computed here because lengths change
@@ -524,13 +524,18 @@ DEVICE void finish(const Problem &p, const Shares &shares, const Cursor &c, unsi
     __syncthreads();
 }
 
+// Blocks that take a share: an even number in each of the card's clusters of SMs.
+DEVICE unsigned working_blocks() { return gridDim.x < 8 ? gridDim.x : gridDim.x / 8 * 8; }
+
 template <int DIM> DEVICE void decode(const Problem &p) {
     using L = Layout<DIM>;
     extern __shared__ __align__(1024) char shared[];
-    pdl_wait();
+    // The next kernel's blocks are to find a block of this one on every SM, with or without work: where some SMs are empty
+    // they take two, and a static division of work is then off by a factor of two (`gemv.cu`).
     pdl_launch();
+    pdl_wait();
     unsigned tiles = count_tiles(p);
-    unsigned blocks = min(gridDim.x, tiles);
+    unsigned blocks = min(working_blocks(), tiles);
     if (blockIdx.x >= blocks) {
         write_empty_rows<DIM>(p);
         return;

@@ -509,9 +509,9 @@ impl Ops {
     }
 }
 
-/// Blocks of `attention_decode.cu`: one a multiprocessor; a little fewer on Hopper's 132, whose clusters are then even.
+/// Blocks of `attention_decode.cu`: one a multiprocessor.
 pub(super) fn decode_blocks(device: &Device) -> usize {
-    if device.multiprocessors == 132 { 128 } else { device.multiprocessors }
+    device.multiprocessors
 }
 
 /// Least and most dynamic shared memory of `gemv.cu` for up to three rows, and for more.
