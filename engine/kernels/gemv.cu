@@ -23,10 +23,9 @@
 //
 // Launch: block (256), grid (any; one block a multiprocessor is meant), dynamic shared memory
 //   want = ring + 8192 * n * ceil(inputs / 2048) bytes, ring = 49152 (R = 1, 2, 4) or 65536 (R = 8)
-//   n <= 3: at least 77824, at most 106496; n >= 4: at least 118784, at most 212992.
-// (Never below ring + 16384 * n: a device with less shared memory takes fewer rows a launch.)
-// Where x does not fit it passes in slices. The bounds keep two blocks of one kernel from a multiprocessor, which would
-// leave another one without work: up to three rows any two blocks fit and never three, from four rows on only one does.
+//   at least 118784, at most 212992. (Never below ring + 16384 * n: a device with less shared memory takes fewer rows.)
+// Where x does not fit it passes in slices. With the lower bound only one block fits on a multiprocessor: two of them, on one
+// where attention's block has left early, would leave another without work.
 // Every kernel of the graph needs the same (largest) carve-out of shared memory, or they do not overlap.
 // gemv_f32w_*: block (256), grid (ceil(outputs / 8), min(n, 65535)).
 #include "common.cuh"

@@ -146,7 +146,7 @@ impl Ops {
         let positions: Vec<i64> = (0..limits.context as i64).collect();
         let (cos, sin) = rope.rows(&positions);
         let vectors = |kind: &str| -> Result<[Kernel; 4]> {
-            let shared = device.shared_memory.min(VECTOR_SHARED[1].1);
+            let shared = device.shared_memory.min(VECTOR_SHARED.1);
             let one = |rows: usize| modules.kernel("gemv.cu", &format!("gemv_{kind}_r{rows}"), shared);
             Ok([one(1)?, one(2)?, one(4)?, one(8)?])
         };
@@ -514,8 +514,9 @@ pub(super) fn decode_blocks(device: &Device) -> usize {
     device.multiprocessors
 }
 
-/// Least and most dynamic shared memory of `gemv.cu` for up to three rows, and for more.
-const VECTOR_SHARED: [(usize, usize); 2] = [(77_824, 106_496), (118_784, 212_992)];
+/// Least and most dynamic shared memory of `gemv.cu`. With the least no two of its blocks, nor one of them and one of decode
+/// attention, are on a multiprocessor together, so that every one gets the same work (docs/notes/cuda-kernels-linear.md).
+const VECTOR_SHARED: (usize, usize) = (118_784, 212_992);
 
 /// Rows that `gemv.cu` takes at most on this GPU.
 pub(super) fn vector_rows(device: &Device) -> usize {
@@ -530,6 +531,6 @@ fn vector_ring(n: usize) -> usize {
 
 /// Dynamic shared memory of `gemv.cu`: its ring of weights, and the activations as far as they fit.
 fn vector_shared(n: usize, inputs: usize) -> usize {
-    let (least, most) = VECTOR_SHARED[usize::from(n > 3)];
+    let (least, most) = VECTOR_SHARED;
     (vector_ring(n) + 8192 * n * inputs.div_ceil(2048)).clamp(least, most)
 }
