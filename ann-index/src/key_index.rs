@@ -29,7 +29,7 @@ pub struct SearchStats {
     /// count nothing. A row that the queries of a group share counts once.
     pub bytes: usize,
     /// Keys of a graph whose links were followed (`graph`) or that were met by following links
-    /// (`hnsw`); clusters whose members were read (`clusters`); 0 for `flat`.
+    /// (`hnsw`); clusters and lists whose members were read (`clusters`, `ivf`); 0 for `flat`.
     pub nodes_visited: usize,
 }
 
@@ -129,7 +129,7 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError>;
 
     /// Bytes of memory held: keys, quantised keys, links, centroids, spare room included, memory-mapped
-    /// parts included. For `hnsw` the links are an estimate.
+    /// parts included. For `hnsw` the links are an estimate, for `ivf` the lists.
     fn memory_bytes(&self) -> usize;
 
     /// Which index this is.
@@ -182,6 +182,6 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     /// name. Keys that are appended meanwhile may be missing.
     ///
     /// # Errors
-    /// [`IndexError::Io`]; [`IndexError::Unsupported`] from `ivf`.
+    /// [`IndexError::Io`].
     fn save(&self, path: &Path) -> Result<(), IndexError>;
 }

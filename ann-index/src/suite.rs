@@ -24,8 +24,8 @@ struct Subject {
     graph_from: Option<usize>,
 }
 
-const SUBJECTS: [Subject; 18] = {
-    use IndexKind::{Clusters, Flat, Graph, Hnsw};
+const SUBJECTS: [Subject; 22] = {
+    use IndexKind::{Clusters, Flat, Graph, Hnsw, Ivf};
     use KeyPrecision::{Bf16, F16, F32, Int8};
     [
         subject("flat f32", Flat, F32, None),
@@ -46,6 +46,10 @@ const SUBJECTS: [Subject; 18] = {
         subject("clusters bf16", Clusters, Bf16, None),
         subject("clusters f16", Clusters, F16, None),
         subject("clusters int8", Clusters, Int8, None),
+        subject("ivf f32", Ivf, F32, None),
+        subject("ivf bf16", Ivf, Bf16, None),
+        subject("ivf f16", Ivf, F16, None),
+        subject("ivf int8", Ivf, Int8, None),
     ]
 };
 
@@ -100,14 +104,14 @@ impl Subject {
     fn recall_floor(&self) -> f64 {
         match self.kind {
             IndexKind::Flat => 1.0,
-            IndexKind::Clusters => 0.85,
+            IndexKind::Clusters | IndexKind::Ivf => 0.85,
             _ => 0.95,
         }
     }
 }
 
 fn each(test: impl Fn(Subject)) {
-    for subject in SUBJECTS {
+    for subject in SUBJECTS.into_iter().filter(|subject| subject.kind.is_built_in()) {
         println!("{}", subject.name);
         test(subject);
     }

@@ -253,15 +253,24 @@ fn attending(kind: IndexKind) -> Option<&'static str> {
     }
 }
 
-/// Everything that a search of this width knows the score of in the end: a graph's candidates, a cluster's members.
+/// Everything that a search of this width knows the score of in the end: a graph's candidates, the members of clusters
+/// and lists.
 fn found(index: &dyn KeyIndex, query: &[f32], knob: usize) -> Result<Found> {
-    let (hits, stats) = if index.kind() == IndexKind::Clusters {
-        let zones = index.search_zones(query, knob, 0, None)?;
-        (zones.hits, zones.stats)
-    } else {
-        let params = SearchParams { k: knob, ef: knob, ..SearchParams::default() };
-        let result = index.search(query, &params, None)?;
-        (result.hits, result.stats)
+    let search = |k: usize, probes: usize| index.search(query, &SearchParams { k, ef: knob, probes }, None);
+    let (hits, stats) = match index.kind() {
+        IndexKind::Clusters => {
+            let zones = index.search_zones(query, knob, 0, None)?;
+            (zones.hits, zones.stats)
+        }
+        IndexKind::Ivf => {
+            let members = search(1, knob)?.stats.keys_touched;
+            let result = search(members, knob)?;
+            (result.hits, result.stats)
+        }
+        _ => {
+            let result = search(knob, 0)?;
+            (result.hits, result.stats)
+        }
     };
     Ok(Found { ids: hits.into_iter().map(|hit| hit.id).collect(), touched: stats.keys_touched })
 }
@@ -324,6 +333,19 @@ mod tests {
         let layer = average(&figures, "exact", Some(3));
         assert!((layer.touched - 0.02).abs() < 1e-12 && layer.by_head[7] == 0.02, "{}", layer.by_head);
         assert_eq!(average(&figures, "graph", None).recovered, 0.0);
+    }
+
+    #[test]
+    fn lists_and_clusters_keep_all_they_read() {
+        let keys: Vec<f32> = (0..8000).map(|i| (i as f32 * 0.37).sin()).collect();
+        for kind in [IndexKind::Clusters, IndexKind::Ivf].into_iter().filter(|kind| kind.is_built_in()) {
+            let index = build(2, &keys, &[], &IndexParams { kind, ..IndexParams::default() }).unwrap();
+            for knob in [1, 3] {
+                let found = found(index.as_ref(), &[1.0, 0.5], knob).unwrap();
+                assert!(!found.ids.is_empty() && found.ids.len() == found.touched, "{kind}: {}", found.touched);
+                assert!(found.touched < 1000, "{kind}: {}", found.touched);
+            }
+        }
     }
 
     #[test]

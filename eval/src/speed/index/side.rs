@@ -102,7 +102,8 @@ impl Side for Ours {
             IndexKind::Hnsw => candidates(128, 16_384, 2.0),
             // From half a percent of about one cluster in 16 keys to all of them.
             IndexKind::Clusters => candidates((self.index.len() / 3200).max(1), self.index.len().div_ceil(16), 1.7),
-            IndexKind::Ivf => candidates(4, self.index.len(), 1.5),
+            // Up to all lists: four times the root of the number of keys.
+            IndexKind::Ivf => candidates(4, (4 * self.index.len().isqrt()).max(4), 1.25),
         }
     }
 
