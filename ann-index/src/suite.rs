@@ -569,6 +569,34 @@ fn appends_from_two_threads_both_arrive() {
     });
 }
 
+/// What a group read, beside what its queries read alone.
+fn check_sharing(subject: Subject, index: &dyn KeyIndex, count: usize, shared: SearchStats, alone: SearchStats) {
+    if matches!(subject.kind, IndexKind::Hnsw | IndexKind::Ivf) || count < 2 {
+        return assert_eq!(shared, alone);
+    }
+    // A key is counted once, and these queries are alike enough to meet.
+    assert!(shared.keys_touched <= index.len(), "{shared:?}");
+    assert!(shared.keys_touched < alone.keys_touched && shared.bytes < alone.bytes, "{shared:?}, {alone:?}");
+    assert!(shared.keys_touched * count >= alone.keys_touched && shared.bytes * count >= alone.bytes, "{shared:?}");
+}
+
+#[test]
+fn equal_queries_of_a_group_are_read_for_once() {
+    each(|subject| {
+        let mut data = HeadLike::new(32, 17);
+        let index = subject.build(32, &data.keys(1500));
+        let query = data.query();
+        let together = index.search_group(&query.repeat(3), &wish(20, 100), None).unwrap();
+        let alone = index.search(&query, &wish(20, 100), None).unwrap();
+        assert_eq!(together[0], alone);
+        let again =
+            if matches!(subject.kind, IndexKind::Hnsw | IndexKind::Ivf) { alone.stats } else { Default::default() };
+        for found in &together[1..] {
+            assert_eq!((&found.hits, found.stats), (&alone.hits, again));
+        }
+    });
+}
+
 #[test]
 fn a_group_finds_what_its_queries_find_alone() {
     each(|subject| {
@@ -580,9 +608,14 @@ fn a_group_finds_what_its_queries_find_alone() {
             let queries: Vec<f32> = (0..count).flat_map(|_| data.query()).collect();
             let together = index.search_group(&queries, &wish(20, 100), exclude).unwrap();
             assert_eq!(together.len(), count);
+            let (mut shared, mut alone) = (SearchStats::default(), SearchStats::default());
             for (query, found) in queries.chunks(40).zip(&together) {
-                assert_eq!(found.hits, index.search(query, &wish(20, 100), exclude).unwrap().hits);
+                let single = index.search(query, &wish(20, 100), exclude).unwrap();
+                assert_eq!(found.hits, single.hits);
+                shared += found.stats;
+                alone += single.stats;
             }
+            check_sharing(subject, &*index, count, shared, alone);
         }
         assert!(index.search_group(&[0.0; 41], &wish(1, 1), None).is_err());
         assert!(index.search_group(&[f32::NAN; 40], &wish(1, 1), None).is_err());

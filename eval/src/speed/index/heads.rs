@@ -6,6 +6,7 @@
 //! what was found counts as recovered.
 
 use std::path::Path;
+use std::time::Instant;
 
 use ann_index::{IndexKind, IndexParams, KeyIndex, SearchParams, build};
 use engine::{AttentionInputs, Engine};
@@ -18,10 +19,13 @@ use super::texts::HeadText;
 use super::{HeadOptions, IndexBenchOptions};
 use crate::error::{EvalError, Result};
 use crate::speed::process::Process;
-use crate::stats::mean;
+use crate::stats::{mean, median};
 
 /// Share of the cold keys that may be read.
 pub(super) const BUDGET: f64 = 0.02;
+
+/// Rounds of searching one by one and together.
+const SHARING_ROUNDS: usize = 3;
 
 /// What one way of finding keys gave for one query head: means over its queries.
 #[derive(Debug, Clone)]
@@ -38,6 +42,17 @@ pub(super) struct HeadFigure {
     pub(super) covered: f64,
 }
 
+/// What it costs one way of finding keys to search for all heads of a group at once, over searching for one after the
+/// other.
+#[derive(Debug, Clone)]
+pub(super) struct Sharing {
+    pub(super) method: &'static str,
+    /// Keys read.
+    pub(super) touched: f64,
+    /// Time.
+    pub(super) time: f64,
+}
+
 /// Cold keys of one KV head, and the queries at the end of the text of the heads that share it.
 pub(super) struct Group {
     layer: usize,
@@ -47,7 +62,9 @@ pub(super) struct Group {
     /// Sinks, and the window up to the queries.
     near: Vec<f32>,
     samples: Vec<f32>,
-    /// Each with its query head.
+    /// Query heads that share the keys.
+    shared: usize,
+    /// Each with its query head; those of a token side by side.
     tests: Vec<(usize, Vec<f32>)>,
 }
 
@@ -100,6 +117,7 @@ fn group(
     Group {
         layer,
         dim,
+        shared,
         scale: inputs.scale,
         cold: rows(cold.clone()),
         near: [rows(0..options.sinks), rows(cold.end..end)].concat(),
@@ -113,13 +131,15 @@ impl Group {
         self.cold.len() / self.dim
     }
 
-    /// What every method finds, head by head.
-    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<Vec<HeadFigure>> {
+    /// What every method finds, head by head, and what its searches share.
+    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<(Vec<HeadFigure>, Vec<Sharing>)> {
+        let mut sharing = Vec::new();
         let truths: Vec<Truth> = self.tests.iter().map(|(_, query)| self.truth(query)).collect();
         let mut figures = self.figures("exact", &truths, &self.exact(&truths));
         for &kind in options.kinds.iter().filter(|kind| **kind != IndexKind::Flat) {
             let params = IndexParams { kind, ..options.params.clone() };
             let index = build(self.dim, &self.cold, &self.samples, &params)?;
+            sharing.push(self.sharing(index.as_ref())?);
             figures.extend(self.figures(kind.name(), &truths, &self.within_budget(index.as_ref())?));
             if let Some(name) = attending(kind) {
                 let budget = (BUDGET * self.keys() as f64) as usize;
@@ -127,7 +147,35 @@ impl Group {
                 figures.extend(self.figures(name, &truths, &found.collect::<Result<Vec<_>>>()?));
             }
         }
-        Ok(figures)
+        Ok((figures, sharing))
+    }
+
+    /// Searches for as many keys as the budget allows, for the heads of each token one by one and together.
+    fn sharing(&self, index: &dyn KeyIndex) -> Result<Sharing> {
+        let k = ((BUDGET * self.keys() as f64) as usize).max(1);
+        let params = SearchParams { k, ef: k, probes: 0 };
+        let tokens: Vec<Vec<f32>> =
+            self.tests.chunks(self.shared).map(|heads| heads.iter().flat_map(|(_, q)| q).copied().collect()).collect();
+        let (mut touched, mut times) = ([0, 0], [Vec::new(), Vec::new()]);
+        for _ in 0..SHARING_ROUNDS {
+            touched = [0, 0];
+            let mut seconds = [0.0, 0.0];
+            for token in &tokens {
+                let start = Instant::now();
+                for query in token.chunks_exact(self.dim) {
+                    touched[0] += index.search(query, &params, None)?.stats.keys_touched;
+                }
+                let between = Instant::now();
+                for result in index.search_group(token, &params, None)? {
+                    touched[1] += result.stats.keys_touched;
+                }
+                seconds[0] += (between - start).as_secs_f64();
+                seconds[1] += between.elapsed().as_secs_f64();
+            }
+            times.iter_mut().zip(seconds).for_each(|(times, seconds)| times.push(seconds));
+        }
+        let time = median(&times[1]) / median(&times[0]).max(f64::MIN_POSITIVE);
+        Ok(Sharing { method: index.kind().name(), touched: touched[1] as f64 / touched[0].max(1) as f64, time })
     }
 
     /// The same with faiss' inverted lists, in the peers' process. `scratch`: a folder for what it reads and writes.
@@ -316,6 +364,7 @@ mod tests {
             cold: (0..100).map(|i| if i == 42 { 100_f32.ln() } else { 0.0 }).collect(),
             near: vec![1.0_f32.ln(); 1],
             samples: vec![1.0; 4],
+            shared: 2,
             tests: vec![(6, vec![1.0]), (7, vec![0.0])],
         }
     }
@@ -346,6 +395,16 @@ mod tests {
                 assert!(found.touched < 1000, "{kind}: {}", found.touched);
             }
         }
+    }
+
+    #[test]
+    fn a_scan_shares_all_that_it_reads_with_the_heads_of_a_token() {
+        let group = group();
+        let params = IndexParams { kind: IndexKind::Flat, ..IndexParams::default() };
+        let index = build(1, &group.cold, &[], &params).unwrap();
+        let sharing = group.sharing(index.as_ref()).unwrap();
+        assert_eq!((sharing.method, sharing.touched), ("flat", 0.5));
+        assert!(sharing.time > 0.0);
     }
 
     #[test]

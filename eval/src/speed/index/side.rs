@@ -35,6 +35,8 @@ pub(super) struct Pass {
     pub(super) latency_us: f64,
     /// Microseconds a query when several are handed over at once; only where it was asked for.
     pub(super) batched_us: Option<f64>,
+    /// Keys read then, a query; those that several queries of a group share count once.
+    pub(super) batched_touched: Option<f64>,
 }
 
 /// What building gave.
@@ -130,13 +132,15 @@ impl Side for Ours {
             bytes += result.stats.bytes;
         }
         let count = times.len().max(1) as f64;
-        let mut batched_us = None;
+        let (mut batched_us, mut batched_touched) = (None, None);
         if batched {
-            let start = Instant::now();
+            let (start, mut touched) = (Instant::now(), 0);
             for group in judge.queries.chunks(GROUP * dim) {
-                self.index.search_group(group, &params, None)?;
+                let results = self.index.search_group(group, &params, None)?;
+                touched += results.iter().map(|result| result.stats.keys_touched).sum::<usize>();
             }
             batched_us = Some(start.elapsed().as_secs_f64() * 1e6 / count);
+            batched_touched = Some(touched as f64 / count);
         }
         Ok(Pass {
             recall: judge.recall(&found)?,
@@ -144,6 +148,7 @@ impl Side for Ours {
             bytes: Some(bytes as f64 / count),
             latency_us: median(&times),
             batched_us,
+            batched_touched,
         })
     }
 }
@@ -246,6 +251,7 @@ impl Side for PeerSide {
             bytes: None,
             latency_us: reply.latency_us,
             batched_us: reply.batched_us,
+            batched_touched: None,
         })
     }
 }
