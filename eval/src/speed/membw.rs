@@ -23,10 +23,14 @@ use crate::report::records_table;
 
 /// Larger than the last-level cache of the machines in use, which is up to a quarter of it.
 const LARGE: u64 = 1 << 30;
-/// Bytes that one sample reads at least, so that starting threads does not count.
-const SAMPLE: u64 = 1 << 30;
-/// How far ahead of each stream is fetched, in bytes: of 512 to 4,096 the best on the Xeon at hand.
-const AHEAD: usize = 1024;
+/// Bytes that one sample reads at least, so that starting threads does not count much; few, so that some samples fall
+/// between the interruptions that a longer one would average over.
+const SAMPLE: u64 = 64 << 20;
+/// Ways to read: as how many streams at even distances, and how many bytes ahead in each is fetched. Which one is fastest
+/// depends on the machine's own prefetching, and on whether a cache holds the buffer.
+const WAYS: [(usize, usize); 5] = [(1, 512), (1, 1024), (4, 1024), (8, 1024), (8, 4096)];
+/// Samples of a way in a round.
+const TRIES: usize = 4;
 /// Words that are read together: two cache lines.
 const BLOCK: usize = 16;
 
@@ -39,7 +43,7 @@ pub struct MembwOptions {
     pub large_bytes: u64,
     /// Further buffers, read again and again: caches may hold them.
     pub floor_bytes: Vec<u64>,
-    /// Samples of each way to read; the best of all counts.
+    /// Rounds of all ways to read; the best sample counts.
     pub repeats: usize,
     /// Where records go.
     pub output: Output,
@@ -120,7 +124,7 @@ fn best(samples: &[f64]) -> f64 {
     samples.iter().copied().fold(0.0, f64::max)
 }
 
-/// GB/s of `repeats` samples of each way to read: `threads` threads read a share of `bytes` each, as often as a sample
+/// GB/s of all samples of `repeats` rounds: `threads` threads read a share of `bytes` each, as often as a sample
 /// needs.
 fn read_rates(threads: usize, bytes: u64, repeats: usize) -> Result<Vec<f64>> {
     let share = bytes as usize / threads / size_of::<u64>();
@@ -133,8 +137,8 @@ fn read_rates(threads: usize, bytes: u64, repeats: usize) -> Result<Vec<f64>> {
         });
     }
     let passes = (SAMPLE / bytes).max(1);
-    // Alternating, so that a disturbance does not hit one way alone.
-    let ways: Vec<usize> = STREAMS.into_iter().cycle().take(repeats * STREAMS.len()).collect();
+    // In turns, so that a disturbance does not hit one way alone.
+    let ways: Vec<(usize, usize)> = WAYS.into_iter().cycle().take(repeats * TRIES * WAYS.len()).collect();
     let mut buffers = (0..threads).map(|number| buffer(share, number as u64)).collect::<Result<Vec<_>>>()?;
     let barrier = Barrier::new(threads + 1);
     let samples = thread::scope(|scope| {
@@ -142,10 +146,10 @@ fn read_rates(threads: usize, bytes: u64, repeats: usize) -> Result<Vec<f64>> {
             let (barrier, ways) = (&barrier, &ways);
             scope.spawn(move || {
                 let words: &[u64] = bytemuck::cast_slice(&buffer[..share * size_of::<u64>()]);
-                for &streams in ways {
+                for &way in ways {
                     barrier.wait();
                     for _ in 0..passes {
-                        black_box(sum(black_box(words), streams));
+                        black_box(sum(black_box(words), way));
                     }
                     barrier.wait();
                 }
@@ -178,49 +182,46 @@ fn buffer(words: usize, seed: u64) -> Result<MmapMut> {
     Ok(memory)
 }
 
-/// Ways to read: as that many streams at even distances. Which one is fastest depends on the machine's own prefetching.
-const STREAMS: [usize; 3] = [1, 4, 8];
-
 /// Reads all of `words`.
-fn sum(words: &[u64], streams: usize) -> u64 {
+fn sum(words: &[u64], way: (usize, usize)) -> u64 {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
             // SAFETY: the instructions that the function is compiled for are there.
-            return unsafe { sum_avx512(words, streams) };
+            return unsafe { sum_avx512(words, way) };
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the instructions that the function is compiled for are there.
-            return unsafe { sum_avx2(words, streams) };
+            return unsafe { sum_avx2(words, way) };
         }
     }
-    sum_streams(words, streams)
+    sum_streams(words, way)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn sum_avx512(words: &[u64], streams: usize) -> u64 {
-    sum_streams(words, streams)
+fn sum_avx512(words: &[u64], way: (usize, usize)) -> u64 {
+    sum_streams(words, way)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn sum_avx2(words: &[u64], streams: usize) -> u64 {
-    sum_streams(words, streams)
+fn sum_avx2(words: &[u64], way: (usize, usize)) -> u64 {
+    sum_streams(words, way)
 }
 
 #[inline(always)]
-fn sum_streams(words: &[u64], streams: usize) -> u64 {
+fn sum_streams(words: &[u64], (streams, ahead): (usize, usize)) -> u64 {
     match streams {
-        4 => sum_lanes::<4>(words),
-        8 => sum_lanes::<8>(words),
-        _ => sum_lanes::<1>(words),
+        4 => sum_lanes::<4>(words, ahead),
+        8 => sum_lanes::<8>(words, ahead),
+        _ => sum_lanes::<1>(words, ahead),
     }
 }
 
 /// In `16 * STREAMS` lanes: independent additions, so that only reading takes time.
 #[inline(always)]
-fn sum_lanes<const STREAMS: usize>(words: &[u64]) -> u64 {
+fn sum_lanes<const STREAMS: usize>(words: &[u64], ahead: usize) -> u64 {
     let mut lanes = [[0_u64; BLOCK]; STREAMS];
     let (blocks, rest) = words.as_chunks::<BLOCK>();
     let each = blocks.len() / STREAMS;
@@ -228,7 +229,7 @@ fn sum_lanes<const STREAMS: usize>(words: &[u64]) -> u64 {
     for at in 0..each {
         for (lanes, stream) in lanes.iter_mut().zip(streams) {
             let block = &stream[at];
-            fetch(block);
+            fetch(block, ahead);
             for (lane, word) in lanes.iter_mut().zip(block) {
                 *lane = lane.wrapping_add(*word);
             }
@@ -238,20 +239,20 @@ fn sum_lanes<const STREAMS: usize>(words: &[u64]) -> u64 {
     lanes.iter().flatten().chain(left).fold(0, |sum, word| sum.wrapping_add(*word))
 }
 
-/// Starts to bring what lies `AHEAD` of a block.
+/// Starts to bring what lies `ahead` bytes behind a block's start.
 #[inline(always)]
-fn fetch(block: &[u64; BLOCK]) {
+fn fetch(block: &[u64; BLOCK], ahead: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let ahead = block.as_ptr().cast::<i8>().wrapping_add(AHEAD);
+        let place = block.as_ptr().cast::<i8>().wrapping_add(ahead);
         for line in [0, 64] {
             // SAFETY: prefetching has no effect but on caches, wherever it points.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line)) };
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(place.wrapping_add(line)) };
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (block, AHEAD);
+    let _ = (block, ahead);
 }
 
 #[cfg(test)]
@@ -264,8 +265,8 @@ mod tests {
         for length in [0, 1, 63, 64, 129, 1000] {
             let words: Vec<u64> = (0..length).map(|i| (u64::MAX / 3).wrapping_mul(i)).collect();
             let expected = words.iter().fold(0_u64, |sum, word| sum.wrapping_add(*word));
-            for streams in STREAMS {
-                assert_eq!((sum(&words, streams), sum_streams(&words, streams)), (expected, expected), "{streams}");
+            for way in WAYS {
+                assert_eq!((sum(&words, way), sum_streams(&words, way)), (expected, expected), "{way:?}");
             }
         }
     }
@@ -274,7 +275,7 @@ mod tests {
     fn rates_are_positive_and_empty_buffers_refused() {
         let rates = read_rates(2, 1 << 20, 3).unwrap();
         assert!(
-            rates.len() == 3 * STREAMS.len() && rates.iter().all(|rate| *rate > 0.01 && rate.is_finite()),
+            rates.len() == 3 * TRIES * WAYS.len() && rates.iter().all(|rate| *rate > 0.01 && rate.is_finite()),
             "{rates:?}"
         );
         assert!(read_rates(2, 8, 1).is_err() && read_rates(1, 1024, 0).is_err());
