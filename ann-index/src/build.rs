@@ -22,7 +22,7 @@ use crate::params::{IndexKind, IndexParams, KeyPrecision};
 ///
 /// # Errors
 /// [`IndexError::BadParameter`] when `dim` is 0 or a setting is out of range, [`IndexError::Unsupported`]
-/// for `ivf`, and what [`KeyIndex::append`] refuses.
+/// for `ivf` in a program without it, and what [`KeyIndex::append`] refuses.
 pub fn build(
     dim: usize,
     keys: &[f32],
@@ -80,7 +80,7 @@ fn build_as<T: Element>(
         IndexKind::Hnsw => Box::new(HnswIndex::<T>::build(dim, keys, params)?),
         IndexKind::Graph => Box::new(GraphIndex::<T>::build(dim, keys, samples, neighbours, &params.graph)?),
         IndexKind::Clusters => Box::new(ClustersIndex::<T>::build(dim, keys, &params.clusters)?),
-        IndexKind::Ivf => return Err(crate::ivf::unavailable()),
+        IndexKind::Ivf => crate::ivf::build::<T>(dim, keys, &params.ivf)?,
     })
 }
 

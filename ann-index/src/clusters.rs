@@ -7,6 +7,7 @@
 mod file;
 mod segment;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -17,7 +18,7 @@ use crate::element::Element;
 use crate::error::IndexError;
 use crate::key_index::{KeyIndex, SearchResult, SearchStats, Zone, Zones};
 use crate::metric::dot_rows;
-use crate::order::rank;
+use crate::order::{id_of, rank};
 use crate::parallel::map_ranges;
 use crate::params::{ClustersParams, IndexKind, SearchParams};
 use crate::rows::Rows;
@@ -43,13 +44,40 @@ struct State<T: Element> {
     tail: Rows<T>,
 }
 
-/// A cluster among all segments with its score.
+/// All clusters with their scores.
 struct Ranked {
-    /// See `order.rs`; the low half is a number of `places`.
-    ranks: Vec<u64>,
     /// Segment and cluster within it.
     places: Vec<(u32, u32)>,
+    /// For each query the ranks of the clusters (see `order.rs`), whose low halves are numbers of `places`.
+    ranks: Vec<Vec<u64>>,
     bytes: usize,
+}
+
+/// A query on its way.
+struct Seeker<'a> {
+    query: &'a [f32],
+    top: TopK,
+    /// Keys of clusters that were read for it and are not hidden.
+    offered: usize,
+    stats: SearchStats,
+}
+
+impl Seeker<'_> {
+    fn offer(&mut self, id: u32, score: f32) {
+        if score >= self.top.threshold() {
+            self.top.offer(id, score);
+        }
+    }
+}
+
+/// A cluster that a query wants.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Wish {
+    /// Which of `Ranked::places`.
+    at: u32,
+    /// How many the query ranks before it.
+    position: u32,
+    query: u32,
 }
 
 impl<T: Element> ClustersIndex<T> {
@@ -96,23 +124,26 @@ impl<T: Element> State<T> {
         self.clustered + self.tail.len()
     }
 
-    /// All clusters with their scores, in no order.
-    fn rank_clusters(&self, query: &[f32]) -> Ranked {
+    /// All clusters with their scores for each query, in no order: one pass over the means.
+    fn rank_clusters(&self, queries: &[f32]) -> Ranked {
+        let dim = self.tail.dim();
         let count = self.segments.iter().map(|s| s.clusters()).sum();
-        let mut ranked = Ranked { ranks: Vec::with_capacity(count), places: Vec::with_capacity(count), bytes: 0 };
-        let (mut scores, mut ids) = (Vec::new(), Vec::new());
+        let mut places: Vec<(u32, u32)> = Vec::with_capacity(count);
+        let mut ranks: Vec<Vec<u64>> = queries.chunks_exact(dim).map(|_| Vec::with_capacity(count)).collect();
+        let (mut scores, mut ids, mut bytes) = (Vec::new(), Vec::new(), 0);
         for (number, segment) in self.segments.iter().enumerate() {
-            let base = segment.codes().center_score(query);
             ids.clear();
             ids.extend(0..segment.clusters() as u32);
-            segment.codes().view().score(&segment.codes().probe(query), &ids, &mut scores);
-            for (&cluster, score) in ids.iter().zip(&scores) {
-                ranked.ranks.push(rank(score + base, ranked.places.len() as u32));
-                ranked.places.push((number as u32, cluster));
+            let (codes, first) = (segment.codes().view(), places.len());
+            for (query, ranks) in queries.chunks_exact(dim).zip(&mut ranks) {
+                let base = segment.codes().center_score(query);
+                codes.score(&segment.codes().probe(query), &ids, &mut scores);
+                ranks.extend(scores.iter().zip(first..).map(|(score, at)| rank(score + base, at as u32)));
             }
-            ranked.bytes += ids.len() * segment.codes().row_bytes() + 4 * query.len();
+            places.extend(ids.iter().map(|&cluster| (number as u32, cluster)));
+            bytes += ids.len() * segment.codes().row_bytes() + 4 * dim;
         }
-        ranked
+        Ranked { places, ranks, bytes }
     }
 
     /// Scores the keys of a cluster.
@@ -137,6 +168,117 @@ impl<T: Element> State<T> {
             scores.resize(rows.len() / self.tail.stride(), 0.0);
             dot_rows(query, rows, scores);
             scores.iter().enumerate().for_each(|(i, &score)| each((self.clustered + start + i) as u32, score));
+        }
+    }
+}
+
+impl<T: Element> State<T> {
+    /// Searches for each query; a cluster that several want is read once.
+    fn search(
+        &self,
+        queries: &[f32],
+        params: &SearchParams,
+        keys_per_cluster: usize,
+        exclude: Option<&Bitmap>,
+    ) -> Vec<SearchResult> {
+        let tail = self.tail.len();
+        let len = self.clustered + tail;
+        let k = params.k.min(len - exclude.map_or(0, |set| set.count_below(len)));
+        let queries_of = queries.chunks_exact(self.tail.dim());
+        if k == 0 || queries.is_empty() {
+            return queries_of.map(|_| SearchResult::default()).collect();
+        }
+        let seeker = |query| Seeker { query, top: TopK::new(k), offered: 0, stats: SearchStats::default() };
+        let mut seekers: Vec<Seeker<'_>> = queries_of.map(seeker).collect();
+        let hidden = |id: u32| exclude.is_some_and(|set| set.contains(id));
+        let mut scores = Vec::new();
+        for seeker in &mut seekers {
+            self.read_tail(tail, seeker.query, &mut scores, |id, score| {
+                if !hidden(id) {
+                    seeker.offer(id, score);
+                }
+            });
+        }
+        let mut ranked = self.rank_clusters(queries);
+        seekers[0].stats.keys_touched += tail;
+        seekers[0].stats.bytes += ranked.bytes + tail * self.tail.row_bytes();
+        let probes = match params.probes {
+            0 => (2 * k.div_ceil(keys_per_cluster)).max(ranked.places.len() / 50),
+            probes => probes,
+        };
+        let wishes = first_wishes(&mut ranked.ranks, probes);
+        let mut clusters: Vec<&[Wish]> = wishes.chunk_by(|a, b| a.at == b.at).collect();
+        clusters.sort_by_key(|wishes| wishes[0].position);
+        for (number, wishes) in clusters.iter().enumerate() {
+            if let Some(next) = clusters.get(number + 1) {
+                let (segment, cluster) = ranked.places[next[0].at as usize];
+                self.segments[segment as usize].prefetch(cluster as usize);
+            }
+            let reader = wishes.iter().map(|wish| wish.query).min();
+            for wish in *wishes {
+                let counts = Some(wish.query) == reader;
+                self.seek(
+                    &mut seekers[wish.query as usize],
+                    ranked.places[wish.at as usize],
+                    counts,
+                    exclude,
+                    &mut scores,
+                );
+            }
+        }
+        self.seek_on(&mut seekers, &mut ranked, &wishes, k, probes, exclude);
+        seekers.into_iter().map(|seeker| SearchResult { hits: seeker.top.into_hits(), stats: seeker.stats }).collect()
+    }
+
+    /// Reads further clusters for queries that have met fewer than `k` keys which are not hidden.
+    fn seek_on(
+        &self,
+        seekers: &mut [Seeker<'_>],
+        ranked: &mut Ranked,
+        wishes: &[Wish],
+        k: usize,
+        probes: usize,
+        exclude: Option<&Bitmap>,
+    ) {
+        let mut read: BTreeSet<u32> = BTreeSet::new();
+        if seekers.iter().any(|seeker| seeker.offered < k) {
+            read.extend(wishes.iter().map(|wish| wish.at));
+        }
+        let mut scores = Vec::new();
+        for (seeker, ranks) in seekers.iter_mut().zip(&mut ranked.ranks) {
+            let rest = &mut ranks[probes.min(ranked.places.len())..];
+            if seeker.offered < k {
+                rest.sort_unstable();
+            }
+            for &rank in rest.iter() {
+                if seeker.offered >= k {
+                    break;
+                }
+                let at = id_of(rank);
+                self.seek(seeker, ranked.places[at as usize], read.insert(at), exclude, &mut scores);
+            }
+        }
+    }
+
+    /// Offers a cluster's keys to a query, with whom they count if `counts`.
+    fn seek(
+        &self,
+        seeker: &mut Seeker<'_>,
+        place: (u32, u32),
+        counts: bool,
+        exclude: Option<&Bitmap>,
+        scores: &mut Vec<f32>,
+    ) {
+        let keys = self.read_cluster(place, seeker.query, scores, |id, score| {
+            if !exclude.is_some_and(|set| set.contains(id)) {
+                seeker.offered += 1;
+                seeker.offer(id, score);
+            }
+        });
+        if counts {
+            seeker.stats.keys_touched += keys;
+            seeker.stats.bytes += keys * self.tail.row_bytes();
+            seeker.stats.nodes_visited += 1;
         }
     }
 }
@@ -184,57 +326,17 @@ impl<T: Element> KeyIndex for ClustersIndex<T> {
         exclude: Option<&Bitmap>,
     ) -> Result<SearchResult, IndexError> {
         check_query(self.dim, query)?;
-        let state = self.state();
-        let tail = state.tail.len();
-        let len = state.clustered + tail;
-        let visible = len - exclude.map_or(0, |set| set.count_below(len));
-        let k = params.k.min(visible);
-        if k == 0 {
-            return Ok(SearchResult::default());
-        }
-        let hidden = |id: u32| exclude.is_some_and(|set| set.contains(id));
-        let (mut top, mut scores, mut seen) = (TopK::new(k), Vec::new(), 0);
-        let mut stats = SearchStats { keys_touched: tail, ..SearchStats::default() };
-        let mut offer = |id: u32, score: f32| {
-            if !hidden(id) {
-                seen += 1;
-                if score >= top.threshold() {
-                    top.offer(id, score);
-                }
-            }
-        };
-        state.read_tail(tail, query, &mut scores, &mut offer);
-        let mut clusters = state.rank_clusters(query);
-        let enough = 2 * k.div_ceil(self.params.keys_per_cluster);
-        let probes = match params.probes {
-            0 => enough.max(clusters.ranks.len() / 50),
-            probes => probes,
-        };
-        let sorted = sort_first(&mut clusters.ranks, probes);
-        let mut offered = 0;
-        for at in 0..clusters.ranks.len() {
-            if at == sorted {
-                // Not a matter of ranks any more, but of finding k keys that are not hidden.
-                clusters.ranks[at..].sort_unstable();
-            }
-            if at >= probes && offered >= k {
-                break;
-            }
-            let place = clusters.places[clusters.ranks[at] as u32 as usize];
-            if let Some(&next) = clusters.ranks.get(at + 1) {
-                let (segment, cluster) = clusters.places[next as u32 as usize];
-                state.segments[segment as usize].prefetch(cluster as usize);
-            }
-            stats.keys_touched += state.read_cluster(place, query, &mut scores, |id, score| {
-                if !hidden(id) {
-                    offered += 1;
-                }
-                offer(id, score);
-            });
-            stats.nodes_visited += 1;
-        }
-        stats.bytes = clusters.bytes + stats.keys_touched * state.tail.row_bytes();
-        Ok(SearchResult { hits: top.into_hits(), stats })
+        Ok(self.state().search(query, params, self.params.keys_per_cluster, exclude).pop().unwrap_or_default())
+    }
+
+    fn search_group(
+        &self,
+        queries: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Result<Vec<SearchResult>, IndexError> {
+        check_rows("queries", self.dim, queries)?;
+        Ok(self.state().search(queries, params, self.params.keys_per_cluster, exclude))
     }
 
     fn search_zones(
@@ -248,9 +350,9 @@ impl<T: Element> KeyIndex for ClustersIndex<T> {
         let state = self.state();
         let tail = state.tail.len();
         let mut clusters = state.rank_clusters(query);
-        sort_first(&mut clusters.ranks, top.saturating_add(next));
-        let places: Vec<(u32, u32)> =
-            clusters.ranks.iter().map(|&rank| clusters.places[rank as u32 as usize]).collect();
+        let ranks = &mut clusters.ranks[0];
+        sort_first(ranks, top.saturating_add(next));
+        let places: Vec<(u32, u32)> = ranks.iter().map(|&rank| clusters.places[id_of(rank) as usize]).collect();
         let hidden = |id: u32| exclude.is_some_and(|set| set.contains(id));
         let (mut ranks, mut scores) = (Vec::new(), Vec::new());
         let mut keep = |id: u32, score: f32| {
@@ -301,6 +403,21 @@ impl<T: Element> KeyIndex for ClustersIndex<T> {
         let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         self.write(path)
     }
+}
+
+/// The best `count` clusters of each query, those of one place side by side.
+fn first_wishes(ranks: &mut [Vec<u64>], count: usize) -> Vec<Wish> {
+    let mut wishes = Vec::new();
+    for (query, ranks) in ranks.iter_mut().enumerate() {
+        let first = sort_first(ranks, count);
+        let wish =
+            |(position, &rank): (usize, &u64)| Wish { at: id_of(rank), position: position as u32, query: query as u32 };
+        wishes.extend(ranks[..first].iter().enumerate().map(wish));
+    }
+    if ranks.len() > 1 {
+        wishes.sort_unstable();
+    }
+    wishes
 }
 
 /// Brings the best `count` to the front, in order; returns how many are there.

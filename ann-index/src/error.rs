@@ -114,6 +114,16 @@ pub enum IndexError {
         /// What is wrong.
         what: String,
     },
+    /// A library that an index is made with failed.
+    #[error("{library} failed in {action}: {reason}; free memory and try again, or take another kind of index")]
+    Library {
+        /// The library.
+        library: &'static str,
+        /// What it was asked to do.
+        action: &'static str,
+        /// Its words.
+        reason: String,
+    },
     /// The operating system refused.
     #[error("{action} {}: {reason}", path.display())]
     Io {

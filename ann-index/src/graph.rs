@@ -33,10 +33,10 @@ use crate::metric::dot;
 use crate::neighbours::{Neighbours, exact_neighbours};
 use crate::params::{GraphParams, IndexKind, SearchParams};
 use crate::rows::Rows;
-use crate::scan::{read_key, scan};
+use crate::scan::{read_key, scan, scan_group};
 use crate::top_k::TopK;
 use crate::twins::{Distinct, Twins};
-use core::Core;
+use core::{Core, KeySet, Walked};
 
 /// Fewer distinct keys than this are scanned: that takes microseconds.
 const GRAPH_FROM: usize = 512;
@@ -119,36 +119,63 @@ impl<T: Element> GraphIndex<T> {
         self.core.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn walk(&self, core: &Core, query: &[f32], k: usize, ef: usize, exclude: Option<&Bitmap>) -> SearchResult {
+    /// What walks for all queries find: `k` keys each, or fewer.
+    fn walk(&self, core: &Core, queries: &[f32], k: usize, ef: usize, exclude: Option<&Bitmap>) -> Vec<SearchResult> {
         let twins = self.twins.read();
         let twins_of = |id: u32| twins.get(&id).map_or(&[][..], Vec::as_slice);
         let visible = |id: u32| !exclude.is_some_and(|set| set.contains(id));
         let wanted = |id: u32| visible(id) || twins_of(id).iter().any(|&twin| visible(twin));
-        let (mut ids, walked) = match exclude {
-            None => core.walk(query, ef, None),
-            Some(_) => core.walk(query, ef, Some(&wanted)),
+        let mut walks = match exclude {
+            None => core.walk(queries, ef, None),
+            Some(_) => core.walk(queries, ef, Some(&wanted)),
         };
-        ids.truncate(k + k / 4 + 16);
         let rows = self.rows.view();
-        for &id in &ids {
-            rows.prefetch(id as usize);
+        for walked in &mut walks {
+            walked.ids.truncate(k + k / 4 + 16);
         }
-        let mut top = TopK::new(k);
-        for &id in &ids {
-            let score = dot(query, rows.row(id as usize));
-            for &same in std::iter::once(&id).chain(twins_of(id)) {
-                if visible(same) {
-                    top.offer(same, score);
+        let (mut read, alone) = (KeySet::new(rows.len()), walks.len() == 1);
+        let finish = |(query, walked): (&[f32], Walked)| {
+            walked.ids.iter().for_each(|&id| rows.prefetch(id as usize));
+            let (mut top, mut stored) = (TopK::new(k), 0);
+            for &id in &walked.ids {
+                let score = dot(query, rows.row(id as usize));
+                stored += usize::from(alone || read.insert(id));
+                for &same in std::iter::once(&id).chain(twins_of(id)) {
+                    if visible(same) {
+                        top.offer(same, score);
+                    }
                 }
             }
+            let bytes = walked.scored * core.codes.row_bytes()
+                + walked.followed * core.links().row_bytes()
+                + stored * self.rows.row_bytes();
+            SearchResult {
+                hits: top.into_hits(),
+                stats: SearchStats { keys_touched: walked.scored, bytes, nodes_visited: walked.followed },
+            }
+        };
+        queries.chunks_exact(self.dim()).zip(walks).map(finish).collect()
+    }
+
+    /// The best keys of each query; everything was checked.
+    fn find(&self, queries: &[f32], params: &SearchParams, exclude: Option<&Bitmap>) -> Vec<SearchResult> {
+        let core = self.core();
+        let len = self.len();
+        let visible = len - exclude.map_or(0, |set| set.count_below(len));
+        let k = params.k.min(visible);
+        let ef = params.ef.max(k);
+        let Some(core) = core.filter(|_| k > 0 && ef < visible) else {
+            return scan_group(&self.rows, len, queries, k, exclude);
+        };
+        let mut results = self.walk(&core, queries, k, ef, exclude);
+        for (query, result) in queries.chunks_exact(self.dim()).zip(&mut results) {
+            if result.hits.len() < k {
+                let nodes_visited = result.stats.nodes_visited;
+                *result = scan(&self.rows, len, query, k, exclude);
+                result.stats.nodes_visited = nodes_visited;
+            }
         }
-        let bytes = walked.scored * core.codes.row_bytes()
-            + walked.followed * core.links().row_bytes()
-            + ids.len() * self.rows.row_bytes();
-        SearchResult {
-            hits: top.into_hits(),
-            stats: SearchStats { keys_touched: walked.scored, bytes, nodes_visited: walked.followed },
-        }
+        results
     }
 }
 
@@ -249,24 +276,17 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
         exclude: Option<&Bitmap>,
     ) -> Result<SearchResult, IndexError> {
         check_query(self.dim(), query)?;
-        let core = self.core();
-        let len = self.len();
-        let visible = len - exclude.map_or(0, |set| set.count_below(len));
-        let k = params.k.min(visible);
-        if k == 0 {
-            return Ok(SearchResult::default());
-        }
-        let ef = params.ef.max(k);
-        let Some(core) = core.filter(|_| ef < visible) else {
-            return Ok(scan(&self.rows, len, query, k, exclude));
-        };
-        let found = self.walk(&core, query, k, ef, exclude);
-        if found.hits.len() == k {
-            return Ok(found);
-        }
-        let mut result = scan(&self.rows, len, query, k, exclude);
-        result.stats.nodes_visited = found.stats.nodes_visited;
-        Ok(result)
+        Ok(self.find(query, params, exclude).pop().unwrap_or_default())
+    }
+
+    fn search_group(
+        &self,
+        queries: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Result<Vec<SearchResult>, IndexError> {
+        check_rows("queries", self.dim(), queries)?;
+        Ok(self.find(queries, params, exclude))
     }
 
     fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError> {

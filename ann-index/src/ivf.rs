@@ -1,13 +1,9 @@
-//! The inverted lists of faiss: not part of this build.
+//! The inverted lists of faiss: there only where the cargo feature `faiss` is, for the library is C++ that takes longer to
+//! build than everything else here.
+//!
+//! This line is the only place that asks for the feature; everything else asks [`BUILT_IN`].
 
-use crate::error::IndexError;
-use crate::params::IndexKind;
+#[cfg_attr(not(feature = "faiss"), path = "ivf/absent.rs")]
+mod index;
 
-/// Says what to take instead.
-pub(crate) fn unavailable() -> IndexError {
-    IndexError::Unsupported {
-        what: "implementation in this program, which is built without faiss",
-        kind: IndexKind::Ivf,
-        instead: "take `clusters`, which also scores centroids and then members, or compare with faiss itself (PyPI `faiss-cpu`) through `quire bench index`",
-    }
-}
+pub(crate) use index::{BUILT_IN, build, read};

@@ -26,10 +26,10 @@ pub struct SearchStats {
     pub keys_touched: usize,
     /// Bytes read: stored keys, quantised keys with their scales, links and centroids. What is read
     /// twice in two forms counts twice; the visited set and the candidates are working memory and
-    /// count nothing. A row that the queries of a group share counts once.
+    /// count nothing.
     pub bytes: usize,
     /// Keys of a graph whose links were followed (`graph`) or that were met by following links
-    /// (`hnsw`); clusters whose members were read (`clusters`); 0 for `flat`.
+    /// (`hnsw`); clusters and lists whose members were read (`clusters`, `ivf`); 0 for `flat`.
     pub nodes_visited: usize,
 }
 
@@ -129,7 +129,7 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     fn key(&self, id: u32, out: &mut [f32]) -> Result<(), IndexError>;
 
     /// Bytes of memory held: keys, quantised keys, links, centroids, spare room included, memory-mapped
-    /// parts included. For `hnsw` the links are an estimate.
+    /// parts included. For `hnsw` the links are an estimate, for `ivf` the lists.
     fn memory_bytes(&self) -> usize;
 
     /// Which index this is.
@@ -143,8 +143,12 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
 
     /// Searches for each of the rows of `queries`, the query heads that share these keys (one
     /// group of grouped-query attention), and shares what can be shared; hits are the same as those
-    /// of [`search`](KeyIndex::search), query after query. Bytes that the group shares are counted
-    /// with its first query.
+    /// of [`search`](KeyIndex::search), query after query. `flat` and `clusters` read once what several queries want;
+    /// the walks of `graph` take turns, so that they wait for memory together and find there what another has
+    /// fetched; `hnsw` and `ivf` search one query after the other.
+    ///
+    /// A query's statistics say what was read for it and for no query before it: they add up to what the group
+    /// read. With `hnsw` and `ivf` they are those of single searches.
     ///
     /// # Errors
     /// As [`search`](KeyIndex::search), and [`IndexError::NotRows`].
@@ -182,6 +186,6 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     /// name. Keys that are appended meanwhile may be missing.
     ///
     /// # Errors
-    /// [`IndexError::Io`]; [`IndexError::Unsupported`] from `ivf`.
+    /// [`IndexError::Io`].
     fn save(&self, path: &Path) -> Result<(), IndexError>;
 }

@@ -30,8 +30,8 @@
 //! * [`build`] makes one; [`IndexParams`] says which and how.
 //! * [`IndexKind::Flat`] reads every key and is exact; [`IndexKind::Hnsw`] walks a graph that keys alone have
 //!   shaped; [`IndexKind::Graph`] one that sample queries have shaped; [`IndexKind::Clusters`] reads clusters and can
-//!   say what the next ones hold ([`KeyIndex::search_zones`]). [`IndexKind::Ivf`] is a name without an
-//!   implementation here.
+//!   say what the next ones hold ([`KeyIndex::search_zones`]); [`IndexKind::Ivf`] reads inverted lists of
+//!   faiss, in programs that are built with the feature `faiss`.
 //! * [`exact_neighbours`] finds the keys that `graph` is shaped by; [`build_with_neighbours`] takes them from elsewhere.
 //! * [`KeyIndex::save`] and [`open`] keep an index in a file; what is opened is searched where it lies.
 //! * Keys know no positions. Rotary embeddings turn keys and queries alike, R(a)k . R(b)q = k . R(b - a)q, so an

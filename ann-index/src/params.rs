@@ -27,7 +27,8 @@ pub enum IndexKind {
     Flat,
     /// A hierarchical navigable small-world graph: approximate, reads few keys.
     Hnsw,
-    /// Inverted lists of faiss; not part of this build, which says so.
+    /// Inverted lists of faiss: only in programs that are built with the feature `faiss`; see
+    /// [`is_built_in`](IndexKind::is_built_in).
     Ivf,
     /// A graph shaped after sample queries (RetrievalAttention, RoarGraph).
     Graph,
@@ -39,6 +40,11 @@ impl IndexKind {
     /// Every kind.
     pub const ALL: [IndexKind; 5] =
         [IndexKind::Flat, IndexKind::Hnsw, IndexKind::Ivf, IndexKind::Graph, IndexKind::Clusters];
+
+    /// Whether this program can build and open it.
+    pub fn is_built_in(self) -> bool {
+        self != IndexKind::Ivf || crate::ivf::BUILT_IN
+    }
 
     /// Its name in settings.
     pub fn name(self) -> &'static str {
@@ -139,10 +145,11 @@ impl Default for ClustersParams {
     }
 }
 
-/// Settings of faiss' inverted lists, which are not part of this build: nothing reads them.
+/// Settings of faiss' inverted lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IvfParams {
-    /// Lists, up to 65,536; 0, the default, means four times the root of the number of keys.
+    /// Lists, up to 65,536; 0, the default, means four times the root of the number of keys. There are fewer where
+    /// a list would have less than the 39 keys on average that faiss wants to train its centroid.
     pub lists: usize,
 }
 
@@ -154,9 +161,9 @@ pub struct SearchParams {
     /// How many candidates a graph holds while it searches: more reads more keys and finds more of
     /// the best. Raised to `k` when smaller; only `hnsw` and `graph` read it. 128 by default.
     pub ef: usize,
-    /// How many clusters are read, the best ones first; only `clusters` reads it. 0, the default,
-    /// leaves it to the index: 2 % of the clusters and at least what `k` keys need. More are read
-    /// where these hold fewer than `k` keys that are not hidden.
+    /// How many clusters or lists are read, the best ones first; only `clusters` and `ivf` read it. 0, the
+    /// default, leaves it to the index: 2 % of them and at least what `k` keys need. More are read where
+    /// these hold fewer than `k` keys that are not hidden.
     pub probes: usize,
 }
 

@@ -61,8 +61,8 @@ pub(crate) fn scan_group<T: Element>(
             }
         }
     }
-    let bytes = keys_touched * rows.row_bytes();
-    let stats = |first: bool| SearchStats { keys_touched, bytes: if first { bytes } else { 0 }, nodes_visited: 0 };
+    let read = SearchStats { keys_touched, bytes: keys_touched * rows.row_bytes(), nodes_visited: 0 };
+    let stats = |first: bool| if first { read } else { SearchStats::default() };
     bests
         .into_iter()
         .enumerate()

@@ -61,6 +61,10 @@ pub(crate) enum Tag {
     Tail = 15,
     Guides = 16,
     Bars = 17,
+    #[allow(dead_code, reason = "only `ivf` has it")]
+    Centroids = 18,
+    #[allow(dead_code, reason = "only `ivf` has it")]
+    Homes = 19,
 }
 
 /// Collects sections and writes them.
@@ -177,6 +181,8 @@ fn precision_number(precision: KeyPrecision) -> u32 {
 pub(crate) struct Parts {
     map: Arc<MmapMut>,
     sections: Vec<(u32, usize, usize)>,
+    kind: u32,
+    precision: u32,
     pub(crate) dim: usize,
     pub(crate) len: usize,
 }
@@ -235,13 +241,14 @@ impl Parts {
 }
 
 /// Opens an index that [`KeyIndex::save`] has written. `flat`, `graph` and `clusters` search right from the mapped
-/// file; `hnsw` is built again from its keys, for its library has no reader that is safe on damaged files. Keys that are
-/// appended later go to memory.
+/// file; `hnsw` is built again from its keys and `ivf` fills its lists again, for their libraries have no readers that are safe
+/// on damaged files. Keys that are appended later go to memory.
 ///
 /// While the index lives, the file must not be changed in place by others; replacing or removing it is harmless.
 ///
 /// # Errors
-/// [`IndexError::Io`] when the file cannot be read, [`IndexError::Damaged`] when it is not a whole index of this version.
+/// [`IndexError::Io`] when the file cannot be read, [`IndexError::Damaged`] when it is not a whole index of this version,
+/// [`IndexError::Unsupported`] when it is an `ivf` and this program has none.
 pub fn open(path: &Path) -> Result<Box<dyn KeyIndex>, IndexError> {
     let failed = |e: std::io::Error| IndexError::Io { action: "reading", path: path.to_owned(), reason: e.to_string() };
     let file = File::open(path).map_err(failed)?;
@@ -252,10 +259,18 @@ pub fn open(path: &Path) -> Result<Box<dyn KeyIndex>, IndexError> {
     }
     // SAFETY: the map is private; the contract of `open` forbids changes of the file in place.
     let map = unsafe { MmapOptions::new().map_copy(&file) }.map_err(failed)?;
-    read(map).map_err(damaged)
+    let parts = read(map).map_err(damaged)?;
+    match parts.precision {
+        1 => read_as::<f32>(&parts, &damaged),
+        2 => read_as::<bf16>(&parts, &damaged),
+        3 => read_as::<f16>(&parts, &damaged),
+        4 => read_as::<i8>(&parts, &damaged),
+        precision => Err(damaged(format!("unknown precision {precision}"))),
+    }
 }
 
-fn read(map: MmapMut) -> Result<Box<dyn KeyIndex>, Wrong> {
+/// Checks the frame: header, table and checksums.
+fn read(map: MmapMut) -> Result<Parts, Wrong> {
     let word = |at: usize| u32::from_le_bytes([map[at], map[at + 1], map[at + 2], map[at + 3]]);
     let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
     if &map[..8] != MAGIC {
@@ -303,22 +318,16 @@ fn read(map: MmapMut) -> Result<Box<dyn KeyIndex>, Wrong> {
     if !(1..=65_536).contains(&dim) || len > crate::blocks::MAX_ROWS as u64 {
         return Err(format!("dimension {dim} and {len} keys are out of range"));
     }
-    let parts = Parts { map: Arc::new(map), sections, dim: dim as usize, len: len as usize };
-    match precision {
-        1 => read_as::<f32>(kind, &parts),
-        2 => read_as::<bf16>(kind, &parts),
-        3 => read_as::<f16>(kind, &parts),
-        4 => read_as::<i8>(kind, &parts),
-        _ => Err(format!("unknown precision {precision}")),
-    }
+    Ok(Parts { map: Arc::new(map), sections, kind, precision, dim: dim as usize, len: len as usize })
 }
 
-fn read_as<T: Element>(kind: u32, parts: &Parts) -> Result<Box<dyn KeyIndex>, Wrong> {
-    Ok(match kind {
-        1 => Box::new(FlatIndex::<T>::read(parts)?),
-        2 => Box::new(HnswIndex::<T>::read(parts)?),
-        4 => Box::new(GraphIndex::<T>::read(parts)?),
-        5 => Box::new(ClustersIndex::<T>::read(parts)?),
-        _ => return Err(format!("unknown kind {kind}")),
+fn read_as<T: Element>(parts: &Parts, damaged: &dyn Fn(Wrong) -> IndexError) -> Result<Box<dyn KeyIndex>, IndexError> {
+    Ok(match parts.kind {
+        1 => Box::new(FlatIndex::<T>::read(parts).map_err(damaged)?),
+        2 => Box::new(HnswIndex::<T>::read(parts).map_err(damaged)?),
+        3 => crate::ivf::read::<T>(parts, damaged)?,
+        4 => Box::new(GraphIndex::<T>::read(parts).map_err(damaged)?),
+        5 => Box::new(ClustersIndex::<T>::read(parts).map_err(damaged)?),
+        kind => return Err(damaged(format!("unknown kind {kind}"))),
     })
 }

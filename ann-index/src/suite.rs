@@ -24,8 +24,8 @@ struct Subject {
     graph_from: Option<usize>,
 }
 
-const SUBJECTS: [Subject; 18] = {
-    use IndexKind::{Clusters, Flat, Graph, Hnsw};
+const SUBJECTS: [Subject; 22] = {
+    use IndexKind::{Clusters, Flat, Graph, Hnsw, Ivf};
     use KeyPrecision::{Bf16, F16, F32, Int8};
     [
         subject("flat f32", Flat, F32, None),
@@ -46,6 +46,10 @@ const SUBJECTS: [Subject; 18] = {
         subject("clusters bf16", Clusters, Bf16, None),
         subject("clusters f16", Clusters, F16, None),
         subject("clusters int8", Clusters, Int8, None),
+        subject("ivf f32", Ivf, F32, None),
+        subject("ivf bf16", Ivf, Bf16, None),
+        subject("ivf f16", Ivf, F16, None),
+        subject("ivf int8", Ivf, Int8, None),
     ]
 };
 
@@ -100,14 +104,14 @@ impl Subject {
     fn recall_floor(&self) -> f64 {
         match self.kind {
             IndexKind::Flat => 1.0,
-            IndexKind::Clusters => 0.85,
+            IndexKind::Clusters | IndexKind::Ivf => 0.85,
             _ => 0.95,
         }
     }
 }
 
 fn each(test: impl Fn(Subject)) {
-    for subject in SUBJECTS {
+    for subject in SUBJECTS.into_iter().filter(|subject| subject.kind.is_built_in()) {
         println!("{}", subject.name);
         test(subject);
     }
@@ -565,6 +569,34 @@ fn appends_from_two_threads_both_arrive() {
     });
 }
 
+/// What a group read, beside what its queries read alone.
+fn check_sharing(subject: Subject, index: &dyn KeyIndex, count: usize, shared: SearchStats, alone: SearchStats) {
+    if matches!(subject.kind, IndexKind::Hnsw | IndexKind::Ivf) || count < 2 {
+        return assert_eq!(shared, alone);
+    }
+    // A key is counted once, and these queries are alike enough to meet.
+    assert!(shared.keys_touched <= index.len(), "{shared:?}");
+    assert!(shared.keys_touched < alone.keys_touched && shared.bytes < alone.bytes, "{shared:?}, {alone:?}");
+    assert!(shared.keys_touched * count >= alone.keys_touched && shared.bytes * count >= alone.bytes, "{shared:?}");
+}
+
+#[test]
+fn equal_queries_of_a_group_are_read_for_once() {
+    each(|subject| {
+        let mut data = HeadLike::new(32, 17);
+        let index = subject.build(32, &data.keys(1500));
+        let query = data.query();
+        let together = index.search_group(&query.repeat(3), &wish(20, 100), None).unwrap();
+        let alone = index.search(&query, &wish(20, 100), None).unwrap();
+        assert_eq!(together[0], alone);
+        let again =
+            if matches!(subject.kind, IndexKind::Hnsw | IndexKind::Ivf) { alone.stats } else { Default::default() };
+        for found in &together[1..] {
+            assert_eq!((&found.hits, found.stats), (&alone.hits, again));
+        }
+    });
+}
+
 #[test]
 fn a_group_finds_what_its_queries_find_alone() {
     each(|subject| {
@@ -576,9 +608,14 @@ fn a_group_finds_what_its_queries_find_alone() {
             let queries: Vec<f32> = (0..count).flat_map(|_| data.query()).collect();
             let together = index.search_group(&queries, &wish(20, 100), exclude).unwrap();
             assert_eq!(together.len(), count);
+            let (mut shared, mut alone) = (SearchStats::default(), SearchStats::default());
             for (query, found) in queries.chunks(40).zip(&together) {
-                assert_eq!(found.hits, index.search(query, &wish(20, 100), exclude).unwrap().hits);
+                let single = index.search(query, &wish(20, 100), exclude).unwrap();
+                assert_eq!(found.hits, single.hits);
+                shared += found.stats;
+                alone += single.stats;
             }
+            check_sharing(subject, &*index, count, shared, alone);
         }
         assert!(index.search_group(&[0.0; 41], &wish(1, 1), None).is_err());
         assert!(index.search_group(&[f32::NAN; 40], &wish(1, 1), None).is_err());

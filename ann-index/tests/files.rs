@@ -4,7 +4,7 @@
 
 mod common;
 
-use ann_index::{IndexError, IndexKind, open};
+use ann_index::{IndexError, IndexKind, IndexParams, build, open};
 use common::{answers, indexes, mend, mutate};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -90,6 +90,19 @@ fn what_is_wrong_is_named() {
             std::fs::write(&path, &whole[..len]).unwrap();
             assert!(open(&path).is_err(), "{index:?} cut to {len} bytes");
         }
+    }
+}
+
+#[test]
+fn a_kind_that_is_not_built_in_is_refused_with_the_way_to_get_it() {
+    if IndexKind::Ivf.is_built_in() {
+        return;
+    }
+    let params = IndexParams { kind: IndexKind::Ivf, ..IndexParams::default() };
+    let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/v1-ivf-17.ann");
+    for error in [open(&fixture).unwrap_err(), build(2, &[1.0, 2.0], &[], &params).unwrap_err()] {
+        assert!(matches!(error, IndexError::Unsupported { kind: IndexKind::Ivf, .. }), "{error}");
+        assert!(error.to_string().contains("--features faiss"), "{error}");
     }
 }
 

@@ -38,7 +38,7 @@ fn a_turned_query_finds_what_turned_keys_would_give() {
         let turned = |i: usize, by: i64| turn(&queries[i], start + KEYS as i64 + 7 * i as i64 + by);
         let samples: Vec<f32> = (0..20).flat_map(|i| turned(i, -start)).collect();
         let truth = build(DIM, &absolute, &[], &params(IndexKind::Flat)).unwrap();
-        for kind in [IndexKind::Flat, IndexKind::Hnsw, IndexKind::Graph, IndexKind::Clusters] {
+        for kind in IndexKind::ALL.into_iter().filter(|kind| kind.is_built_in()) {
             let index = build(DIM, &local, &samples, &params(kind)).unwrap();
             let wish = SearchParams { k: 50, ef: 300, probes: 100 };
             let mut found = 0;

@@ -191,7 +191,7 @@ settings! {
         k: usize = 128, "128";
         /// Candidates that a graph search keeps
         ef: usize = 256, "256";
-        /// Index over cold keys: flat, hnsw, graph or clusters
+        /// Index over cold keys: flat, hnsw, graph, clusters, or ivf where it is built in
         index: Named<IndexKind> = Named(IndexKind::Flat), "flat";
         /// Wait for an index instead of attending its tokens exactly meanwhile: true or false
         wait_for_index: bool = false, "false";

@@ -9,33 +9,31 @@ use crate::order::{id_of, rank};
 /// Marks a candidate whose links were followed. Ids are below it.
 pub(super) const FOLLOWED: u32 = 1 << 31;
 
-/// What a search works in; one per thread, kept between searches.
+/// What a walk works in; kept between searches.
 #[derive(Default)]
 pub(super) struct Scratch {
     /// One bit a key: whether it was scored.
-    seen: Vec<u64>,
+    pub(super) seen: Vec<u64>,
     /// Candidates, the best first.
     pub(super) pool: Vec<u64>,
+    /// How many.
+    pub(super) scored: usize,
+    /// Keys whose links were followed.
+    pub(super) followed: Vec<u32>,
     fresh: Vec<u32>,
     scores: Vec<f32>,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static SCRATCH: RefCell<Vec<Scratch>> = RefCell::default();
 }
 
-/// Runs `search` with this thread's scratch space.
-pub(super) fn with_scratch<R>(search: impl FnOnce(&mut Scratch) -> R) -> R {
-    SCRATCH.with_borrow_mut(search)
-}
-
-/// What a search read.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Walked {
-    /// Keys scored.
-    pub(super) scored: usize,
-    /// Keys whose links were followed.
-    pub(super) followed: usize,
+/// Runs `search` with this thread's scratch space for `walks` walks.
+pub(super) fn with_scratch<R>(walks: usize, search: impl FnOnce(&mut [Scratch]) -> R) -> R {
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize_with(scratch.len().max(walks), Scratch::default);
+        search(&mut scratch[..walks])
+    })
 }
 
 /// What is searched.
@@ -47,53 +45,76 @@ pub(super) struct Field<'a> {
 }
 
 impl Field<'_> {
-    /// Leaves in `scratch.pool` the `ef` best keys that `wanted` lets through, and the better ones that
-    /// it does not, of those met on the way from the `entries`.
+    /// For each probe, leaves in its scratch space's `pool` the `ef` best keys that `wanted` lets through, and the
+    /// better ones that it does not, of those met on the way from the `entries`.
+    ///
+    /// The walks take turns, step by step. None depends on another; but while one scores the keys that it
+    /// has met, those of the others are on their way from memory, and what two of them look at is there already.
     pub(super) fn search(
         &self,
-        scratch: &mut Scratch,
-        probe: &Probe,
+        scratch: &mut [Scratch],
+        probes: &[Probe],
         entries: &[u32],
         ef: usize,
         wanted: Option<&dyn Fn(u32) -> bool>,
-    ) -> Walked {
-        let mut walked = Walked::default();
-        let Scratch { seen, pool, fresh, scores } = scratch;
-        seen.clear();
-        seen.resize(self.len.div_ceil(64), 0);
-        pool.clear();
-        let mut room = Room { ef, held: 0, wanted };
-        fresh.clear();
+    ) {
+        let start = |(scratch, probe)| Walk::start(self, scratch, probe, entries, Room { ef, held: 0, wanted });
+        let mut walks: Vec<Walk<'_>> = scratch.iter_mut().zip(probes).map(start).collect();
+        while !walks.is_empty() {
+            walks.retain_mut(|walk| walk.step(self));
+        }
+    }
+}
+
+/// A search between two steps.
+struct Walk<'a> {
+    scratch: &'a mut Scratch,
+    probe: &'a Probe,
+    room: Room<'a>,
+    /// Candidates before this one have been followed.
+    cursor: usize,
+}
+
+impl<'a> Walk<'a> {
+    fn start(field: &Field<'_>, scratch: &'a mut Scratch, probe: &'a Probe, entries: &[u32], room: Room<'a>) -> Self {
+        scratch.seen.clear();
+        scratch.seen.resize(field.len.div_ceil(64), 0);
+        scratch.pool.clear();
+        scratch.scored = 0;
+        scratch.followed.clear();
+        scratch.fresh.clear();
         for &id in entries {
-            note(self, seen, fresh, id);
+            note(field, &mut scratch.seen, &mut scratch.fresh, id);
         }
-        self.codes.score(probe, fresh, scores);
-        walked.scored += fresh.len();
+        Self { scratch, probe, room, cursor: 0 }
+    }
+
+    /// Scores the keys that were met last and follows the best candidate's links; false when all have been followed.
+    #[inline]
+    fn step(&mut self, field: &Field<'_>) -> bool {
+        let Scratch { seen, pool, scored, followed, fresh, scores } = &mut *self.scratch;
+        field.codes.score(self.probe, fresh, scores);
+        *scored += fresh.len();
         for (&id, &score) in fresh.iter().zip(scores.iter()) {
-            room.offer(pool, rank(score, id));
+            self.cursor = self.cursor.min(self.room.offer(pool, rank(score, id)));
         }
-        let mut cursor = 0;
-        while let Some(candidate) = pool.get_mut(cursor) {
+        while let Some(candidate) = pool.get_mut(self.cursor) {
+            self.cursor += 1;
             let id = id_of(*candidate);
             if id & FOLLOWED != 0 {
-                cursor += 1;
                 continue;
             }
             *candidate |= u64::from(FOLLOWED);
-            walked.followed += 1;
+            followed.push(id);
             fresh.clear();
-            self.links.for_each(id, |link| note(self, seen, fresh, link));
-            if let Some(&next) = pool.get(cursor + 1) {
-                self.links.prefetch(id_of(next) & !FOLLOWED);
+            field.links.for_each(id, |link| note(field, seen, fresh, link));
+            if let Some(&next) = pool.get(self.cursor) {
+                field.links.prefetch(id_of(next) & !FOLLOWED);
             }
-            self.codes.score(probe, fresh, scores);
-            walked.scored += fresh.len();
-            cursor += 1;
-            for (&id, &score) in fresh.iter().zip(scores.iter()) {
-                cursor = cursor.min(room.offer(pool, rank(score, id)));
-            }
+            return true;
         }
-        walked
+        fresh.clear();
+        false
     }
 }
 

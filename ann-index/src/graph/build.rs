@@ -313,9 +313,9 @@ impl Core {
         let probe = self.codes.probe(query);
         let codes = self.codes.view();
         let field = Field { len: codes.len().min(links.len()), codes, links: links.view() };
-        with_scratch(|scratch| {
-            field.search(scratch, &probe, &self.entries(), self.params.build_ef, None);
-            out.extend(scratch.pool.iter().map(|&rank| id_of(rank) & !FOLLOWED));
+        with_scratch(1, |scratch| {
+            field.search(scratch, std::slice::from_ref(&probe), &self.entries(), self.params.build_ef, None);
+            out.extend(scratch[0].pool.iter().map(|&rank| id_of(rank) & !FOLLOWED));
         });
     }
 

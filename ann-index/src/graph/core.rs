@@ -3,12 +3,12 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::beam::{FOLLOWED, Field, Walked, with_scratch};
+use super::beam::{FOLLOWED, Field, Scratch, with_scratch};
 use super::build::{Decode, Incidences, Points, choose, link_back};
 use super::guides::Guides;
 use super::links::Links;
 use super::shape::Shape;
-use crate::codes::Codes;
+use crate::codes::{Codes, Probe};
 use crate::error::IndexError;
 use crate::metric::dot;
 use crate::neighbours::Neighbours;
@@ -29,6 +29,55 @@ pub(super) struct Core {
     checked: AtomicUsize,
     /// The root mean square of the projected keys' lengths at the build.
     pub(super) typical: f32,
+}
+
+/// What a walk found and read.
+pub(super) struct Walked {
+    /// Candidates, the best first.
+    pub(super) ids: Vec<u32>,
+    /// Keys that no walk before it in the group has scored.
+    pub(super) scored: usize,
+    /// Keys whose links no walk before it in the group has followed.
+    pub(super) followed: usize,
+}
+
+/// A set of keys, one bit each; without room until it is used.
+pub(super) struct KeySet {
+    len: usize,
+    bits: Vec<u64>,
+}
+
+impl KeySet {
+    /// Room for the keys below `len`.
+    pub(super) fn new(len: usize) -> Self {
+        Self { len, bits: Vec::new() }
+    }
+
+    fn bits(&mut self) -> &mut [u64] {
+        if self.bits.is_empty() {
+            self.bits.resize(self.len.div_ceil(64), 0);
+        }
+        &mut self.bits
+    }
+
+    /// Adds keys; returns how many of them are new.
+    fn extend(&mut self, keys: &[u64]) -> usize {
+        let mut new = 0;
+        for (held, keys) in self.bits().iter_mut().zip(keys) {
+            new += (keys & !*held).count_ones() as usize;
+            *held |= keys;
+        }
+        new
+    }
+
+    /// Adds a key; whether it is new.
+    pub(super) fn insert(&mut self, id: u32) -> bool {
+        let (word, bit) = (id as usize / 64, 1u64 << (id % 64));
+        let held = &mut self.bits()[word];
+        let new = *held & bit == 0;
+        *held |= bit;
+        new
+    }
 }
 
 /// A key this many times as long as is typical may be a long way from all others, and still wins most
@@ -152,16 +201,27 @@ impl Core {
         Arc::clone(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The `ef` best keys that `wanted` lets through, of those on the way to them, the best first by their codes.
-    pub(super) fn walk(&self, query: &[f32], ef: usize, wanted: Option<&dyn Fn(u32) -> bool>) -> (Vec<u32>, Walked) {
-        let probe = self.codes.probe(query);
+    /// For each query, the `ef` best keys that `wanted` lets through, of those on the way to them, the best first by
+    /// their codes.
+    pub(super) fn walk(&self, queries: &[f32], ef: usize, wanted: Option<&dyn Fn(u32) -> bool>) -> Vec<Walked> {
+        let probes: Vec<Probe> = queries.chunks_exact(self.codes.center().len()).map(|q| self.codes.probe(q)).collect();
         let links = self.links();
         let codes = self.codes.view();
         let field = Field { len: codes.len().min(links.len()), codes, links: links.view() };
-        with_scratch(|scratch| {
-            let walked = field.search(scratch, &probe, &self.entries(), ef, wanted);
-            let ids = scratch.pool.iter().map(|&rank| id_of(rank) & !FOLLOWED);
-            (ids.filter(|&id| wanted.is_none_or(|wanted| wanted(id))).collect(), walked)
+        with_scratch(probes.len(), |scratch| {
+            field.search(scratch, &probes, &self.entries(), ef, wanted);
+            let (mut scored, mut followed) = (KeySet::new(field.len), KeySet::new(field.len));
+            let alone = scratch.len() == 1;
+            let walked = |scratch: &mut Scratch| {
+                let ids = scratch.pool.iter().map(|&rank| id_of(rank) & !FOLLOWED);
+                let Scratch { followed: all, seen, .. } = scratch;
+                Walked {
+                    ids: ids.filter(|&id| wanted.is_none_or(|wanted| wanted(id))).collect(),
+                    scored: if alone { scratch.scored } else { scored.extend(seen) },
+                    followed: if alone { all.len() } else { all.iter().filter(|&&id| followed.insert(id)).count() },
+                }
+            };
+            scratch.iter_mut().map(walked).collect()
         })
     }
 

@@ -6,6 +6,7 @@
 //! what was found counts as recovered.
 
 use std::path::Path;
+use std::time::Instant;
 
 use ann_index::{IndexKind, IndexParams, KeyIndex, SearchParams, build};
 use engine::{AttentionInputs, Engine};
@@ -23,6 +24,9 @@ use crate::stats::mean;
 /// Share of the cold keys that may be read.
 pub(super) const BUDGET: f64 = 0.02;
 
+/// Rounds of searching one by one and together.
+const SHARING_ROUNDS: usize = 4;
+
 /// What one way of finding keys gave for one query head: means over its queries.
 #[derive(Debug, Clone)]
 pub(super) struct HeadFigure {
@@ -38,6 +42,17 @@ pub(super) struct HeadFigure {
     pub(super) covered: f64,
 }
 
+/// What it costs one way of finding keys to search for all heads of a group at once, over searching for one after the
+/// other.
+#[derive(Debug, Clone)]
+pub(super) struct Sharing {
+    pub(super) method: &'static str,
+    /// Keys read.
+    pub(super) touched: f64,
+    /// Time.
+    pub(super) time: f64,
+}
+
 /// Cold keys of one KV head, and the queries at the end of the text of the heads that share it.
 pub(super) struct Group {
     layer: usize,
@@ -47,7 +62,9 @@ pub(super) struct Group {
     /// Sinks, and the window up to the queries.
     near: Vec<f32>,
     samples: Vec<f32>,
-    /// Each with its query head.
+    /// Query heads that share the keys.
+    shared: usize,
+    /// Each with its query head; those of a token side by side.
     tests: Vec<(usize, Vec<f32>)>,
 }
 
@@ -100,6 +117,7 @@ fn group(
     Group {
         layer,
         dim,
+        shared,
         scale: inputs.scale,
         cold: rows(cold.clone()),
         near: [rows(0..options.sinks), rows(cold.end..end)].concat(),
@@ -113,13 +131,15 @@ impl Group {
         self.cold.len() / self.dim
     }
 
-    /// What every method finds, head by head.
-    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<Vec<HeadFigure>> {
+    /// What every method finds, head by head, and what its searches share.
+    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<(Vec<HeadFigure>, Vec<Sharing>)> {
+        let mut sharing = Vec::new();
         let truths: Vec<Truth> = self.tests.iter().map(|(_, query)| self.truth(query)).collect();
         let mut figures = self.figures("exact", &truths, &self.exact(&truths));
         for &kind in options.kinds.iter().filter(|kind| **kind != IndexKind::Flat) {
             let params = IndexParams { kind, ..options.params.clone() };
             let index = build(self.dim, &self.cold, &self.samples, &params)?;
+            sharing.push(self.sharing(index.as_ref())?);
             figures.extend(self.figures(kind.name(), &truths, &self.within_budget(index.as_ref())?));
             if let Some(name) = attending(kind) {
                 let budget = (BUDGET * self.keys() as f64) as usize;
@@ -127,7 +147,33 @@ impl Group {
                 figures.extend(self.figures(name, &truths, &found.collect::<Result<Vec<_>>>()?));
             }
         }
-        Ok(figures)
+        Ok((figures, sharing))
+    }
+
+    /// Searches for as many keys as the budget allows, for the heads of each token one by one and together.
+    fn sharing(&self, index: &dyn KeyIndex) -> Result<Sharing> {
+        let k = ((BUDGET * self.keys() as f64) as usize).max(1);
+        let params = SearchParams { k, ef: k, probes: 0 };
+        let tokens: Vec<Vec<f32>> =
+            self.tests.chunks(self.shared).map(|heads| heads.iter().flat_map(|(_, q)| q).copied().collect()).collect();
+        let (mut touched, mut seconds) = ([0, 0], [0.0, 0.0]);
+        for round in 0..SHARING_ROUNDS {
+            for token in &tokens {
+                // Whoever comes second finds the keys in the caches: both orders, as often.
+                for together in [round % 2 == 1, round % 2 == 0] {
+                    let start = Instant::now();
+                    let rows = if together { token.len() } else { self.dim };
+                    for queries in token.chunks_exact(rows) {
+                        for result in index.search_group(queries, &params, None)? {
+                            touched[usize::from(together)] += result.stats.keys_touched;
+                        }
+                    }
+                    seconds[usize::from(together)] += start.elapsed().as_secs_f64();
+                }
+            }
+        }
+        let time = seconds[1] / seconds[0].max(f64::MIN_POSITIVE);
+        Ok(Sharing { method: index.kind().name(), touched: touched[1] as f64 / touched[0].max(1) as f64, time })
     }
 
     /// The same with faiss' inverted lists, in the peers' process. `scratch`: a folder for what it reads and writes.
@@ -253,15 +299,24 @@ fn attending(kind: IndexKind) -> Option<&'static str> {
     }
 }
 
-/// Everything that a search of this width knows the score of in the end: a graph's candidates, a cluster's members.
+/// Everything that a search of this width knows the score of in the end: a graph's candidates, the members of clusters
+/// and lists.
 fn found(index: &dyn KeyIndex, query: &[f32], knob: usize) -> Result<Found> {
-    let (hits, stats) = if index.kind() == IndexKind::Clusters {
-        let zones = index.search_zones(query, knob, 0, None)?;
-        (zones.hits, zones.stats)
-    } else {
-        let params = SearchParams { k: knob, ef: knob, ..SearchParams::default() };
-        let result = index.search(query, &params, None)?;
-        (result.hits, result.stats)
+    let search = |k: usize, probes: usize| index.search(query, &SearchParams { k, ef: knob, probes }, None);
+    let (hits, stats) = match index.kind() {
+        IndexKind::Clusters => {
+            let zones = index.search_zones(query, knob, 0, None)?;
+            (zones.hits, zones.stats)
+        }
+        IndexKind::Ivf => {
+            let members = search(1, knob)?.stats.keys_touched;
+            let result = search(members, knob)?;
+            (result.hits, result.stats)
+        }
+        _ => {
+            let result = search(knob, 0)?;
+            (result.hits, result.stats)
+        }
     };
     Ok(Found { ids: hits.into_iter().map(|hit| hit.id).collect(), touched: stats.keys_touched })
 }
@@ -307,6 +362,7 @@ mod tests {
             cold: (0..100).map(|i| if i == 42 { 100_f32.ln() } else { 0.0 }).collect(),
             near: vec![1.0_f32.ln(); 1],
             samples: vec![1.0; 4],
+            shared: 2,
             tests: vec![(6, vec![1.0]), (7, vec![0.0])],
         }
     }
@@ -324,6 +380,29 @@ mod tests {
         let layer = average(&figures, "exact", Some(3));
         assert!((layer.touched - 0.02).abs() < 1e-12 && layer.by_head[7] == 0.02, "{}", layer.by_head);
         assert_eq!(average(&figures, "graph", None).recovered, 0.0);
+    }
+
+    #[test]
+    fn lists_and_clusters_keep_all_they_read() {
+        let keys: Vec<f32> = (0..8000).map(|i| (i as f32 * 0.37).sin()).collect();
+        for kind in [IndexKind::Clusters, IndexKind::Ivf].into_iter().filter(|kind| kind.is_built_in()) {
+            let index = build(2, &keys, &[], &IndexParams { kind, ..IndexParams::default() }).unwrap();
+            for knob in [1, 3] {
+                let found = found(index.as_ref(), &[1.0, 0.5], knob).unwrap();
+                assert!(!found.ids.is_empty() && found.ids.len() == found.touched, "{kind}: {}", found.touched);
+                assert!(found.touched < 1000, "{kind}: {}", found.touched);
+            }
+        }
+    }
+
+    #[test]
+    fn a_scan_shares_all_that_it_reads_with_the_heads_of_a_token() {
+        let group = group();
+        let params = IndexParams { kind: IndexKind::Flat, ..IndexParams::default() };
+        let index = build(1, &group.cold, &[], &params).unwrap();
+        let sharing = group.sharing(index.as_ref()).unwrap();
+        assert_eq!((sharing.method, sharing.touched), ("flat", 0.5));
+        assert!(sharing.time > 0.0);
     }
 
     #[test]

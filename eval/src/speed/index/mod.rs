@@ -19,7 +19,7 @@ use engine::Engine;
 use serde_json::json;
 
 use self::data::{Dataset, Sizes};
-use self::heads::{BUDGET, HeadFigure, average, groups};
+use self::heads::{BUDGET, HeadFigure, Sharing, average, groups};
 use self::ood::{Character, DIM};
 use self::records::{BENCH, Frame, curves};
 use self::side::{NEEDS, PEERS, SCRIPT};
@@ -28,6 +28,7 @@ use super::{SpeedReport, length_name, round};
 use crate::error::{EvalError, Result};
 use crate::progress::{Meter, Progress};
 use crate::record::{Output, Record, RunInfo};
+use crate::stats::mean;
 use crate::tasks::DataSource;
 
 /// What is searched.
@@ -243,12 +244,14 @@ fn model_heads(
             ("text", texts::running_texts(engine, &options.heads, length)?),
         ];
         for (kind, texts) in kinds {
-            let mut figures = Vec::new();
+            let (mut figures, mut sharing) = (Vec::new(), Vec::new());
             for (number, text) in texts.iter().enumerate() {
                 meter.say(format!("reading {kind} {} of {}, {length} tokens", number + 1, texts.len()));
                 let groups = groups(engine, text, &options.heads)?;
                 for (at, group) in groups.iter().enumerate() {
-                    figures.extend(group.measure(options)?);
+                    let (found, shared) = group.measure(options)?;
+                    figures.extend(found);
+                    sharing.extend(shared);
                     if let Some(process) = &mut process {
                         figures.extend(group.inverted_file(process.get_mut(), options.threads(), &scratch.0)?);
                     }
@@ -263,6 +266,7 @@ fn model_heads(
             if !texts.is_empty() {
                 let case = format!("{}-{kind}/{}", options.model_label, length_name(length));
                 records.extend(head_records(options, info, &case, texts.len(), &figures));
+                records.extend(sharing_records(options, info, &case, texts.len(), &sharing));
             }
         }
     }
@@ -300,6 +304,30 @@ fn head_records(
             records.push(record("mass_recovered_budget_2pct", figure.recovered));
             records.push(record("attention_covered_budget_2pct", figure.covered));
             records.push(record("keys_touched_share", figure.touched));
+        }
+    }
+    records
+}
+
+/// What searching for the heads of a group together costs over searching for one after the other, averaged over
+/// groups.
+fn sharing_records(
+    options: &IndexBenchOptions,
+    info: &RunInfo,
+    case: &str,
+    texts: usize,
+    sharing: &[Sharing],
+) -> Vec<Record> {
+    let mut records = Vec::new();
+    for kind in &options.kinds {
+        let of: Vec<&Sharing> = sharing.iter().filter(|sharing| sharing.method == kind.name()).collect();
+        let mean_of = |figure: &dyn Fn(&Sharing) -> f64| mean(&of.iter().map(|s| figure(s)).collect::<Vec<_>>());
+        if !of.is_empty() {
+            let info = info.clone().with_config(json!({"budget": BUDGET, "groups": of.len(), "texts": texts}));
+            let case = format!("{case}/all/{kind}");
+            let record = |metric, value| info.record(BENCH, &case, metric, "ratio", round(value), texts);
+            records.push(record("group_keys_touched_over_single", mean_of(&|s| s.touched)));
+            records.push(record("group_time_over_single", mean_of(&|s| s.time)));
         }
     }
     records

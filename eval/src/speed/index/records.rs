@@ -34,6 +34,8 @@ pub(super) struct Timed {
     /// Microseconds, a round each.
     pub(super) latencies: Vec<f64>,
     pub(super) batched: Vec<f64>,
+    /// Keys that a query of a group reads, shared ones counted once; `None` where the library does not tell.
+    pub(super) batched_touched: Option<f64>,
 }
 
 /// The graph after keys were appended.
@@ -89,6 +91,9 @@ impl Frame<'_> {
         records.extend(side.at.bytes.map(|bytes| record("bytes_touched", "B", bytes, queries)));
         records.push(record("latency_us", "us", side.latency_us(), rounds));
         records.push(record("latency_batched_us", "us", side.batched_us(), rounds));
+        records.extend(
+            side.batched_touched.map(|keys| record("keys_touched_batched_share", "ratio", share(keys), queries)),
+        );
         records.push(record(&format!("build_seconds_{}cores", self.threads), "s", side.built.seconds, 1));
         records.push(record("memory", "MiB", side.built.bytes / f64::from(1 << 20), 1));
         for (budget, pass) in &side.budgets {

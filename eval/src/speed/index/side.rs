@@ -35,6 +35,8 @@ pub(super) struct Pass {
     pub(super) latency_us: f64,
     /// Microseconds a query when several are handed over at once; only where it was asked for.
     pub(super) batched_us: Option<f64>,
+    /// Keys read then, a query; those that several queries of a group share count once.
+    pub(super) batched_touched: Option<f64>,
 }
 
 /// What building gave.
@@ -102,7 +104,8 @@ impl Side for Ours {
             IndexKind::Hnsw => candidates(128, 16_384, 2.0),
             // From half a percent of about one cluster in 16 keys to all of them.
             IndexKind::Clusters => candidates((self.index.len() / 3200).max(1), self.index.len().div_ceil(16), 1.7),
-            IndexKind::Ivf => candidates(4, self.index.len(), 1.5),
+            // Up to all lists: four times the root of the number of keys.
+            IndexKind::Ivf => candidates(4, (4 * self.index.len().isqrt()).max(4), 1.25),
         }
     }
 
@@ -129,13 +132,15 @@ impl Side for Ours {
             bytes += result.stats.bytes;
         }
         let count = times.len().max(1) as f64;
-        let mut batched_us = None;
+        let (mut batched_us, mut batched_touched) = (None, None);
         if batched {
-            let start = Instant::now();
+            let (start, mut touched) = (Instant::now(), 0);
             for group in judge.queries.chunks(GROUP * dim) {
-                self.index.search_group(group, &params, None)?;
+                let results = self.index.search_group(group, &params, None)?;
+                touched += results.iter().map(|result| result.stats.keys_touched).sum::<usize>();
             }
             batched_us = Some(start.elapsed().as_secs_f64() * 1e6 / count);
+            batched_touched = Some(touched as f64 / count);
         }
         Ok(Pass {
             recall: judge.recall(&found)?,
@@ -143,6 +148,7 @@ impl Side for Ours {
             bytes: Some(bytes as f64 / count),
             latency_us: median(&times),
             batched_us,
+            batched_touched,
         })
     }
 }
@@ -245,6 +251,7 @@ impl Side for PeerSide {
             bytes: None,
             latency_us: reply.latency_us,
             batched_us: reply.batched_us,
+            batched_touched: None,
         })
     }
 }

@@ -70,6 +70,7 @@ mod tests {
                 bytes: None,
                 latency_us: 1.0,
                 batched_us: None,
+                batched_touched: None,
             },
         };
         recalls.iter().enumerate().map(point).collect()

@@ -109,6 +109,7 @@ fn one_side(
         fixed,
         latencies: Vec::new(),
         batched: Vec::new(),
+        batched_touched: None,
     }))
 }
 
@@ -204,6 +205,7 @@ fn in_turns(
                 let pass = side.search(entry.knob, queries, true)?;
                 entry.latencies.push(pass.latency_us);
                 entry.batched.extend(pass.batched_us);
+                entry.batched_touched = pass.batched_touched;
             }
         }
     }

@@ -36,7 +36,14 @@ fn every_index_is_measured_recorded_and_drawn() {
     for data in ["ood", "in"] {
         for kind in ["flat", "graph", "clusters", "hnsw"] {
             let found = metrics(&format!("{data}/4k/{kind}"));
-            for metric in ["recall_at_10", "keys_touched_share", "latency_us", "latency_batched_us", "memory"] {
+            for metric in [
+                "recall_at_10",
+                "keys_touched_share",
+                "latency_us",
+                "latency_batched_us",
+                "keys_touched_batched_share",
+                "memory",
+            ] {
                 assert!(found.contains(metric), "{data} {kind}: {found:?}");
             }
         }
@@ -53,6 +60,13 @@ fn every_index_is_measured_recorded_and_drawn() {
     assert_eq!((value("ood/4k/flat", "recall_at_10"), value("ood/4k/flat", "keys_touched_share")), (1.0, 1.0));
     assert!(value("ood/4k/graph", "recall_at_10") > 0.9);
     assert!(value("ood/4k/graph", "keys_touched_share") < value("ood/4k/clusters", "keys_touched_share"));
+    // The scan reads each key once for a group of four, the others as often as they do for one query, or less.
+    assert_eq!(value("ood/4k/flat", "keys_touched_batched_share"), 0.25);
+    for kind in ["graph", "clusters"] {
+        let [alone, shared] =
+            ["keys_touched_share", "keys_touched_batched_share"].map(|metric| value(&format!("ood/4k/{kind}"), metric));
+        assert!(shared < alone, "{kind}: {alone} alone, {shared} in groups");
+    }
     // Nothing is left of what the peers would have read.
     assert!(fs::read_dir(dir.path()).unwrap().all(|e| !e.unwrap().file_name().to_string_lossy().starts_with("quire-")));
 }
