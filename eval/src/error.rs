@@ -97,6 +97,30 @@ pub enum EvalError {
         /// The peer's.
         theirs: u32,
     },
+    /// The engine computes something that is no number: times of that mean nothing.
+    #[error("{what} is no finite number; with such results nothing is timed. Check the weights, or the kernels")]
+    NotANumber {
+        /// What was found so.
+        what: &'static str,
+    },
+    /// Rows of one batch with the same prompt begin with different tokens.
+    #[error(
+        "sequences with the same prompt begin with tokens {first} and {other}; timing differing results means nothing"
+    )]
+    UnlikeRows {
+        /// The token of the first sequence.
+        first: u32,
+        /// Another one's.
+        other: u32,
+    },
+    /// A bench needs a device that is not there.
+    #[error("{bench} measures a device, and this program found none: {why}")]
+    NoDevice {
+        /// The bench.
+        bench: &'static str,
+        /// What was expected, what was found, what to do.
+        why: String,
+    },
     /// An index refused or failed.
     #[error(transparent)]
     Index(#[from] ann_index::IndexError),

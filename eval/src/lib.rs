@@ -7,6 +7,9 @@
 //!   [`DataSource::Generated`] (made here, seeded) or from the reference model's evaluation files.
 //! * [`bench_prefill`] and [`bench_decode`] time the engine side by side with Hugging Face transformers and against the
 //!   floor that [`bench_membw`]'s rates set; [`bench_blend`] times cached contexts against recomputed ones.
+//! * [`bench_batch_decode`] times batches of answers against the floor of the engine's device, [`bench_mixed_load`]
+//!   answers while long prompts arrive, [`bench_attention_decode`] a device's attention beside cuDNN's;
+//!   [`write_checkpoint`] writes a model of random weights for them.
 //! * [`bench_index`] measures indexes beside hnswlib, faiss and usearch, on made-up keys and on those of a model's heads.
 //! * [`Record`] is one measured figure, [`RecordLog`] a folder of JSON lines files that only grow; a later record
 //!   supersedes an earlier one of the same bench, case, metric and machine. [`markdown_report`] makes tables of them.
@@ -41,10 +44,13 @@ pub use quality::{Agreement, Cell, Cost, QualityOptions, QualityReport, config_n
 pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};
 pub use report::{markdown_report, write_report};
 pub use speed::{
-    BlendBenchOptions, BlendReport, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, MembwReport, PeerOptions,
-    SourceProvider, SpeedOptions, SpeedReport, bench_blend, bench_decode, bench_index, bench_membw, bench_prefill,
+    AttentionOptions, AttentionShape, BatchDecodeOptions, BlendBenchOptions, BlendReport, CheckpointOptions,
+    CheckpointReport, CheckpointShape, DecodePeers, DeviceAttention, GpuPeerOptions, HeadOptions, IndexBenchOptions,
+    IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource, SourceProvider, SpeedOptions,
+    SpeedReport, bench_attention_decode, bench_batch_decode, bench_blend, bench_decode, bench_index, bench_membw,
+    bench_mixed_load, bench_prefill, time_decode_peers, write_checkpoint,
 };
-pub use stats::{mean, median, wilson95};
+pub use stats::{mean, median, percentile, wilson95};
 pub use tasks::{
     Context, DataSource, GENERATED_TASKS, GenerateOptions, Question, Score, Size, generate, load_files,
     normalize_squad, reference_outputs, score, task_names,

@@ -13,6 +13,15 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// The least value that a share `p` in \[0, 1\] of the values does not exceed (nearest rank); 0 for none.
+#[must_use]
+pub fn percentile(values: &[f64], p: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (p * sorted.len() as f64).ceil().max(1.0) as usize;
+    sorted.get(rank.min(sorted.len()).wrapping_sub(1)).copied().unwrap_or(0.0)
+}
+
 /// The mean; 0 for none.
 #[must_use]
 pub fn mean(values: &[f64]) -> f64 {
@@ -44,6 +53,16 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 100.0]), 3.0);
         assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn percentiles_are_values_that_were_seen() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!(
+            [percentile(&values, 0.99), percentile(&values, 0.5), percentile(&values, 1.0)],
+            [198.0, 100.0, 200.0]
+        );
+        assert_eq!([percentile(&values, 0.0), percentile(&[7.0], 0.99), percentile(&[], 0.5)], [1.0, 7.0, 0.0]);
     }
 
     #[test]

@@ -1,13 +1,21 @@
 //! Speed, measured side by side with what else could do the work.
 
+mod attention;
+mod batch_decode;
 mod blend;
+mod checkpoint;
 mod decode;
+mod gpu_peer;
 mod index;
 mod membw;
+mod mixed;
 mod peer;
 mod prefill;
 mod process;
 mod prompt;
+mod random;
+mod rate;
+mod streams;
 
 use std::path::PathBuf;
 
@@ -21,10 +29,15 @@ use crate::report::records_table;
 use crate::stats::median;
 use crate::tasks::DataSource;
 
+pub use attention::{AttentionOptions, AttentionShape, DeviceAttention, bench_attention_decode};
+pub use batch_decode::{BatchDecodeOptions, DecodePeers, PromptSource, bench_batch_decode, time_decode_peers};
 pub use blend::{BlendBenchOptions, BlendReport, SourceProvider, bench_blend};
+pub use checkpoint::{CheckpointOptions, CheckpointReport, CheckpointShape, write_checkpoint};
 pub use decode::bench_decode;
+pub use gpu_peer::GpuPeerOptions;
 pub use index::{HeadOptions, IndexBenchOptions, IndexData, bench_index};
 pub use membw::{MembwOptions, MembwReport, bench_membw};
+pub use mixed::{MixedLoadOptions, bench_mixed_load};
 pub use prefill::bench_prefill;
 
 /// The program that is measured beside this one: Hugging Face transformers on PyTorch, on the CPU.

@@ -7,6 +7,7 @@ use chunk_cache::ChunkKey;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use engine::Strategy;
+use eval::CheckpointShape;
 
 use crate::config::{Named, SettingsArgs};
 
@@ -133,6 +134,9 @@ pub struct RecordArgs {
     /// The commit that the program was built from, for the records [default: what git says of the current folder]
     #[arg(long, value_name = "HASH", conflicts_with = "no_records")]
     pub commit: Option<String>,
+    /// Name of this machine in the records [default: cpu2 with two cores, otherwise a description]
+    #[arg(long, value_name = "NAME", conflicts_with = "no_records")]
+    pub machine: Option<String>,
 }
 
 /// What of quality is measured.
@@ -175,8 +179,63 @@ pub struct EvalArgs {
 pub enum BenchCommand {
     /// Reading prompts, beside transformers
     Prefill(SpeedArgs),
-    /// Writing answers, beside transformers and the floor of bytes
-    Decode(SpeedArgs),
+    /// Writing answers, beside transformers and the floor of bytes; one at a time, or with --batch many
+    Decode(Box<DecodeArgs>),
+    /// Time between tokens of answers while long prompts arrive, and without them
+    Serve(ServeBenchArgs),
+    /// From starting `quire serve` to readiness, with the model's files in the page cache
+    Start {
+        /// Timed starts
+        #[arg(long, default_value_t = 5)]
+        repeats: usize,
+        /// Seconds that a start may take
+        #[arg(long, default_value_t = 300)]
+        limit: u64,
+        /// First part of the records' case
+        #[arg(long, default_value = "ref")]
+        label: String,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+    /// A GPU's attention of one token over a long context, beside cuDNN's
+    AttentionDecode {
+        /// Tokens of context
+        #[arg(long, default_value_t = 131_072)]
+        tokens: usize,
+        /// Sequences, separated by commas
+        #[arg(long, value_delimiter = ',', default_value = "1,8")]
+        batch: Vec<usize>,
+        /// Calls of a round
+        #[arg(long, default_value_t = 20)]
+        repeats: usize,
+        /// Timed rounds
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        /// Python with torch and transformers on the GPU, for the comparison
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+        /// Measure Quire alone
+        #[arg(long)]
+        no_peer: bool,
+        /// First part of the records' case
+        #[arg(long, default_value = "8b")]
+        label: String,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+    /// Write a model folder with random weights, to measure with; tokenizer and prompt format are those of --model
+    Checkpoint {
+        /// Folder to write
+        dir: PathBuf,
+        /// `8b` (Llama-3.1-8B, 16 GB) or `tiny`
+        #[arg(long, default_value = "8b")]
+        shape: Named<CheckpointShape>,
+        /// Seed of the weights
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Time to first token: full recompute, reuse and cacheblend
     Blend {
         /// Context lengths in tokens, separated by commas
@@ -256,6 +315,70 @@ pub struct SpeedArgs {
     /// Measure Quire alone
     #[arg(long)]
     pub no_peer: bool,
+    /// First part of the records' case
+    #[arg(long, default_value = "ref")]
+    pub label: String,
+    /// Records.
+    #[command(flatten)]
+    pub records: RecordArgs,
+}
+
+/// Answers one at a time, or many.
+#[derive(Debug, clap::Args)]
+pub struct DecodeArgs {
+    /// What one comparison needs.
+    #[command(flatten)]
+    pub speed: SpeedArgs,
+    /// Sequences that decode at the same time, separated by commas; cases become LABEL/LENGTH/bBATCH/STRATEGY
+    #[arg(long, value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Prompts of a batch
+    #[arg(long, value_enum, default_value = "random", requires = "batch")]
+    pub prompt: PromptArg,
+    /// The length's name in the records' case, with one length [default: `short` up to 512 tokens, `2k` for 2048]
+    #[arg(long, value_name = "NAME", requires = "batch")]
+    pub length_name: Option<String>,
+    /// Device of the comparison, as PyTorch names it; it gets random weights of the model's shape
+    #[arg(long, default_value = "cuda", requires = "batch")]
+    pub peer_device: String,
+}
+
+/// What prompts of a batch are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum PromptArg {
+    /// Tokens drawn at random, other ones for every sequence
+    Random,
+    /// The text that --data names, the same for every sequence
+    Text,
+}
+
+/// Answers beside arriving prompts.
+#[derive(Debug, clap::Args)]
+pub struct ServeBenchArgs {
+    /// Sequences that decode all the time
+    #[arg(long, default_value_t = 16)]
+    pub sequences: usize,
+    /// Tokens of their prompts
+    #[arg(long, default_value_t = 512)]
+    pub context: usize,
+    /// Tokens that each may write at most
+    #[arg(long, default_value_t = 4096)]
+    pub answer_tokens: usize,
+    /// Tokens that each writes without arrivals
+    #[arg(long, default_value_t = 128)]
+    pub alone: usize,
+    /// Prompts that arrive
+    #[arg(long, default_value_t = 8)]
+    pub arrivals: usize,
+    /// Tokens of each of them
+    #[arg(long, default_value_t = 8192)]
+    pub arrival_tokens: usize,
+    /// Arrivals a second [default: each when the one before has its first token]
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// Seed of all prompts
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
     /// First part of the records' case
     #[arg(long, default_value = "ref")]
     pub label: String,
@@ -347,5 +470,18 @@ mod tests {
         let error = Cli::try_parse_from(["quire", "ask", "Who?", "--strategy", "magic"]).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("retrieval"), "{error}");
+    }
+
+    #[test]
+    fn options_of_batches_need_a_batch() {
+        let parse = |words: &str| Cli::try_parse_from(["quire", "bench", "decode"].into_iter().chain(words.split(' ')));
+        for words in ["--length-name short", "--prompt text", "--peer-device cpu"] {
+            assert!(parse(words).unwrap_err().to_string().contains("--batch"), "{words}");
+        }
+        let cli = parse("--batch 1,64 --lengths 2048 --machine h200").unwrap();
+        let Command::Bench { command: BenchCommand::Decode(args) } = cli.command else { unreachable!() };
+        assert_eq!((args.batch, args.prompt, args.speed.lengths), (vec![1, 64], PromptArg::Random, vec![2048]));
+        assert_eq!(args.speed.records.machine.as_deref(), Some("h200"));
+        assert!(Cli::try_parse_from(["quire", "bench", "checkpoint", "x", "--shape", "9b"]).is_err());
     }
 }

@@ -2,18 +2,21 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::{ChunkSource, Engine};
 use eval::{
-    BlendBenchOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider,
-    SpeedOptions, bench_blend, bench_decode, bench_index, bench_membw, bench_prefill, default_results_dir,
-    write_report,
+    AttentionOptions, BlendBenchOptions, CheckpointOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData,
+    MembwOptions, PeerOptions, SourceProvider, SpeedOptions, bench_blend, bench_decode, bench_index, bench_membw,
+    bench_prefill, default_results_dir, write_checkpoint, write_report,
 };
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
+use super::bench_load;
 use super::crash::{CrashOptions, crash_drill};
 use super::eval::{data_source, output, with_progress};
 use super::output::{Out, count};
+use super::start::{StartOptions, start_bench};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::store::KvStore;
@@ -21,7 +24,41 @@ use crate::store::KvStore;
 pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Result<()> {
     match command {
         BenchCommand::Prefill(args) => speed(settings, args, out, Kind::Prefill),
-        BenchCommand::Decode(args) => speed(settings, args, out, Kind::Decode),
+        BenchCommand::Decode(args) if args.batch.is_empty() => speed(settings, args.speed, out, Kind::Decode),
+        BenchCommand::Decode(args) => bench_load::batch_decode(settings, *args, out),
+        BenchCommand::Serve(args) => bench_load::mixed_load(settings, &args, out),
+        BenchCommand::Start { repeats, limit, label, records } => {
+            let limit = Duration::from_secs(limit);
+            let options = StartOptions { repeats: repeats.max(1), limit, label, output: output(&records) };
+            let report = start_bench(settings, &program()?, &options, &mut |news| out.note(news))?;
+            print(&report, &report.table(), out);
+            Ok(())
+        }
+        BenchCommand::AttentionDecode { tokens, batch, repeats, rounds, python, no_peer, label, records } => {
+            let options = AttentionOptions {
+                tokens,
+                batches: batch,
+                repeats,
+                rounds,
+                peer: GpuPeerOptions { python, enabled: !no_peer, ..GpuPeerOptions::default() },
+                model_label: label,
+                output: output(&records),
+            };
+            bench_load::attention_decode(&options, out)
+        }
+        BenchCommand::Checkpoint { dir, shape, seed } => {
+            let options = CheckpointOptions {
+                dir,
+                shape: shape.0,
+                seed,
+                tokenizer_dir: settings.model_dir()?,
+                threads: settings.threads,
+                ..CheckpointOptions::default()
+            };
+            let report = with_progress(out, |progress| Ok(write_checkpoint(&options, progress)?))?;
+            print(&report, &report.line(), out);
+            Ok(())
+        }
         BenchCommand::Blend { lengths, repeats, data, label, records } => {
             let options = BlendBenchOptions {
                 lengths,
@@ -48,12 +85,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
         }
         BenchCommand::Crash { kills, documents, seed, records } => {
             let options = CrashOptions { kills, documents, seed, output: output(&records) };
-            let program = std::env::current_exe().map_err(|source| QuireError::Io {
-                action: "find",
-                path: "the program".into(),
-                source,
-            })?;
-            let report = crash_drill(settings, &program, &options, &mut |news| out.note(news))?;
+            let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
             print(&report, &report.table(), out);
             report.check()
         }
@@ -61,7 +93,12 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
     }
 }
 
-fn print<T: serde::Serialize>(report: &T, table: &str, out: &Out) {
+/// This program, to be started again.
+fn program() -> Result<PathBuf> {
+    std::env::current_exe().map_err(|source| QuireError::Io { action: "find", path: "the program".into(), source })
+}
+
+pub(super) fn print<T: serde::Serialize>(report: &T, table: &str, out: &Out) {
     if out.json {
         out.value(report);
     } else {

@@ -47,7 +47,8 @@ pub(super) fn data_source(text: &str) -> Result<eval::DataSource> {
 pub(super) fn output(args: &RecordArgs) -> Output {
     let command = std::env::args().skip(1).map(quoted);
     let command = std::iter::once("quire".to_string()).chain(command).collect::<Vec<_>>().join(" ");
-    let mut output = Output { command, commit: args.commit.clone(), ..Output::default() };
+    let mut output =
+        Output { command, commit: args.commit.clone(), machine: args.machine.clone(), ..Output::default() };
     if args.no_records {
         output.results_dir = None;
     } else if let Some(dir) = &args.results {

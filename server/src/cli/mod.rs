@@ -4,6 +4,7 @@ mod answer_view;
 mod args;
 mod ask;
 mod bench;
+mod bench_load;
 mod cache;
 mod config;
 pub mod crash;
@@ -13,6 +14,7 @@ mod eval;
 mod ingest;
 mod output;
 mod serve;
+mod start;
 
 pub use args::{Cli, Command};
 
