@@ -10,7 +10,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::backend::cpu::Isa;
-use crate::backend::cuda::Limits;
+use crate::backend::cuda::{Limits, copy_bandwidth_of};
 use crate::chat::PromptFormat;
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, DeviceChoice, EngineConfig, Strategy};
@@ -150,6 +150,15 @@ impl Engine {
     #[must_use]
     pub fn gpu(&self) -> Option<&str> {
         self.inner.model.device().map(|model| model.device.name.as_str())
+    }
+
+    /// Bytes a second that a copy within the GPU's memory moves, read and written bytes counted; `None` without a GPU.
+    ///
+    /// # Errors
+    /// (inner) Too little memory beside the engine's.
+    #[must_use]
+    pub fn gpu_bandwidth(&self, repeats: usize) -> Option<Result<f64>> {
+        self.inner.model.device().map(|model| copy_bandwidth_of(&model.device, repeats))
     }
 
     /// The instruction set in use on the CPU.

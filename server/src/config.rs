@@ -436,6 +436,17 @@ impl Settings {
         BlendConfig { mode: self.blend.0, ratio: self.ratio, check_layer: self.check_layer }
     }
 
+    /// Settings of a GPU.
+    #[must_use]
+    pub fn cuda(&self) -> CudaConfig {
+        CudaConfig {
+            ordinal: self.gpu,
+            memory_budget_bytes: self.gpu_memory_bytes,
+            kernel_cache: Some(self.kernel_cache.clone()),
+            fast_prefill: self.fast_prefill,
+        }
+    }
+
     /// Settings of the engine.
     ///
     /// # Errors
@@ -444,12 +455,7 @@ impl Settings {
         Ok(EngineConfig {
             model_dir: self.model_dir()?,
             device: self.device.0,
-            cuda: CudaConfig {
-                ordinal: self.gpu,
-                memory_budget_bytes: self.gpu_memory_bytes,
-                kernel_cache: Some(self.kernel_cache.clone()),
-                fast_prefill: self.fast_prefill,
-            },
+            cuda: self.cuda(),
             threads: self.threads,
             kv_dtype: match self.kv_format.0 {
                 KvFormat::Auto => None,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{ChunkSource, Engine};
+use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
     AttentionOptions, BlendBenchOptions, CheckpointOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData,
     MembwOptions, PeerOptions, SourceProvider, SpeedOptions, bench_blend, bench_decode, bench_index, bench_membw,
@@ -44,7 +44,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 model_label: label,
                 output: output(&records),
             };
-            bench_load::attention_decode(&options, out)
+            bench_load::attention_decode(settings, &options, out)
         }
         BenchCommand::Checkpoint { dir, shape, seed } => {
             let options = CheckpointOptions {
@@ -111,8 +111,9 @@ enum Kind {
     Decode,
 }
 
+/// On the CPU, as the transformers beside it are.
 fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<()> {
-    let config = settings.engine()?;
+    let config = EngineConfig { device: DeviceChoice::Cpu, ..settings.engine()? };
     let options = SpeedOptions {
         lengths: args.lengths,
         repeats: args.repeats,

@@ -1,8 +1,8 @@
 //! Benches of an engine under load and of a device, from the command line to their options.
 
-use engine::{Engine, EngineConfig};
+use engine::{CudaConfig, Engine, EngineConfig, find_gpu};
 use eval::{
-    AttentionOptions, BatchDecodeOptions, DeviceAttention, EvalError, GpuPeerOptions, MixedLoadOptions, PromptSource,
+    AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions, PromptSource,
     bench_attention_decode, bench_batch_decode, bench_mixed_load, time_decode_peers,
 };
 
@@ -76,19 +76,44 @@ pub(super) fn mixed_load(settings: &Settings, args: &ServeBenchArgs, out: &Out) 
     Ok(())
 }
 
-pub(super) fn attention_decode(options: &AttentionOptions, out: &Out) -> Result<()> {
-    let mut device = device_attention()?;
-    let report = with_progress(out, |progress| Ok(bench_attention_decode(device.as_mut(), options, progress)?))?;
+pub(super) fn attention_decode(settings: &Settings, options: &AttentionOptions, out: &Out) -> Result<()> {
+    let mut gpu = Gpu::find(settings.cuda())?;
+    let report = with_progress(out, |progress| Ok(bench_attention_decode(&mut gpu, options, progress)?))?;
     print(&report, &report.table(), out);
     Ok(())
 }
 
-/// The device whose attention is measured. The engine computes on the CPU only, where decoding is measured whole.
-fn device_attention() -> Result<Box<dyn DeviceAttention>> {
-    let why = "expected a GPU that the engine computes on; `quire bench decode` measures the CPU's attention as part of \
-               a token";
-    Err(EvalError::NoDevice { bench: "attention-decode", why: why.into() }.into())
+/// The GPU that the settings name.
+struct Gpu {
+    config: CudaConfig,
+    name: String,
 }
+
+impl Gpu {
+    fn find(config: CudaConfig) -> Result<Gpu> {
+        let name = find_gpu(&config)?;
+        Ok(Gpu { config, name })
+    }
+}
+
+impl DeviceAttention for Gpu {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn decode_attention(&mut self, shape: &AttentionShape, repeats: usize) -> eval::Result<Vec<f64>> {
+        let AttentionShape { batch, tokens, heads, kv_heads, head_dim } = *shape;
+        let shape = engine::AttentionShape { batch, tokens, heads, kv_heads, head_dim };
+        Ok(engine::decode_attention(&self.config, shape, repeats)?)
+    }
+
+    fn copy_bandwidth(&mut self) -> eval::Result<f64> {
+        Ok(engine::copy_bandwidth(&self.config, COPIES)? / 1e9)
+    }
+}
+
+/// Copies whose median is the bandwidth.
+const COPIES: usize = 20;
 
 #[cfg(test)]
 mod tests {

@@ -141,7 +141,7 @@ fn gpu(settings: &Settings) -> Vec<Check> {
     if !missing.is_empty() {
         return missing;
     }
-    match settings.engine().and_then(|config| Ok(find_gpu(&config.cuda)?)) {
+    match find_gpu(&settings.cuda()) {
         Ok(found) => vec![Check::good("gpu", found)],
         Err(error) => vec![lacking(error.to_string(), "check `nvidia-smi`, or set --device cpu")],
     }

@@ -15,9 +15,9 @@ use crate::error::{EngineError, Result};
 use crate::kv::device::PAGE;
 
 /// Bytes of the buffers that are copied to measure bandwidth.
-const COPIED: usize = 4 << 30;
+const COPIED: usize = 1 << 30;
 /// KV that is read between two reads of the same bytes at least: several times any cache.
-const APART: usize = 1 << 30;
+const APART: usize = 2 << 30;
 /// Largest relative difference from plain arithmetic that passes.
 const TOLERANCE: f64 = 1e-3;
 
@@ -49,7 +49,12 @@ impl AttentionShape {
 /// # Errors
 /// No usable GPU, or too little memory on it.
 pub fn copy_bandwidth(config: &CudaConfig, repeats: usize) -> Result<f64> {
-    let device = Device::open(config.ordinal, config.memory_budget_bytes)?;
+    copy_bandwidth_of(&*Device::open(config.ordinal, config.memory_budget_bytes)?, repeats)
+}
+
+/// The same on the device that another one stands for, beside its budget.
+pub(crate) fn copy_bandwidth_of(device: &Device, repeats: usize) -> Result<f64> {
+    let device = Device::open(device.ordinal(), 2 * COPIED as u64 + (1 << 20))?;
     device.bind()?;
     let memory = device.allocate(2 * COPIED, "a measurement of bandwidth")?;
     memory.fill(0x5a)?;

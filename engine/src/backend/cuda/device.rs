@@ -81,6 +81,10 @@ impl Device {
         self.context.bind_to_thread().map_err(failed("make the GPU's context current"))
     }
 
+    pub(crate) fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
     pub(crate) fn stream(&self) -> sys::CUstream {
         self.stream
     }

@@ -22,6 +22,7 @@ mod probe;
 mod stream;
 mod weights;
 
+pub(crate) use bench::copy_bandwidth_of;
 pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
 pub(crate) use device::{Device, Memory};
 pub use model::CudaConfig;
