@@ -22,33 +22,51 @@
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int MAX_DIM = 256;
-constexpr int EACH = MAX_DIM / 32; // dimensions a lane, 32 apart
+// A lane has EACH dimensions, 32 apart, of AT_ONCE keys at a time: EACH is 2, 4 or 8, enough for head_dim.
+template <int EACH> constexpr int AT_ONCE = 32 / EACH;
 
 DEVICE float load(const unsigned short *p) { return __uint_as_float((unsigned)*p << 16); }
 DEVICE float load(const float *p) { return *p; }
 
 // One warp's attention; the lane has dimensions lane, lane + 32, ...
-struct State {
+template <int EACH> struct State {
     float o[EACH];
     float max, sum; // `max` in units of log2; `sum` is this lane's share
 };
 
-// Attends `count` (at most 32) keys, whose K and V rows begin at `k` and `v`.
-template <typename E>
-DEVICE void attend(State &s, const float (&q)[EACH], const E *k, const E *v, int count, int dim) {
+// Reads rows key..key + AT_ONCE of `count` rows of `dim`, all before the first is used. Past the last row and the last
+// dimension others are read again, whose weights are 0: a condition would make each read wait for the one before.
+template <typename E, int EACH>
+DEVICE void load_rows(const E *from, int key, int count, int dim, float (&x)[AT_ONCE<EACH>][EACH]) {
     int lane = threadIdx.x % 32;
-    float score = minus_infinity();
-#pragma unroll 4
-    for (int key = 0; key < count; ++key) {
-        float x = 0.0f;
+#pragma unroll
+    for (int a = 0; a < AT_ONCE<EACH>; ++a) {
+        const E *row = from + min(key + a, count - 1) * dim;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            if (i * 32 + lane < dim) {
-                x = fmaf(q[i], load(k + key * dim + i * 32 + lane), x);
-            }
+            x[a][i] = load(row + min(i * 32 + lane, dim - 1));
         }
-        x = warp_sum(x);
-        score = lane == key ? x : score;
+    }
+}
+
+// Attends `count` (at most 32) keys, whose K and V rows begin at `k` and `v`.
+template <typename E, int EACH>
+DEVICE void attend(State<EACH> &s, const float (&q)[EACH], const E *k, const E *v, int count, int dim) {
+    int lane = threadIdx.x % 32;
+    float score = minus_infinity();
+    float x[AT_ONCE<EACH>][EACH];
+    for (int key = 0; key < count; key += AT_ONCE<EACH>) {
+        load_rows(k, key, count, dim, x);
+#pragma unroll
+        for (int a = 0; a < AT_ONCE<EACH>; ++a) {
+            float y = 0.0f;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                y = fmaf(q[i], x[a][i], y);
+            }
+            y = warp_sum(y);
+            score = lane == key + a && key + a < count ? y : score;
+        }
     }
     float higher = fmaxf(s.max, warp_max(score)), factor = exp2_approx(s.max - higher);
     float weight = exp2_approx(score - higher);
@@ -58,20 +76,21 @@ DEVICE void attend(State &s, const float (&q)[EACH], const E *k, const E *v, int
     for (int i = 0; i < EACH; ++i) {
         s.o[i] *= factor;
     }
-#pragma unroll 4
-    for (int key = 0; key < count; ++key) {
-        float w = __shfl_sync(ALL_LANES, weight, key);
+    for (int key = 0; key < count; key += AT_ONCE<EACH>) {
+        load_rows(v, key, count, dim, x);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            if (i * 32 + lane < dim) {
-                s.o[i] = fmaf(w, load(v + key * dim + i * 32 + lane), s.o[i]);
+        for (int a = 0; a < AT_ONCE<EACH>; ++a) {
+            float w = __shfl_sync(ALL_LANES, weight, key + a);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                s.o[i] = fmaf(w, x[a][i], s.o[i]);
             }
         }
     }
 }
 
 // Merges the warps' states and writes the query's.
-DEVICE void write(const State &s, int dim, float *out, float *lse) {
+template <int EACH> DEVICE void write(const State<EACH> &s, int dim, float *out, float *lse) {
     __shared__ float values[WARPS][MAX_DIM];
     __shared__ float maxima[WARPS], sums[WARPS];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -105,17 +124,15 @@ DEVICE void write(const State &s, int dim, float *out, float *lse) {
     }
 }
 
-template <typename E>
-DEVICE void attention(const float *q, const int *pos, const int *row_of, const E *kv, const int *page_table,
+template <typename E, int EACH>
+DEVICE void attention(int dim, const float *q, const int *pos, const int *row_of, const E *kv, const int *page_table,
                       int table_stride, const int *first, const int *start, const int *end, int heads, int kv_heads,
-                      int dim, int window, float scale, float *out, float *lse) {
-    pdl_wait();
-    pdl_launch();
+                      int window, float scale, float *out, float *lse) {
     int query = blockIdx.x / heads, head = blockIdx.x % heads, kv_head = head / (heads / kv_heads);
     int lane = threadIdx.x % 32, row = row_of[query], at = pos[query];
     int from = max(start[row], window > 0 ? at + 1 - window : 0) - first[row], to = min(end[row], at + 1) - first[row];
     float x[EACH];
-    State s = {};
+    State<EACH> s = {};
     s.max = LOWEST;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
@@ -132,13 +149,26 @@ DEVICE void attention(const float *q, const int *pos, const int *row_of, const E
     write(s, dim, out + (long long)blockIdx.x * dim, lse + blockIdx.x);
 }
 
+// Picks EACH.
+template <typename E, typename... Args> DEVICE void attention_of_width(int dim, Args... args) {
+    pdl_wait();
+    pdl_launch();
+    if (dim <= 64) {
+        attention<E, 2>(dim, args...);
+    } else if (dim <= 128) {
+        attention<E, 4>(dim, args...);
+    } else {
+        attention<E, 8>(dim, args...);
+    }
+}
+
 #define ANY_ENTRY(NAME, ELEMENT)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                             \
         NAME(const float *q, const int *pos, const int *row_of, const void *kv, const int *page_table,                \
              int table_stride, const int *first, const int *start, const int *end, int n, int heads, int kv_heads,    \
              int head_dim, int window, float scale, float *out, float *lse) {                                         \
-        attention(q, pos, row_of, static_cast<const ELEMENT *>(kv), page_table, table_stride, first, start, end,      \
-                  heads, kv_heads, head_dim, window, scale, out, lse);                                                \
+        attention_of_width<ELEMENT>(head_dim, q, pos, row_of, static_cast<const ELEMENT *>(kv), page_table,           \
+                                    table_stride, first, start, end, heads, kv_heads, window, scale, out, lse);       \
     }
 
 ANY_ENTRY(attention_any_bf16, unsigned short)
