@@ -1,3 +1,5 @@
+// CPU: attention::dense::attend.
+//
 // Attention in plain f32 arithmetic for every shape: the fallback of the tuned kernels and their reference on the
 // device. Equals `attention::dense::attend` (engine/src/attention/dense.rs).
 //

@@ -1,4 +1,7 @@
 // Attention of one query token a row over its paged bf16 KV: the decode step of a batch.
+//
+// CPU: attention::dense::attend with one token a row, AttentionState::merge.
+//
 // Equals `attention::dense::attend` with one token a row (engine/src/attention/dense.rs), merged as
 // `AttentionState::merge` does.
 //

@@ -1,3 +1,5 @@
+// CPU: AttentionState::merge.
+//
 // Merges attention over disjoint sets of tokens: `AttentionState::merge` (engine/src/attention/state.rs) of `parts`
 // states at once.
 //

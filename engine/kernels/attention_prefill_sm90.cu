@@ -1,6 +1,9 @@
 // The prefill of attention_prefill.cu on Hopper's warpgroup matrix instructions: same entry points, same arguments
 // (see there), another launch shape. Compile this file for sm_90a, the other one for every other card.
 //
+// CPU: attention::dense::attend.
+// Only: sm_90a
+//
 // Launch: grid (kv_heads * ceil(n * group / ROWS), parts), ROWS = 192 with and without split; block of THREADS = 512;
 // dynamic shared memory 1536 * DIM bytes.
 //

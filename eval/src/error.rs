@@ -113,14 +113,6 @@ pub enum EvalError {
         /// Another one's.
         other: u32,
     },
-    /// A bench needs a device that is not there.
-    #[error("{bench} measures a device, and this program found none: {why}")]
-    NoDevice {
-        /// The bench.
-        bench: &'static str,
-        /// What was expected, what was found, what to do.
-        why: String,
-    },
     /// An index refused or failed.
     #[error(transparent)]
     Index(#[from] ann_index::IndexError),
