@@ -20,7 +20,10 @@ pub(super) struct ReadRate {
 /// bytes, which caches may hold. The higher rate makes the stricter floor. On a GPU: a large copy within its memory.
 pub(super) fn device_read_rate(engine: &Engine, bytes: u64, repeats: usize) -> Result<ReadRate> {
     if let Some(bandwidth) = engine.gpu_bandwidth(repeats) {
-        return Ok(ReadRate { gb_s: bandwidth? / 1e9, measured: "copied within the GPU's memory, read and written bytes counted" });
+        return Ok(ReadRate {
+            gb_s: bandwidth? / 1e9,
+            measured: "copied within the GPU's memory, read and written bytes counted",
+        });
     }
     let rate = FloorRate::measure(engine.threads(), bytes, repeats)?;
     Ok(ReadRate { gb_s: rate.strict(), measured: "read by the CPU, the higher of a large and of a floor-sized buffer" })

@@ -2,8 +2,8 @@
 
 use engine::{CudaConfig, Engine, EngineConfig, find_gpu};
 use eval::{
-    AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions, PromptSource,
-    bench_attention_decode, bench_batch_decode, bench_mixed_load, time_decode_peers,
+    AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions,
+    PromptSource, bench_attention_decode, bench_batch_decode, bench_mixed_load, time_decode_peers,
 };
 
 use super::args::{DecodeArgs, PromptArg, ServeBenchArgs};
