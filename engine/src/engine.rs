@@ -14,12 +14,17 @@ use crate::chat::PromptFormat;
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig, Strategy};
 use crate::error::{EngineError, Result};
+use crate::kv::page::PAGE;
+use crate::kv::prefix::page_bytes;
 use crate::kv::sequence::SequenceKv;
 use crate::kv::{KvDtype, KvShape};
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
-use crate::request::{AttentionInputs, EventStream, PreparedContext, Request};
-use crate::runner::{Command, Load, Runner, ask};
+use crate::prefix_cache::PageKey;
+use crate::request::{AttentionInputs, EventStream, PreparedContext, Prompt, Request};
+use crate::runner::{Command, Load, Runner, ask, out_of_memory};
+use crate::scheduler::{Bytes, Limits};
+use crate::sequence::Submitted;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -30,10 +35,18 @@ pub struct EngineLoad {
     pub running: usize,
     /// Requests that wait.
     pub waiting: usize,
-    /// Bytes of KV of the running ones.
+    /// Bytes of KV of the running ones; pages that they share count once.
     pub kv_bytes: u64,
-    /// Bytes of KV that they may hold.
+    /// Bytes of KV of the pages that the prefix cache keeps and no request uses; they give way to requests.
+    pub cached_bytes: u64,
+    /// Bytes of KV that both may hold.
     pub kv_budget_bytes: u64,
+    /// How often a running request had to give its memory back, to be computed again later.
+    pub preemptions: u64,
+    /// Prompt tokens that the prefix cache was asked for.
+    pub prefix_queries: u64,
+    /// Of these, tokens whose state it had.
+    pub prefix_hits: u64,
 }
 
 /// Cloneable handle to an engine. The engine stops when [`shutdown`](Engine::shutdown) was called or the last
@@ -48,7 +61,7 @@ struct Inner {
     tokenizer: Tokenizer,
     chat: PromptFormat,
     queue: usize,
-    kv_budget: u64,
+    limits: Limits,
     max_context: usize,
     fingerprint: [u8; 32],
     identity: u64,
@@ -72,6 +85,14 @@ impl Engine {
         let model = Arc::new(Transformer::load(spec, &weights, config.threads, config.kv_dtype)?);
         let max_context = config.max_context.map_or(model.spec.max_context, |m| m.min(model.spec.max_context));
         let kv_budget = if config.kv_budget_bytes > 0 { config.kv_budget_bytes } else { half_of_memory() };
+        let limits = Limits {
+            step_tokens: config.step_tokens,
+            max_sequences: config.max_sequences.max(1),
+            page_tokens: PAGE,
+            page_bytes: Bytes { device: 0, host: page_bytes(&model.shape) },
+            budget: Bytes { device: 0, host: kv_budget },
+        };
+        let fingerprint = fingerprint(&weights, &model.spec);
         let (commands, receiver) = channel();
         let load = Arc::new(Load::default());
         let identity = NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed);
@@ -79,13 +100,13 @@ impl Engine {
             model: Arc::clone(&model),
             tokenizer: tokenizer.clone(),
             config: config.clone(),
-            kv_budget,
+            limits,
             max_context,
             identity,
+            root: config.prefix_cache.then(|| prefix_root(&fingerprint, &model.shape)),
             load: Arc::clone(&load),
             commands: receiver,
         };
-        let fingerprint = fingerprint(&weights, &model.spec);
         let thread = std::thread::Builder::new()
             .name("quire-engine".into())
             .spawn(move || runner.run())
@@ -94,7 +115,7 @@ impl Engine {
             model,
             tokenizer,
             chat,
-            kv_budget,
+            limits,
             max_context,
             fingerprint,
             identity,
@@ -183,8 +204,8 @@ impl Engine {
             return Err(EngineError::QueueFull { limit });
         }
         let (events, stream) = unbounded_channel();
-        let command = Command::Submit { request: Box::new(request), events, submitted: Instant::now() };
-        let sent = self.inner.commands.send(command);
+        let submitted = Submitted { request: Box::new(request), events, at: Instant::now() };
+        let sent = self.inner.commands.send(Command::Submit(submitted));
         sent.map_err(|_| EngineError::Stopped("its thread has ended".into()))?;
         Ok(EventStream { events: stream })
     }
@@ -213,6 +234,7 @@ impl Engine {
             Some(c) => c.len(),
         };
         self.check_chunks(&request.prompt.chunks)?;
+        self.check_tokens(&request.prompt)?;
         // At least one token of the answer has to fit.
         self.check_length(context + request.prompt.len() + request.max_tokens.min(1))?;
         let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.inner.max_context);
@@ -232,17 +254,27 @@ impl Engine {
         Ok(())
     }
 
+    /// A batch is computed at once: no request may bring in what makes it fail.
+    fn check_tokens(&self, prompt: &Prompt) -> Result<()> {
+        let vocab = self.spec().vocab;
+        let chunks = prompt.chunks.iter().flat_map(|chunk| chunk.tokens.iter());
+        let mut tokens = prompt.prefix.iter().chain(chunks).chain(&prompt.suffix);
+        match tokens.find(|token| **token as usize >= vocab) {
+            Some(token) => Err(EngineError::InvalidRequest(format!(
+                "token id: expected below the model's vocabulary of {vocab}, found {token}"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn check_length(&self, tokens: usize) -> Result<()> {
         let limit = self.inner.max_context;
         if tokens > limit { Err(EngineError::ContextLimit { tokens, limit }) } else { Ok(()) }
     }
 
     fn check_budget(&self, tokens: usize) -> Result<()> {
-        let (needed, budget) = ((tokens * self.kv_shape().token_bytes()) as u64, self.inner.kv_budget);
-        if needed > budget {
-            return Err(EngineError::OutOfMemory { what: "the request's KV".into(), needed, budget });
-        }
-        Ok(())
+        let (needed, budget) = (self.inner.limits.bytes(tokens), self.inner.limits.budget);
+        if needed.fits(budget) { Ok(()) } else { Err(out_of_memory(needed, budget)) }
     }
 
     /// KV of `tokens` behind `prefix`, computed in isolation. Blocks.
@@ -307,7 +339,11 @@ impl Engine {
             running: load.running.load(Ordering::Relaxed),
             waiting: load.waiting.load(Ordering::Relaxed),
             kv_bytes: load.kv_bytes.load(Ordering::Relaxed),
-            kv_budget_bytes: self.inner.kv_budget,
+            cached_bytes: load.cached_bytes.load(Ordering::Relaxed),
+            kv_budget_bytes: self.inner.limits.budget.host,
+            preemptions: load.preemptions.load(Ordering::Relaxed),
+            prefix_queries: load.prefix_queries.load(Ordering::Relaxed),
+            prefix_hits: load.prefix_hits.load(Ordering::Relaxed),
         }
     }
 
@@ -342,6 +378,12 @@ fn fingerprint(weights: &Weights, spec: &ModelSpec) -> [u8; 32] {
     hasher.update(&weights.fingerprint());
     hasher.update(spec.arithmetic().as_bytes());
     *hasher.finalize().as_bytes()
+}
+
+/// Where the keys of the prefix cache begin: all that KV depends on beside the tokens.
+fn prefix_root(fingerprint: &[u8; 32], shape: &KvShape) -> PageKey {
+    let format = format!("{shape:?}, pages of {PAGE}");
+    PageKey::root(&[fingerprint, format.as_bytes()].concat())
 }
 
 /// Half of the machine's memory; 4 GiB where the system does not say.

@@ -5,4 +5,4 @@ mod plan;
 mod run;
 mod select;
 
-pub(crate) use run::blend;
+pub(crate) use run::{blend, blend_behind};

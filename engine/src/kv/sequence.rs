@@ -28,7 +28,7 @@ pub(crate) struct SequenceKv {
     shape: KvShape,
     /// One per layer; `None` until tokens have left the recent run.
     sinks: Option<Vec<DenseKv>>,
-    recent: Vec<DenseKv>,
+    pub(super) recent: Vec<DenseKv>,
     /// Contiguous, between sinks and recent run.
     cold: Vec<Arc<Segment>>,
     building: Building,

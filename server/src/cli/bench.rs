@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engine::{ChunkSource, Engine};
+use engine::{ChunkSource, Engine, EngineConfig};
 use eval::{
     BlendBenchOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider,
     SpeedOptions, bench_blend, bench_decode, bench_index, bench_membw, bench_prefill, default_results_dir,
@@ -75,7 +75,8 @@ enum Kind {
 }
 
 fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<()> {
-    let config = settings.engine()?;
+    // The same prompt is read again and again, and reading it is what is timed.
+    let config = EngineConfig { prefix_cache: false, ..settings.engine()? };
     let options = SpeedOptions {
         lengths: args.lengths,
         repeats: args.repeats,
