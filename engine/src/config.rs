@@ -25,10 +25,16 @@ pub struct EngineConfig {
     pub max_context: Option<usize>,
     /// Sequences that run at the same time.
     pub max_sequences: usize,
-    /// Tokens of a prefill step.
+    /// Tokens of a step over all sequences: one for each that decodes, the rest for parts of prompts. Fewer: an answer
+    /// goes on more evenly while prompts are read; more: prompts are read faster. Decoding is never held back, and a
+    /// prompt reads one token a step at least.
+    pub step_tokens: usize,
+    /// Tokens of one prompt that are read in a step at most; also those of a step of computing a chunk.
     pub prefill_chunk: usize,
-    /// Bytes of KV that all running sequences may hold; 0: half of the machine's memory.
+    /// Bytes of KV that all running sequences and the prefix cache may hold; 0: half of the machine's memory.
     pub kv_budget_bytes: u64,
+    /// Keep the KV of prompts and share it with later prompts that begin alike.
+    pub prefix_cache: bool,
     /// Requests that may wait.
     pub queue: usize,
 }
@@ -43,8 +49,10 @@ impl Default for EngineConfig {
             kv_dtype: None,
             max_context: None,
             max_sequences: 8,
+            step_tokens: 512,
             prefill_chunk: 512,
             kv_budget_bytes: 0,
+            prefix_cache: true,
             queue: 64,
         }
     }

@@ -10,16 +10,20 @@ use std::time::Instant;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::backend::cpu::Isa;
-use crate::backend::cuda::{Limits, copy_bandwidth_of};
+use crate::backend::cuda::{Limits as StepLimits, copy_bandwidth_of};
 use crate::chat::PromptFormat;
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, DeviceChoice, EngineConfig, Strategy};
 use crate::error::{EngineError, Result};
+use crate::kv::prefix::page_size;
 use crate::kv::{KvDtype, KvShape};
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
-use crate::request::{AttentionInputs, EventStream, PreparedContext, Request};
-use crate::runner::{Command, Load, Runner, ask};
+use crate::prefix_cache::PageKey;
+use crate::request::{AttentionInputs, EventStream, PreparedContext, Prompt, Request};
+use crate::runner::{Command, Load, Runner, ask, out_of_memory};
+use crate::scheduler::{Bytes, Limits};
+use crate::sequence::Submitted;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -30,10 +34,18 @@ pub struct EngineLoad {
     pub running: usize,
     /// Requests that wait.
     pub waiting: usize,
-    /// Bytes of KV of the running ones.
+    /// Bytes of KV of the running ones; pages that they share count once.
     pub kv_bytes: u64,
-    /// Bytes of KV that they may hold.
+    /// Bytes of KV of the pages that the prefix cache keeps and no request uses; they give way to requests.
+    pub cached_bytes: u64,
+    /// Bytes of KV that both may hold.
     pub kv_budget_bytes: u64,
+    /// How often a running request had to give its memory back, to be computed again later.
+    pub preemptions: u64,
+    /// Prompt tokens that the prefix cache was asked for.
+    pub prefix_queries: u64,
+    /// Of these, tokens whose state it had.
+    pub prefix_hits: u64,
 }
 
 /// Cloneable handle to an engine. The engine stops when [`shutdown`](Engine::shutdown) was called or the last
@@ -48,7 +60,7 @@ struct Inner {
     tokenizer: Tokenizer,
     chat: PromptFormat,
     queue: usize,
-    kv_budget: u64,
+    limits: Limits,
     max_context: usize,
     fingerprint: [u8; 32],
     identity: u64,
@@ -71,11 +83,8 @@ impl Engine {
         let weights = Weights::open(&config.model_dir)?;
         let max_context = config.max_context.map_or(spec.max_context, |m| m.min(spec.max_context));
         let model = Arc::new(load_model(spec, &weights, &config, max_context)?);
-        let kv_budget = match model.device() {
-            Some(device) => device.kv_bytes(),
-            None if config.kv_budget_bytes > 0 => config.kv_budget_bytes,
-            None => half_of_memory(),
-        };
+        let limits = limits(&model, &config);
+        let fingerprint = fingerprint(&weights, &model.spec);
         let (commands, receiver) = channel();
         let load = Arc::new(Load::default());
         let identity = NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed);
@@ -83,13 +92,13 @@ impl Engine {
             model: Arc::clone(&model),
             tokenizer: tokenizer.clone(),
             config: config.clone(),
-            kv_budget,
+            limits,
             max_context,
             identity,
+            root: config.prefix_cache.then(|| prefix_root(&fingerprint, &model.shape, page_size(&model).0)),
             load: Arc::clone(&load),
             commands: receiver,
         };
-        let fingerprint = fingerprint(&weights, &model.spec);
         let thread = std::thread::Builder::new()
             .name("quire-engine".into())
             .spawn(move || runner.run())
@@ -98,7 +107,7 @@ impl Engine {
             model,
             tokenizer,
             chat,
-            kv_budget,
+            limits,
             max_context,
             fingerprint,
             identity,
@@ -202,8 +211,8 @@ impl Engine {
             return Err(EngineError::QueueFull { limit });
         }
         let (events, stream) = unbounded_channel();
-        let command = Command::Submit { request: Box::new(request), events, submitted: Instant::now() };
-        let sent = self.inner.commands.send(command);
+        let submitted = Submitted { request: Box::new(request), events, at: Instant::now() };
+        let sent = self.inner.commands.send(Command::Submit(submitted));
         sent.map_err(|_| EngineError::Stopped("its thread has ended".into()))?;
         Ok(EventStream { events: stream })
     }
@@ -232,6 +241,7 @@ impl Engine {
             Some(c) => c.len(),
         };
         self.check_chunks(&request.prompt.chunks)?;
+        self.check_tokens(&request.prompt)?;
         // At least one token of the answer has to fit.
         self.check_length(context + request.prompt.len() + request.max_tokens.min(1))?;
         let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.inner.max_context);
@@ -251,17 +261,27 @@ impl Engine {
         Ok(())
     }
 
+    /// A batch is computed at once: no request may bring in what makes it fail.
+    fn check_tokens(&self, prompt: &Prompt) -> Result<()> {
+        let vocab = self.spec().vocab;
+        let chunks = prompt.chunks.iter().flat_map(|chunk| chunk.tokens.iter());
+        let mut tokens = prompt.prefix.iter().chain(chunks).chain(&prompt.suffix);
+        match tokens.find(|token| **token as usize >= vocab) {
+            Some(token) => Err(EngineError::InvalidRequest(format!(
+                "token id: expected below the model's vocabulary of {vocab}, found {token}"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn check_length(&self, tokens: usize) -> Result<()> {
         let limit = self.inner.max_context;
         if tokens > limit { Err(EngineError::ContextLimit { tokens, limit }) } else { Ok(()) }
     }
 
     fn check_budget(&self, tokens: usize) -> Result<()> {
-        let (needed, budget) = ((tokens * self.kv_shape().token_bytes()) as u64, self.inner.kv_budget);
-        if needed > budget {
-            return Err(EngineError::OutOfMemory { what: "the request's KV".into(), needed, budget });
-        }
-        Ok(())
+        let (needed, budget) = (self.inner.limits.bytes(tokens), self.inner.limits.budget);
+        if needed.fits(budget) { Ok(()) } else { Err(out_of_memory(needed, budget)) }
     }
 
     /// KV of `tokens` behind `prefix`, computed in isolation. Blocks.
@@ -326,7 +346,11 @@ impl Engine {
             running: load.running.load(Ordering::Relaxed),
             waiting: load.waiting.load(Ordering::Relaxed),
             kv_bytes: load.kv_bytes.load(Ordering::Relaxed),
-            kv_budget_bytes: self.inner.kv_budget,
+            cached_bytes: load.cached_bytes.load(Ordering::Relaxed),
+            kv_budget_bytes: self.inner.kv_budget(),
+            preemptions: load.preemptions.load(Ordering::Relaxed),
+            prefix_queries: load.prefix_queries.load(Ordering::Relaxed),
+            prefix_hits: load.prefix_hits.load(Ordering::Relaxed),
         }
     }
 
@@ -337,6 +361,12 @@ impl Engine {
 }
 
 impl Inner {
+    /// Bytes of KV that all requests may hold where the model computes.
+    fn kv_budget(&self) -> u64 {
+        let Limits { page_bytes, budget, .. } = self.limits;
+        if page_bytes.device > 0 { budget.device } else { budget.host }
+    }
+
     fn stop(&self) {
         self.load.stopping.store(true, Ordering::Release);
         // The thread may have ended already.
@@ -356,10 +386,25 @@ impl Drop for Inner {
     }
 }
 
+/// What the scheduler may hand out: on a GPU the pages of its pool, and the host's memory for what is cold.
+fn limits(model: &Transformer, config: &EngineConfig) -> Limits {
+    let (page_tokens, page_bytes) = page_size(model);
+    let host = if config.kv_budget_bytes > 0 { config.kv_budget_bytes } else { half_of_memory() };
+    let device = model.device().map(|device| device.kv_bytes());
+    Limits {
+        step_tokens: config.step_tokens,
+        max_sequences: config.max_sequences.max(1),
+        page_tokens,
+        page_bytes,
+        budget: Bytes { device: device.unwrap_or(0), host },
+    }
+}
+
 /// On the GPU or the CPU, as the settings and the machine say.
 fn load_model(spec: ModelSpec, weights: &Weights, config: &EngineConfig, max_context: usize) -> Result<Transformer> {
-    let limits = Limits {
-        rows: config.prefill_chunk.max(1) + config.max_sequences,
+    let limits = StepLimits {
+        // A part of a prompt that is read whole may exceed the budget of tokens.
+        rows: config.step_tokens.max(config.prefill_chunk).max(1) + config.max_sequences.max(1),
         sequences: config.max_sequences.max(1),
         context: max_context,
         kv_bytes: config.kv_budget_bytes,
@@ -385,6 +430,12 @@ fn fingerprint(weights: &Weights, spec: &ModelSpec) -> [u8; 32] {
     hasher.update(&weights.fingerprint());
     hasher.update(spec.arithmetic().as_bytes());
     *hasher.finalize().as_bytes()
+}
+
+/// Where the keys of the prefix cache begin: all that KV depends on beside the tokens.
+fn prefix_root(fingerprint: &[u8; 32], shape: &KvShape, page: usize) -> PageKey {
+    let format = format!("{shape:?}, pages of {page}");
+    PageKey::root(&[fingerprint, format.as_bytes()].concat())
 }
 
 /// Half of the machine's memory; 4 GiB where the system does not say.

@@ -6,7 +6,8 @@
 //! place. [`AttentionConfig`] says what decoding attends outside of its recent window.
 //!
 //! Inside: `model` is the forward pass, `backend` the arithmetic, `attention` the states that merge, `kv` who owns
-//! which token, `blend` the reuse of chunks, `sequence` and `runner` the requests.
+//! which token, `blend` the reuse of chunks. `scheduler` decides what each request does next, `runner` executes it,
+//! `sequence` is a request; `prefix_cache` keeps what prompts with the same beginning share.
 
 mod attention;
 mod backend;
@@ -18,11 +19,13 @@ mod engine;
 mod error;
 mod kv;
 mod model;
+mod prefix_cache;
 #[cfg(test)]
 mod properties;
 mod request;
 mod runner;
 mod sampler;
+mod scheduler;
 mod sequence;
 mod stop;
 mod tokenizer;

@@ -176,6 +176,8 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Context tokens whose cached state was used.
     pub reused_tokens: usize,
+    /// Tokens at the beginning of a prompt without context whose state the prefix cache had.
+    pub prefix_tokens: usize,
     /// Context tokens that were computed, at least from the check layer on. The suffix does not count.
     pub recomputed_tokens: usize,
     /// The answer's, the end-of-text token included.
@@ -189,6 +191,8 @@ pub struct PrefillStats {
     pub prompt_tokens: usize,
     /// Context tokens whose cached state was used.
     pub reused_tokens: usize,
+    /// Tokens at the beginning of a prompt without context whose state the prefix cache had.
+    pub prefix_tokens: usize,
     /// Context tokens that were computed, at least from the check layer on.
     pub recomputed_tokens: usize,
     /// Tokens behind the context.

@@ -1,25 +1,25 @@
-//! The engine's thread: takes commands, admits requests, runs steps.
+//! The engine's thread: takes commands and executes the steps that the scheduler plans.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
-use tokio::sync::mpsc::UnboundedSender;
-
 use crate::blend::blend;
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig};
 use crate::error::{EngineError, Result};
+use crate::kv::prefix::SharedPage;
 use crate::model::transformer::{Piece, Transformer, Want};
-use crate::request::{AttentionInputs, Event, PreparedContext, Request};
-use crate::sequence::{Phase, Sequence};
+use crate::prefix_cache::{PageKey, PrefixCache};
+use crate::request::{AttentionInputs, PreparedContext};
+use crate::scheduler::{Bytes, Entry, Limits, plan};
+use crate::sequence::{Phase, Sequence, Submitted};
 use crate::tokenizer::Tokenizer;
 
 /// What the engine's thread is told.
 pub(crate) enum Command {
-    Submit { request: Box<Request>, events: UnboundedSender<Event>, submitted: Instant },
+    Submit(Submitted),
     ChunkKv { prefix: Vec<u32>, tokens: Vec<u32>, reply: Sender<Result<ChunkKv>> },
     AttentionInputs { tokens: Vec<u32>, reply: Sender<Result<Vec<AttentionInputs>>> },
     Prepare { prefix: Vec<u32>, chunks: Vec<PromptChunk>, blend: BlendConfig, reply: Sender<Result<PreparedContext>> },
@@ -30,17 +30,36 @@ pub(crate) enum Command {
 #[derive(Default)]
 pub(crate) struct Load {
     pub(crate) running: AtomicUsize,
-    /// Requests handed in and not yet admitted.
+    /// Requests handed in that do not run.
     pub(crate) waiting: AtomicUsize,
+    /// Bytes of KV of those that run.
     pub(crate) kv_bytes: AtomicU64,
+    /// Bytes of KV of pages that no request uses.
+    pub(crate) cached_bytes: AtomicU64,
+    pub(crate) preemptions: AtomicU64,
+    /// Prompt tokens that the prefix cache was asked for, and those that it had.
+    pub(crate) prefix_queries: AtomicU64,
+    pub(crate) prefix_hits: AtomicU64,
     pub(crate) stopping: AtomicBool,
 }
 
-/// A request that has not been admitted.
-struct Waiting {
-    request: Box<Request>,
-    events: UnboundedSender<Event>,
-    submitted: Instant,
+/// All requests by age, of which the first run, and the pages they share.
+pub(crate) struct Queue {
+    sequences: Vec<Sequence>,
+    running: usize,
+    cache: PrefixCache<SharedPage>,
+}
+
+impl Queue {
+    pub(crate) fn new() -> Queue {
+        Queue { sequences: Vec::new(), running: 0, cache: PrefixCache::new() }
+    }
+
+    /// Bytes that those that run hold.
+    fn used(&self, page: Bytes) -> Bytes {
+        let private = self.sequences[..self.running].iter().map(|s| s.private_bytes(page)).sum::<Bytes>();
+        private + page.times(self.cache.in_use())
+    }
 }
 
 /// Everything that the engine's thread owns.
@@ -48,9 +67,11 @@ pub(crate) struct Runner {
     pub(crate) model: Arc<Transformer>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) config: EngineConfig,
-    pub(crate) kv_budget: u64,
+    pub(crate) limits: Limits,
     pub(crate) max_context: usize,
     pub(crate) identity: u64,
+    /// Where the prefix cache's keys begin; `None`: nothing is shared.
+    pub(crate) root: Option<PageKey>,
     pub(crate) load: Arc<Load>,
     pub(crate) commands: Receiver<Command>,
 }
@@ -58,43 +79,68 @@ pub(crate) struct Runner {
 impl Runner {
     /// Runs until shutdown: then no command is taken any more, and what runs or waits is completed.
     pub(crate) fn run(self) {
-        let mut waiting = VecDeque::new();
-        let mut running: Vec<Sequence> = Vec::new();
-        loop {
-            let idle = waiting.is_empty() && running.is_empty();
-            if !self.take_commands(&mut waiting, idle) && waiting.is_empty() && running.is_empty() {
-                return;
-            }
-            self.admit(&mut waiting, &mut running);
-            self.step(&mut running);
-            running.retain(|s| s.phase != Phase::Done && !s.is_cancelled());
-            self.report(&running);
+        let mut queue = Queue::new();
+        while self.take_commands(&mut queue) || !queue.sequences.is_empty() {
+            self.cycle(&mut queue);
         }
     }
 
-    /// Takes what has been sent, waiting for it when `idle`. False once the engine is stopping.
-    fn take_commands(&self, waiting: &mut VecDeque<Waiting>, idle: bool) -> bool {
+    /// One step of all that run.
+    fn cycle(&self, queue: &mut Queue) {
+        settle(queue);
+        self.remove_ended(queue);
+        if !queue.sequences.is_empty() {
+            let entries = self.entries(queue);
+            let step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
+            self.arrange(queue, step.tokens.len());
+            if let Some(needed) = step.out_of_memory {
+                queue.sequences[0].fail(out_of_memory(needed, self.limits.budget));
+            } else {
+                self.make_room(queue, &step.tokens);
+                self.execute(queue, &step.tokens);
+            }
+            self.remove_ended(queue);
+        }
+        self.report(queue);
+    }
+
+    /// What the scheduler sees: no more than may run.
+    fn entries(&self, queue: &mut Queue) -> Vec<Entry> {
+        let (chunk, page) = (self.config.prefill_chunk.max(1), self.limits.page_bytes);
+        let Queue { sequences, running, cache } = queue;
+        let (run, wait) = sequences.split_at_mut(*running);
+        let wait = wait.iter_mut().take(self.limits.max_sequences - run.len());
+        let run = run.iter().map(|s| s.running_entry(cache, chunk, page));
+        run.chain(wait.map(|s| s.waiting_entry(cache, chunk))).collect()
+    }
+
+    /// Takes what has been sent, waiting for it when there is nothing to do. False once the engine is stopping.
+    fn take_commands(&self, queue: &mut Queue) -> bool {
+        let mut idle = queue.sequences.is_empty();
         if self.load.stopping.load(Ordering::Acquire) && !idle {
             return false;
         }
-        let mut first = idle;
         loop {
-            let command = if std::mem::take(&mut first) {
+            let command = if std::mem::take(&mut idle) {
                 self.commands.recv().map_err(|_| TryRecvError::Disconnected)
             } else {
                 self.commands.try_recv()
             };
             match command {
-                Ok(Command::Submit { request, events, submitted }) => {
-                    waiting.push_back(Waiting { request, events, submitted });
-                }
+                Ok(Command::Submit(submitted)) => queue.sequences.push(self.sequence(submitted)),
                 // Whoever asked may have gone away: then the reply is dropped.
                 Ok(Command::ChunkKv { prefix, tokens, reply }) => {
+                    self.make_room_for(queue, prefix.len() + tokens.len());
                     let step = self.config.prefill_chunk.max(1);
                     drop(reply.send(ChunkKv::compute(&self.model, &prefix, &tokens, step)));
                 }
-                Ok(Command::AttentionInputs { tokens, reply }) => drop(reply.send(self.attention_inputs(&tokens))),
+                Ok(Command::AttentionInputs { tokens, reply }) => {
+                    self.make_room_for(queue, tokens.len());
+                    drop(reply.send(self.attention_inputs(&tokens)));
+                }
                 Ok(Command::Prepare { prefix, chunks, blend, reply }) => {
+                    let tokens = prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>();
+                    self.make_room_for(queue, tokens);
                     drop(reply.send(self.prepare(&prefix, &chunks, &blend)));
                 }
                 Err(TryRecvError::Empty) => return true,
@@ -106,81 +152,113 @@ impl Runner {
         }
     }
 
-    /// Bytes of KV that a request needs at most.
-    fn kv_need(&self, request: &Request) -> u64 {
+    fn sequence(&self, submitted: Submitted) -> Sequence {
+        let request = &submitted.request;
         let context = request.context.as_ref().map_or(0, |c| c.len());
-        let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.max_context);
-        (tokens * self.model.shape.token_bytes()) as u64
+        let limit = request.max_tokens.min(self.max_context.saturating_sub(context + request.prompt.len()));
+        Sequence::new(submitted, &self.model, &self.tokenizer, limit, self.root)
     }
 
-    fn admit(&self, waiting: &mut VecDeque<Waiting>, running: &mut Vec<Sequence>) {
-        while let Some(next) = waiting.front() {
-            let used: u64 = running.iter().map(|s| self.kv_need(&s.request)).sum();
-            let room = running.len() < self.config.max_sequences.max(1)
-                && (running.is_empty() || used + self.kv_need(&next.request) <= self.kv_budget);
-            if !room {
-                return;
+    /// Forgets what is done and what nobody waits for any more.
+    fn remove_ended(&self, queue: &mut Queue) {
+        let (mut place, mut running) = (0, queue.running);
+        queue.sequences.retain_mut(|sequence| {
+            let ran = place < queue.running;
+            place += 1;
+            let ended = sequence.phase == Phase::Done || sequence.is_cancelled();
+            if ended && ran {
+                sequence.release(&mut queue.cache);
+                running -= 1;
+            } else if ended {
+                self.load.waiting.fetch_sub(1, Ordering::AcqRel);
             }
-            let Some(Waiting { request, events, submitted }) = waiting.pop_front() else { return };
-            self.load.waiting.fetch_sub(1, Ordering::AcqRel);
-            if events.is_closed() {
-                continue;
-            }
-            let context = request.context.as_ref().map_or(0, |c| c.len());
-            let limit = request.max_tokens.min(self.max_context.saturating_sub(context + request.prompt.len()));
-            running.push(Sequence::new(*request, events, submitted, &self.model, &self.tokenizer, limit));
-        }
-    }
-
-    /// One step: a part of the first prompt that is not yet read, then a token for all that decode.
-    fn step(&self, running: &mut [Sequence]) {
-        let reading = running.iter_mut().find(|s| matches!(s.phase, Phase::Context | Phase::Suffix(_)));
-        if let Some(sequence) = reading
-            && let Err(error) = sequence.prefill_step(&self.model, self.config.prefill_chunk.max(1))
-        {
-            sequence.fail(error);
-        }
-        let mut decoding: Vec<&mut Sequence> =
-            running.iter_mut().filter(|s| s.phase == Phase::Decode && !s.is_cancelled()).collect();
-        decoding.retain_mut(|s| match s.settle() {
-            Ok(()) => true,
-            Err(error) => {
-                s.fail(error);
-                false
-            }
+            !ended
         });
-        if !decoding.is_empty() {
-            self.decode(&mut decoding);
+        queue.running = running;
+    }
+
+    /// Makes the first `running` run: those beyond lose their KV, those that are new get what is there.
+    fn arrange(&self, queue: &mut Queue, running: usize) {
+        for sequence in queue.sequences.iter_mut().take(queue.running).skip(running) {
+            sequence.preempt(&mut queue.cache, &self.model);
+            self.load.preemptions.fetch_add(1, Ordering::Relaxed);
+            self.load.waiting.fetch_add(1, Ordering::AcqRel);
+        }
+        for sequence in queue.sequences.iter_mut().take(running).skip(queue.running) {
+            self.load.waiting.fetch_sub(1, Ordering::AcqRel);
+            if let Some((asked, found)) = sequence.admit(&mut queue.cache) {
+                self.load.prefix_queries.fetch_add(asked as u64, Ordering::Relaxed);
+                self.load.prefix_hits.fetch_add(found as u64, Ordering::Relaxed);
+            }
+        }
+        queue.running = running;
+        settle(queue);
+    }
+
+    /// Pages that nobody uses give way to those that a step of so many tokens takes.
+    fn make_room(&self, queue: &mut Queue, tokens: &[usize]) {
+        let page = self.limits.page_bytes;
+        let unused = page.times(queue.cache.len() - queue.cache.in_use());
+        let growth = queue.sequences.iter().zip(tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
+        let held = queue.used(page) + unused + growth.sum();
+        queue.cache.evict(self.limits.pages_over(held));
+    }
+
+    /// On a GPU, whose pages are all there is: cached ones give way to KV that no request accounts for.
+    fn make_room_for(&self, queue: &mut Queue, tokens: usize) {
+        if let Some(device) = self.model.device() {
+            let needed = tokens.div_ceil(self.limits.page_tokens) + 1;
+            queue.cache.evict(needed.saturating_sub(device.pool.pages().1));
         }
     }
 
-    fn decode(&self, sequences: &mut [&mut Sequence]) {
-        let tokens: Vec<[u32; 1]> = sequences.iter().map(|s| [s.next_token()]).collect();
-        let mut pieces: Vec<Piece<'_>> =
-            sequences.iter_mut().zip(&tokens).map(|(s, token)| s.decode_piece(token)).collect();
+    /// Blends contexts, and reads the tokens of all others in one batch.
+    fn execute(&self, queue: &mut Queue, tokens: &[usize]) {
+        let mut batch = Vec::new();
+        for (sequence, &tokens) in queue.sequences.iter_mut().zip(tokens).filter(|(_, tokens)| **tokens > 0) {
+            match sequence.phase {
+                Phase::Context => {
+                    sequence.blend(&self.model, &mut queue.cache).unwrap_or_else(|error| sequence.fail(error));
+                }
+                Phase::Text => batch.push((sequence, tokens)),
+                Phase::Done => {}
+            }
+        }
+        if !batch.is_empty() {
+            self.forward(&mut batch, &mut queue.cache);
+        }
+    }
+
+    fn forward(&self, batch: &mut [(&mut Sequence, usize)], cache: &mut PrefixCache<SharedPage>) {
+        let mut pieces: Vec<Piece<'_>> = batch.iter_mut().map(|(s, tokens)| s.piece(*tokens)).collect();
         let states = self.model.forward(&mut pieces);
-        let stats: Vec<_> = pieces.iter().map(|p| p.stats).collect();
-        let greedy: Vec<bool> = sequences.iter().map(|s| s.is_greedy()).collect();
+        let read: Vec<_> = pieces.iter().map(|p| (p.stats, p.want == Want::Last)).collect();
+        let greedy: Vec<bool> =
+            batch.iter().zip(&read).filter(|(_, (_, last))| *last).map(|((s, _), _)| s.is_greedy()).collect();
         let nexts = match states.and_then(|states| self.model.next(&states, &greedy)) {
             Ok(nexts) => nexts,
-            Err(error) => {
-                // One step, one fate: which sequence was at fault is not known.
-                let why = error.to_string();
-                sequences.iter_mut().for_each(|s| s.fail(EngineError::Internal(why.clone())));
-                return;
-            }
+            // One step, one fate: which sequence was at fault is not known.
+            Err(error) => return batch.iter_mut().for_each(|(s, _)| s.fail(for_each(&error))),
         };
-        for ((sequence, stats), next) in sequences.iter_mut().zip(stats).zip(nexts) {
-            sequence.add_cold(stats);
-            if let Err(error) = sequence.accept(next) {
+        let mut nexts = nexts.into_iter();
+        for ((sequence, tokens), (stats, last)) in batch.iter_mut().zip(read) {
+            sequence.advance(*tokens, stats, cache);
+            let next = if last { nexts.next() } else { None };
+            if let Some(next) = next
+                && let Err(error) = sequence.accept(next)
+            {
                 sequence.fail(error);
             }
         }
     }
 
-    fn report(&self, running: &[Sequence]) {
-        self.load.running.store(running.len(), Ordering::Relaxed);
-        self.load.kv_bytes.store(running.iter().map(|s| s.kv.bytes() as u64).sum(), Ordering::Relaxed);
+    fn report(&self, queue: &Queue) {
+        let (page, cache, load) = (self.limits.page_bytes, &queue.cache, &self.load);
+        load.running.store(queue.running, Ordering::Relaxed);
+        // Where the pages are.
+        let here = |bytes: Bytes| if page.device > 0 { bytes.device } else { bytes.host };
+        load.kv_bytes.store(here(queue.used(page)), Ordering::Relaxed);
+        load.cached_bytes.store(here(page.times(cache.len() - cache.in_use())), Ordering::Relaxed);
     }
 
     /// What every layer's attention sees of a text that is read alone.
@@ -211,6 +289,34 @@ impl Runner {
     }
 }
 
+/// The error of a batch, for one of its sequences.
+fn for_each(error: &EngineError) -> EngineError {
+    match error {
+        EngineError::OutOfMemory { what, needed, budget } => {
+            EngineError::OutOfMemory { what: what.clone(), needed: *needed, budget: *budget }
+        }
+        EngineError::Device { action, reason } => EngineError::Device { action, reason: reason.clone() },
+        other => EngineError::Internal(other.to_string()),
+    }
+}
+
+/// What left the windows of those that run finds its place, so that what they hold is what is counted.
+fn settle(queue: &mut Queue) {
+    for sequence in &mut queue.sequences[..queue.running] {
+        sequence.settle(&mut queue.cache).unwrap_or_else(|error| sequence.fail(error));
+    }
+}
+
+/// The error for KV that does not fit, which names the memory that is too small.
+pub(crate) fn out_of_memory(needed: Bytes, budget: Bytes) -> EngineError {
+    let (memory, needed, budget) = if needed.host > budget.host {
+        ("host", needed.host, budget.host)
+    } else {
+        ("device", needed.device, budget.device)
+    };
+    EngineError::OutOfMemory { what: format!("the request's KV in {memory} memory"), needed, budget }
+}
+
 /// Asks the engine's thread and waits for the answer.
 pub(crate) fn ask<T>(commands: &Sender<Command>, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
     let stopped = || EngineError::Stopped("its thread takes no more commands".into());
@@ -218,3 +324,7 @@ pub(crate) fn ask<T>(commands: &Sender<Command>, command: impl FnOnce(Sender<Res
     commands.send(command(reply)).map_err(|_| stopped())?;
     answer.recv().map_err(|_| stopped())?
 }
+
+#[cfg(test)]
+#[path = "runner/tests.rs"]
+mod tests;

@@ -1,4 +1,4 @@
-//! One running request.
+//! One request, from its admission to its end.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,12 +7,16 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::attention::cold::ColdStats;
 use crate::backend::cuda::Next;
-use crate::blend::blend;
-use crate::error::{EngineError, Result};
+use crate::blend::blend_behind;
+use crate::config::Strategy;
+use crate::error::Result;
+use crate::kv::prefix::{SharedPage, SharedPages};
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
-use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Request, TokenEvent, Usage};
+use crate::prefix_cache::{PageKey, PrefixCache};
+use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Prompt, Request, TokenEvent, Usage};
 use crate::sampler::{Sampled, Sampler};
+use crate::scheduler::{Bytes, Entry, Work};
 use crate::stop::StopMatcher;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
@@ -21,31 +25,53 @@ use crate::tokenizer::{StreamDecoder, Tokenizer};
 pub(crate) enum Phase {
     /// The context's KV is still to be made.
     Context,
-    /// This many tokens of the suffix have been read.
-    Suffix(usize),
-    /// Tokens are being written.
-    Decode,
+    /// Text behind the context is read: the rest of the prompt, and the answer as it grows.
+    Text,
     /// Nothing is left to do.
     Done,
 }
 
+/// A request as it was handed in.
+pub(crate) struct Submitted {
+    pub(crate) request: Box<Request>,
+    pub(crate) events: UnboundedSender<Event>,
+    pub(crate) at: Instant,
+}
+
 /// A request with its KV and the state of its answer.
+///
+/// Prompt and answer are one text, and decoding is reading its last token. So a sequence that has lost its KV goes on
+/// where it was by reading its text again; sampler, stop strings and reported events are not touched by that.
 pub(crate) struct Sequence {
-    pub(crate) request: Request,
-    pub(crate) kv: SequenceKv,
+    request: Request,
+    kv: SequenceKv,
     pub(crate) phase: Phase,
     events: UnboundedSender<Event>,
+    /// What is read behind the context: `prompt` tokens of the prompt, then the answer.
+    text: Vec<u32>,
+    prompt: usize,
+    /// Tokens of `text` whose KV is held.
+    read: usize,
+    /// Tokens of `text` that have been read once.
+    seen: usize,
+    /// Tokens before the text.
+    context: usize,
     /// Whether tokens before the suffix exist, so that the strategy holds for the suffix too.
     has_context: bool,
+    /// Whether the context has been blended once.
+    blended: bool,
+    /// `None`: its pages are not shared.
+    shared: Option<SharedPages>,
     submitted: Instant,
-    admitted: Instant,
-    decoding: Instant,
+    admitted: Option<Instant>,
+    /// When the first token of the answer was known.
+    decoding: Option<Instant>,
     prefill: PrefillStats,
     steps: usize,
-    written: usize,
     limit: usize,
-    next: u32,
     cold: ColdStats,
+    /// Of KV that has been dropped.
+    index_seconds: f64,
     sampler: Sampler,
     stop: StopMatcher,
     decoder: StreamDecoder,
@@ -53,38 +79,47 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// `limit`: tokens of the answer at most.
+    /// `limit`: tokens of the answer at most; `root`: of the prefix cache, if there is one.
     pub(crate) fn new(
-        request: Request,
-        events: UnboundedSender<Event>,
-        submitted: Instant,
+        submitted: Submitted,
         model: &Transformer,
         tokenizer: &Tokenizer,
         limit: usize,
+        root: Option<PageKey>,
     ) -> Sequence {
-        let now = Instant::now();
-        let (kv, prefill, phase) = match &request.context {
-            Some(context) => (context.kv.clone(), context.stats.clone(), Phase::Suffix(0)),
-            None => (model.new_kv(), PrefillStats::default(), Phase::Context),
-        };
+        let Submitted { request, events, at } = submitted;
+        let mut request = *request;
         let mut sampler = Sampler::new(request.sampling.clone());
         sampler.observe(&request.prompt.prefix);
         request.prompt.chunks.iter().for_each(|c| sampler.observe(&c.tokens));
         sampler.observe(&request.prompt.suffix);
+        let mut text = std::mem::take(&mut request.prompt.suffix);
+        let has_context = request.context.is_some() || !request.prompt.chunks.is_empty();
+        if !has_context {
+            // A prefix without chunks is an ordinary beginning of the prompt.
+            text.splice(0..0, std::mem::take(&mut request.prompt.prefix));
+        }
+        let kv = model.new_kv();
         Sequence {
-            has_context: request.context.is_some() || !request.prompt.chunks.is_empty(),
-            kv,
-            phase,
+            phase: first_phase(&request),
             events,
-            submitted,
-            admitted: now,
-            decoding: now,
-            prefill,
+            prompt: text.len(),
+            text,
+            read: 0,
+            seen: 0,
+            context: request.context.as_ref().map_or_else(|| request.prompt.len(), |c| c.len()),
+            has_context,
+            blended: false,
+            shared: root.filter(|_| request.context.is_none()).map(|root| SharedPages::new(root, &kv)),
+            kv,
+            submitted: at,
+            admitted: None,
+            decoding: None,
+            prefill: PrefillStats::default(),
             steps: 0,
-            written: 0,
             limit,
-            next: 0,
             cold: ColdStats::default(),
+            index_seconds: 0.0,
             sampler,
             stop: StopMatcher::new(request.stop.clone()),
             decoder: tokenizer.stream(),
@@ -98,11 +133,6 @@ impl Sequence {
         self.events.is_closed()
     }
 
-    /// The token that the next decode step reads.
-    pub(crate) fn next_token(&self) -> u32 {
-        self.next
-    }
-
     /// Ends the request with an error.
     pub(crate) fn fail(&mut self, error: crate::EngineError) {
         self.phase = Phase::Done;
@@ -110,60 +140,183 @@ impl Sequence {
         let _ = self.events.send(Event::Failed(error));
     }
 
-    /// One step of reading the prompt: the context, or a part of the suffix.
-    pub(crate) fn prefill_step(&mut self, model: &Transformer, chunk: usize) -> Result<()> {
-        match self.phase {
-            Phase::Context => {
-                let prompt = &self.request.prompt;
-                if self.has_context {
-                    let events = &self.events;
-                    let blended =
-                        blend(model, &prompt.prefix, &prompt.chunks, &self.request.blend, &|| events.is_closed())?;
-                    (self.kv, self.prefill) = (blended.kv, blended.stats);
-                } else if !prompt.prefix.is_empty() {
-                    // A prefix without chunks is an ordinary beginning of the prompt.
-                    let prefix = std::mem::take(&mut self.request.prompt.prefix);
-                    self.request.prompt.suffix.splice(0..0, prefix);
-                }
-                self.phase = Phase::Suffix(0);
-                Ok(())
-            }
-            Phase::Suffix(done) => self.suffix_step(model, done, chunk),
-            Phase::Decode | Phase::Done => Ok(()),
+    /// Tokens of the answer so far.
+    fn written(&self) -> usize {
+        self.text.len() - self.prompt
+    }
+
+    fn attends_all(&self) -> bool {
+        self.request.attention.strategy == Strategy::Full
+    }
+
+    /// Whether what is read next is attended under the strategy. A prompt without context is read exactly.
+    fn under_strategy(&self) -> bool {
+        self.has_context || self.read >= self.prompt
+    }
+
+    /// As the scheduler sees it while it runs. `chunk`: tokens of a prompt that are read in a step at most; `page`:
+    /// bytes of a page.
+    pub(crate) fn running_entry(&self, cache: &PrefixCache<SharedPage>, chunk: usize, page: Bytes) -> Entry {
+        let (held, alone) = self.shared.as_ref().map_or((0, 0), |s| (s.held(), s.held_alone(cache)));
+        Entry {
+            work: self.work(self.kv.len(), chunk),
+            ahead: self.context + self.text.len() - self.kv.len(),
+            room: self.kv.room(),
+            own: self.bytes().minus(page.times(held)) + page.times(alone),
+            shared: page.times(held - alone),
         }
     }
 
-    fn suffix_step(&mut self, model: &Transformer, done: usize, chunk: usize) -> Result<()> {
-        let suffix = &self.request.prompt.suffix;
-        let end = suffix.len().min(done + chunk);
-        let last = end == suffix.len();
-        if self.has_context {
-            self.kv.settle(&self.request.attention)?;
+    /// As the scheduler sees it while it waits.
+    pub(crate) fn waiting_entry(&mut self, cache: &PrefixCache<SharedPage>, chunk: usize) -> Entry {
+        let exact = exact(&self.request, before_last(&self.text), self.prompt);
+        let (found, in_use) = self.shared.as_mut().map_or((0, 0), |shared| shared.found(cache, exact));
+        // The KV of a prepared context is there.
+        let prepared = if self.request.context.is_some() { self.context } else { 0 };
+        Entry {
+            work: self.work(prepared + found, chunk),
+            ahead: self.context + self.text.len() - in_use,
+            room: 0,
+            own: Bytes::default(),
+            shared: Bytes::default(),
         }
-        let mut pieces = [Piece {
-            attention: self.has_context.then_some(&self.request.attention),
-            ban_eos: self.request.ignore_eos,
-            ..Piece::exact(&mut self.kv, &suffix[done..end], if last { Want::Last } else { Want::Nothing })
-        }];
-        let states = model.forward(&mut pieces)?;
-        self.cold += pieces[0].stats;
-        self.phase = Phase::Suffix(end);
-        if last {
-            let next = model.next(&states, &[self.is_greedy()])?.pop();
-            let next = next.ok_or_else(|| EngineError::Internal("a forward pass gave no row".into()))?;
-            self.begin_decode();
-            self.accept(next)?;
+    }
+
+    /// What is to be done behind the first `held` tokens of context and text.
+    fn work(&self, held: usize, chunk: usize) -> Work {
+        if self.phase == Phase::Context {
+            return Work::Context((self.context - held).max(1));
         }
+        let read = held - self.context;
+        let rest = self.text.len() - read;
+        if rest == 1 && self.written() > 0 {
+            Work::Decode
+        } else if self.attends_all() {
+            Work::Read { tokens: rest.min(chunk), whole: false }
+        } else if read < self.prompt {
+            // Between parts of a suffix, tokens leave the window: where it is cut must not depend on the others.
+            Work::Read { tokens: (self.prompt - read).min(chunk), whole: self.has_context }
+        } else {
+            // An answer is read again as it was written.
+            Work::Read { tokens: 1, whole: false }
+        }
+    }
+
+    /// Bytes of its KV, shared pages included.
+    fn bytes(&self) -> Bytes {
+        self.kv.bytes()
+    }
+
+    /// Bytes of its KV that are not the cache's. `page`: bytes of a page.
+    pub(crate) fn private_bytes(&self, page: Bytes) -> Bytes {
+        self.bytes().minus(page.times(self.shared.as_ref().map_or(0, SharedPages::held)))
+    }
+
+    /// Tokens that fit into pages that it holds.
+    pub(crate) fn room(&self) -> usize {
+        self.kv.room()
+    }
+
+    /// Begins to run, with the KV that is there. When it does so for the first time and the prefix cache was asked:
+    /// the tokens that it was asked for and those that it had.
+    pub(crate) fn admit(&mut self, cache: &mut PrefixCache<SharedPage>) -> Option<(usize, usize)> {
+        let first = self.admitted.is_none();
+        self.admitted.get_or_insert_with(Instant::now);
+        if let Some(context) = &self.request.context {
+            self.kv = context.kv.clone();
+            if first {
+                self.prefill = context.stats.clone();
+            }
+        }
+        let exact = exact(&self.request, before_last(&self.text), self.prompt);
+        self.shared.as_mut()?.adopt(cache, &mut self.kv, exact);
+        self.read = if self.has_context { 0 } else { self.kv.len() };
+        if !first {
+            return None;
+        }
+        self.prefill.prefix_tokens = self.kv.len();
+        Some((if self.has_context { exact.len() } else { self.prompt }, self.kv.len()))
+    }
+
+    /// Loses its KV, to be computed again when it is next admitted.
+    pub(crate) fn preempt(&mut self, cache: &mut PrefixCache<SharedPage>, model: &Transformer) {
+        self.release(cache);
+        self.index_seconds += self.kv.index_seconds();
+        self.kv = model.new_kv();
+        self.read = 0;
+        self.phase = first_phase(&self.request);
+    }
+
+    /// Lets shared pages go.
+    pub(crate) fn release(&mut self, cache: &mut PrefixCache<SharedPage>) {
+        if let Some(shared) = &mut self.shared {
+            shared.release(cache);
+        }
+    }
+
+    /// Makes the context's KV.
+    pub(crate) fn blend(&mut self, model: &Transformer, cache: &mut PrefixCache<SharedPage>) -> Result<()> {
+        let (Prompt { prefix, chunks, .. }, events) = (&self.request.prompt, &self.events);
+        let cancelled = || events.is_closed();
+        let blended = blend_behind(model, &self.kv, prefix, chunks, &self.request.blend, &cancelled)?;
+        self.kv = blended.kv;
+        self.phase = Phase::Text;
+        // What a second time costs, after its memory was taken, is not the request's.
+        if !std::mem::replace(&mut self.blended, true) {
+            self.prefill = PrefillStats { prefix_tokens: self.prefill.prefix_tokens, ..blended.stats };
+        }
+        self.share(cache);
         Ok(())
     }
 
-    fn begin_decode(&mut self) {
-        self.decoding = Instant::now();
-        self.prefill.suffix_tokens = self.request.prompt.suffix.len();
-        self.prefill.prompt_tokens = self.kv.len();
-        self.prefill.queue_seconds = (self.admitted - self.submitted).as_secs_f64();
-        self.prefill.seconds = (self.decoding - self.admitted).as_secs_f64();
-        self.phase = Phase::Decode;
+    /// Shares what has been computed and depends on nothing but the tokens.
+    fn share(&mut self, cache: &mut PrefixCache<SharedPage>) {
+        let exact = exact(&self.request, &self.text[..self.read], self.prompt);
+        if let Some(shared) = &mut self.shared {
+            shared.share(cache, &mut self.kv, exact);
+        }
+    }
+
+    /// Before text is read: what left the window finds its place.
+    pub(crate) fn settle(&mut self, cache: &mut PrefixCache<SharedPage>) -> Result<()> {
+        if self.phase != Phase::Text || !self.under_strategy() {
+            return Ok(());
+        }
+        if !self.attends_all() {
+            // It drops pages as it goes on: from here on they are its own.
+            self.release(cache);
+            self.shared = None;
+        }
+        self.kv.settle(&self.request.attention)
+    }
+
+    /// This sequence's part of a batch: the next `tokens` of its text. Where they are the last, the next token is wanted.
+    pub(crate) fn piece(&mut self, tokens: usize) -> Piece<'_> {
+        let end = self.read + tokens;
+        let want = if end == self.text.len() { Want::Last } else { Want::Nothing };
+        let attention = self.under_strategy().then_some(&self.request.attention);
+        let ban_eos = self.request.ignore_eos;
+        Piece { attention, ban_eos, ..Piece::exact(&mut self.kv, &self.text[self.read..end], want) }
+    }
+
+    /// The next `tokens` have been read.
+    pub(crate) fn advance(&mut self, tokens: usize, stats: ColdStats, cache: &mut PrefixCache<SharedPage>) {
+        self.read += tokens;
+        if self.read > self.seen {
+            self.cold += stats;
+            self.seen = self.read;
+        }
+        self.share(cache);
+    }
+
+    /// The prompt has been read.
+    fn begin_answer(&mut self) {
+        let (now, admitted) = (Instant::now(), self.admitted.unwrap_or(self.submitted));
+        self.decoding = Some(now);
+        self.prefill.suffix_tokens = self.prompt;
+        self.prefill.prompt_tokens = self.context + self.prompt;
+        self.prefill.queue_seconds = (admitted - self.submitted).as_secs_f64();
+        self.prefill.seconds = (now - admitted).as_secs_f64();
         let _ = self.events.send(Event::Started(self.prefill.clone()));
     }
 
@@ -189,12 +342,16 @@ impl Sequence {
 
     /// Takes what follows the last token, chooses where that is still to be done, and reports it.
     pub(crate) fn accept(&mut self, next: Next) -> Result<()> {
+        if self.decoding.is_none() {
+            self.begin_answer();
+        } else {
+            self.steps += 1;
+        }
         if self.limit == 0 {
             return self.finish(FinishReason::Length);
         }
         let sampled = self.choose(next)?;
-        self.written += 1;
-        self.next = sampled.id;
+        self.text.push(sampled.id);
         if self.eos.contains(&sampled.id) {
             let _ = self.events.send(Event::Token(TokenEvent {
                 id: sampled.id,
@@ -212,29 +369,10 @@ impl Sequence {
         if released.stop.is_some() {
             return self.finish(FinishReason::StopString);
         }
-        if self.written >= self.limit {
+        if self.written() >= self.limit {
             return self.finish(FinishReason::Length);
         }
         Ok(())
-    }
-
-    /// Before a decode step: what left the window finds its place.
-    pub(crate) fn settle(&mut self) -> Result<()> {
-        self.steps += 1;
-        self.kv.settle(&self.request.attention)
-    }
-
-    /// This sequence's part of a decode batch; `token` is [`next_token`](Self::next_token).
-    pub(crate) fn decode_piece<'a>(&'a mut self, token: &'a [u32]) -> Piece<'a> {
-        Piece {
-            attention: Some(&self.request.attention),
-            ban_eos: self.request.ignore_eos,
-            ..Piece::exact(&mut self.kv, token, Want::Last)
-        }
-    }
-
-    pub(crate) fn add_cold(&mut self, stats: ColdStats) {
-        self.cold += stats;
     }
 
     fn finish(&mut self, reason: FinishReason) -> Result<()> {
@@ -251,19 +389,42 @@ impl Sequence {
             usage: Usage {
                 prompt_tokens: self.prefill.prompt_tokens,
                 reused_tokens: self.prefill.reused_tokens,
+                prefix_tokens: self.prefill.prefix_tokens,
                 recomputed_tokens: self.prefill.recomputed_tokens,
-                completion_tokens: self.written,
+                completion_tokens: self.written(),
             },
             decode: DecodeStats {
-                seconds: self.decoding.elapsed().as_secs_f64(),
+                seconds: self.decoding.map_or(0.0, |since| since.elapsed().as_secs_f64()),
                 steps: self.steps,
                 cold_keys: self.cold.cold_keys,
                 keys_scored: self.cold.keys_scored,
                 keys_attended: self.cold.keys_attended,
-                index_build_seconds: self.kv.index_seconds(),
+                index_build_seconds: self.index_seconds + self.kv.index_seconds(),
             },
         };
         let _ = self.events.send(Event::Finished(finished));
         Ok(())
     }
+}
+
+/// The tokens at the beginning of a sequence whose KV depends on nothing but the tokens: those before a context; without
+/// one, those of `text` that are attended exactly, of which the first `prompt` are the prompt's.
+fn exact<'a>(request: &'a Request, text: &'a [u32], prompt: usize) -> &'a [u32] {
+    if !request.prompt.chunks.is_empty() {
+        &request.prompt.prefix
+    } else if request.attention.strategy == Strategy::Full {
+        text
+    } else {
+        &text[..text.len().min(prompt)]
+    }
+}
+
+/// The last token of a text is read in any case, for what comes behind it.
+fn before_last(text: &[u32]) -> &[u32] {
+    &text[..text.len().saturating_sub(1)]
+}
+
+/// What comes first: the context, unless there is none or its KV is there.
+fn first_phase(request: &Request) -> Phase {
+    if request.context.is_none() && !request.prompt.chunks.is_empty() { Phase::Context } else { Phase::Text }
 }

@@ -153,10 +153,14 @@ settings! {
         max_sequences: usize = 8, "8";
         /// Requests that may wait; more are refused with 429
         queue: usize = 64, "64";
-        /// Tokens of one step of reading a prompt
+        /// Tokens of a step over all requests: one for each that is answered, the rest for prompts
+        step_tokens: usize = 512, "512";
+        /// Tokens of one prompt that a step reads at most
         prefill_chunk: usize = 512, "512";
-        /// Bytes of KV in memory over all running requests; 0: half of the memory
+        /// Bytes of KV in memory over all running requests and the prefix cache; 0: half of the memory
         kv_budget_bytes: u64 = 0, "0";
+        /// Share the KV of prompts without documents that begin alike: true or false
+        prefix_cache: bool = true, "true";
     }
     "Documents" {
         /// Folder for collections and cached chunks
@@ -379,6 +383,7 @@ impl Settings {
         };
         let at_least_one = [
             ("max_sequences", self.max_sequences),
+            ("step_tokens", self.step_tokens),
             ("prefill_chunk", self.prefill_chunk),
             ("top_chunks", self.top_chunks),
             ("max_tokens", self.max_tokens),
@@ -464,8 +469,10 @@ impl Settings {
             },
             max_context: (self.max_context > 0).then_some(self.max_context),
             max_sequences: self.max_sequences,
+            step_tokens: self.step_tokens,
             prefill_chunk: self.prefill_chunk,
             kv_budget_bytes: self.kv_budget_bytes,
+            prefix_cache: self.prefix_cache,
             queue: self.queue,
         })
     }

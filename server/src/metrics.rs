@@ -43,6 +43,7 @@ pub struct Metrics {
     running: Gauge,
     waiting: Gauge,
     kv_usage: Gauge,
+    preemptions: Counter,
     cache_queries: Counter,
     cache_hits: Counter,
     prompt_tokens: Counter,
@@ -92,8 +93,9 @@ impl Metrics {
             running: gauge_of(name("num_requests_running"), "Requests that are read or answered"),
             waiting: gauge_of(name("num_requests_waiting"), "Requests that wait"),
             kv_usage: gauge_of(name("kv_cache_usage_perc"), "Share of the KV memory in use, 0 to 1"),
-            cache_queries: counter_of(name("prefix_cache_queries_total"), "Context tokens looked up in the cache"),
-            cache_hits: counter_of(name("prefix_cache_hits_total"), "Context tokens whose cached state was used"),
+            preemptions: counter_of(name("num_preemptions_total"), "Running requests that gave their memory back"),
+            cache_queries: counter_of(name("prefix_cache_queries_total"), "Prompt tokens asked of the prefix cache"),
+            cache_hits: counter_of(name("prefix_cache_hits_total"), "Prompt tokens that the prefix cache had"),
             prompt_tokens: counter_of(name("prompt_tokens_total"), "Tokens of prompts"),
             prompt_tokens_cached: counter_of(name("prompt_tokens_cached_total"), "Tokens of prompts from the cache"),
             generation_tokens: counter_of(name("generation_tokens_total"), "Tokens of answers"),
@@ -130,9 +132,7 @@ impl Metrics {
         self.queue_time.record(stats.queue_seconds);
         self.prefill_time.record(stats.seconds);
         self.prompt_tokens.increment(stats.prompt_tokens as u64);
-        self.prompt_tokens_cached.increment(stats.reused_tokens as u64);
-        self.cache_queries.increment((stats.reused_tokens + stats.recomputed_tokens) as u64);
-        self.cache_hits.increment(stats.reused_tokens as u64);
+        self.prompt_tokens_cached.increment((stats.reused_tokens + stats.prefix_tokens) as u64);
         self.tokens_reused.increment(stats.reused_tokens as u64);
         self.tokens_recomputed.increment(stats.recomputed_tokens as u64);
         self.failed_chunks.increment(stats.failed_chunks as u64);
@@ -164,6 +164,9 @@ impl Metrics {
         self.running.set(load.running as f64);
         self.waiting.set(load.waiting as f64);
         self.kv_usage.set(load.kv_bytes as f64 / (load.kv_budget_bytes.max(1)) as f64);
+        self.preemptions.absolute(load.preemptions);
+        self.cache_queries.absolute(load.prefix_queries);
+        self.cache_hits.absolute(load.prefix_hits);
         self.chunks.set(chunks as f64);
         self.chunk_bytes.set(bytes as f64);
         self.corruption.absolute(corrupt_reads);

@@ -6,4 +6,4 @@ mod run;
 mod select;
 mod stream;
 
-pub(crate) use run::blend;
+pub(crate) use run::{blend, blend_behind};

@@ -44,10 +44,22 @@ pub(crate) fn blend(
     config: &BlendConfig,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Blended> {
+    blend_behind(model, &model.new_kv(), prefix, chunks, config, cancelled)
+}
+
+/// As [`blend`], where `start` holds the KV of the first tokens of `prefix`; they count neither as reused nor as recomputed.
+pub(crate) fn blend_behind(
+    model: &Transformer,
+    start: &SequenceKv,
+    prefix: &[u32],
+    chunks: &[PromptChunk],
+    config: &BlendConfig,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Blended> {
     let mut failed = Vec::new();
     loop {
         let plan = BlendPlan::new(prefix, chunks, config, &failed);
-        match attempt(model, &plan, chunks, cancelled) {
+        match attempt(model, start, &plan, chunks, cancelled) {
             Ok(mut blended) => {
                 blended.stats.failed_chunks = failed.len();
                 return Ok(blended);
@@ -74,6 +86,7 @@ impl From<EngineError> for Attempt {
 
 fn attempt(
     model: &Transformer,
+    start: &SequenceKv,
     plan: &BlendPlan,
     chunks: &[PromptChunk],
     cancelled: &dyn Fn() -> bool,
@@ -93,7 +106,7 @@ fn attempt(
                 }
             }
         });
-        Run::new(model, plan, spans, loaded)?.layers(cancelled)
+        Run::new(model, start, plan, spans, loaded)?.layers(cancelled)
     })
 }
 
@@ -115,6 +128,8 @@ struct Run<'a> {
     /// Angles of each cached span's positions.
     span_rows: Vec<Rows>,
     loaded: Receiver<LoadedLayer>,
+    /// Tokens whose KV was there.
+    held: usize,
     kv: SequenceKv,
     /// The rows that are computed.
     active: Stream<'a>,
@@ -124,6 +139,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(
         model: &'a Transformer,
+        start: &SequenceKv,
         plan: &'a BlendPlan,
         spans: &'a [Span],
         loaded: Receiver<LoadedLayer>,
@@ -133,9 +149,10 @@ impl<'a> Run<'a> {
             Some(_) => &[Treatment::Fresh, Treatment::Cached],
             None => &[Treatment::Fresh],
         };
-        let positions = plan.positions(computed);
+        let mut positions = plan.positions(computed);
+        positions.retain(|position| *position >= start.len());
         let tokens: Vec<u32> = positions.iter().map(|p| plan.tokens[*p]).collect();
-        let mut kv = model.new_kv();
+        let mut kv = start.clone();
         kv.extend_to(plan.tokens.len())?;
         Ok(Run {
             model,
@@ -143,6 +160,7 @@ impl<'a> Run<'a> {
             spans,
             span_rows: spans.iter().map(|s| model.rows(s.positions.clone().collect())).collect(),
             loaded,
+            held: start.len(),
             kv,
             active: Stream::new(model, positions, &tokens)?,
             deviation: None,
@@ -166,7 +184,7 @@ impl<'a> Run<'a> {
         let recomputed = self.active.len();
         let stats = PrefillStats {
             prompt_tokens: self.plan.tokens.len(),
-            reused_tokens: self.plan.tokens.len() - recomputed,
+            reused_tokens: self.plan.tokens.len() - self.held - recomputed,
             recomputed_tokens: recomputed,
             blend_deviation: self.deviation,
             ..PrefillStats::default()

@@ -14,10 +14,10 @@ use super::page::{PAGE, Page};
 pub(crate) struct DenseKv {
     shape: KvShape,
     /// Position of the first slot of the first page.
-    first: usize,
+    pub(super) first: usize,
     start: usize,
-    end: usize,
-    pages: VecDeque<Arc<Page>>,
+    pub(super) end: usize,
+    pub(super) pages: VecDeque<Arc<Page>>,
 }
 
 /// A page to be written, and which of some rows lie on it.

@@ -228,19 +228,24 @@ impl DeviceRun {
         Ok(layers)
     }
 
-    /// Whole pages from the beginning of the text on, for sharing.
-    pub(crate) fn full_pages(&self) -> Vec<Arc<DevicePage>> {
-        if self.first > 0 || self.start > 0 {
-            return Vec::new();
-        }
-        self.pages.iter().take(self.end / PAGE).cloned().collect()
+    /// Tokens that fit into the pages it has.
+    pub(crate) fn room(&self) -> usize {
+        (self.first + self.pages.len() * PAGE).saturating_sub(self.end)
     }
 
-    /// Begins the (empty) run with whole pages that another sequence has filled.
-    pub(crate) fn adopt(&mut self, pages: &[Arc<DevicePage>]) {
-        debug_assert!(self.pages.is_empty() && self.end == 0);
-        self.pages.extend(pages.iter().cloned());
-        self.end = pages.len() * PAGE;
+    /// Page `number` of a run that begins at position 0.
+    pub(crate) fn page(&self, number: usize) -> Arc<DevicePage> {
+        Arc::clone(&self.pages[number])
+    }
+
+    /// Appends a full page to a run that begins at position 0, or puts it in the place of one with the same tokens.
+    pub(crate) fn put_page(&mut self, number: usize, page: &Arc<DevicePage>) {
+        if number == self.pages.len() {
+            self.pages.push_back(Arc::clone(page));
+            self.end = (number + 1) * PAGE;
+        } else {
+            self.pages[number] = Arc::clone(page);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 pub(crate) mod dense;
 pub(crate) mod device;
 pub(crate) mod page;
+pub(crate) mod prefix;
 pub(crate) mod sequence;
 
 use serde::{Deserialize, Serialize};

@@ -15,6 +15,7 @@ use crate::attention::dense::{Queries, attend};
 use crate::backend::cpu::Cpu;
 use crate::config::{AttentionConfig, Strategy};
 use crate::error::{EngineError, Result};
+use crate::scheduler::Bytes;
 
 /// Tokens that leave the window are indexed in batches of at least this many. Until then they are
 /// attended exactly.
@@ -29,9 +30,9 @@ pub(crate) struct SequenceKv {
     shape: KvShape,
     /// One per layer; `None` until tokens have left the recent run.
     sinks: Option<Vec<DenseKv>>,
-    recent: Vec<DenseKv>,
+    pub(super) recent: Vec<DenseKv>,
     /// Sinks and recent run of a sequence on a GPU, in place of the two above.
-    device: Option<DeviceKv>,
+    pub(super) device: Option<DeviceKv>,
     /// Contiguous, between sinks and recent run; on the host.
     cold: Vec<Arc<Segment>>,
     building: Building,
@@ -96,12 +97,13 @@ impl SequenceKv {
     }
 
     /// Bytes held, shared pages counted in full.
-    pub(crate) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> Bytes {
         let runs = self.recent.iter().chain(self.sinks.iter().flatten());
+        let host = runs.map(DenseKv::page_count).sum::<usize>() * Page::bytes(&self.shape)
+            + self.cold.iter().map(|s| s.bytes()).sum::<usize>();
         let device = self.device.iter().flat_map(|kv| std::iter::once(&kv.recent).chain(&kv.sinks));
-        runs.map(DenseKv::page_count).sum::<usize>() * Page::bytes(&self.shape)
-            + device.map(|run| run.page_count() * run.pool().page_bytes()).sum::<usize>()
-            + self.cold.iter().map(|s| s.bytes()).sum::<usize>()
+        let device = device.map(|run| run.page_count() * run.pool().page_bytes()).sum::<usize>();
+        Bytes { device: device as u64, host: host as u64 }
     }
 
     pub(crate) fn index_seconds(&self) -> f64 {

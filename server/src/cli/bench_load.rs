@@ -17,7 +17,8 @@ use crate::error::Result;
 fn engine_for(settings: &Settings, requests: usize) -> Result<EngineConfig> {
     let config = settings.engine()?;
     let (max_sequences, queue) = (config.max_sequences.max(requests), config.queue.max(requests));
-    Ok(EngineConfig { max_sequences, queue, ..config })
+    // Every prompt is to be read.
+    Ok(EngineConfig { max_sequences, queue, prefix_cache: false, ..config })
 }
 
 /// The peer is measured before the engine takes the device's memory.

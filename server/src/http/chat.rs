@@ -102,7 +102,7 @@ fn usage(answer: &Answer) -> Value {
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.completion_tokens,
         "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens + stats.prefix_tokens},
     })
 }
 

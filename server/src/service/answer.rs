@@ -40,6 +40,8 @@ pub struct Stats {
     pub reused_tokens: usize,
     /// Context tokens that were computed.
     pub recomputed_tokens: usize,
+    /// Tokens at the beginning of a prompt without documents whose state the prefix cache had.
+    pub prefix_tokens: usize,
     /// Tokens behind the context: the question.
     pub suffix_tokens: usize,
     /// Chunks found in the store.
@@ -244,6 +246,7 @@ impl Tally {
         stats.prompt_tokens = prefill.prompt_tokens;
         stats.reused_tokens = prefill.reused_tokens;
         stats.recomputed_tokens = prefill.recomputed_tokens;
+        stats.prefix_tokens = prefill.prefix_tokens;
         stats.suffix_tokens = prefill.suffix_tokens;
         stats.chunks_failed = prefill.failed_chunks;
         stats.queue_seconds = prefill.queue_seconds;

@@ -1,0 +1,466 @@
+//! The loop on a tiny model with f32 weights, whose rows do not depend on their neighbours on any machine: answers under
+//! every pressure must equal, bit for bit, those of a request that runs alone.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::sync::LazyLock;
+use std::sync::mpsc::channel;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::*;
+use crate::config::{AttentionConfig, BlendMode, Strategy};
+use crate::engine::Engine;
+use crate::kv::page::PAGE;
+use crate::kv::prefix::page_bytes;
+use crate::request::{Event, Finished, PrefillStats, Prompt, Request, Usage};
+use crate::sampler::SamplingParams;
+
+/// The tiny Llama 2 of the golden fixtures, with room for 4096 tokens and a tokenizer of one word an id.
+static MODEL_DIR: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/llama2");
+    let dir = tempfile::tempdir().unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(golden.join("config.json")).unwrap()).unwrap();
+    config["max_position_embeddings"] = json!(4096);
+    let vocab: serde_json::Map<_, _> = (0..251).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"},
+    });
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::copy(golden.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    dir
+});
+
+static MODEL: LazyLock<Arc<Transformer>> =
+    LazyLock::new(|| Arc::new(Transformer::load_dir(MODEL_DIR.path(), 2, None).unwrap()));
+
+/// A runner that is driven step by step.
+struct Bench {
+    runner: Runner,
+    queue: Queue,
+    /// Cycles so far.
+    cycles: usize,
+}
+
+#[derive(Default, Debug)]
+struct Answer {
+    started: Option<PrefillStats>,
+    tokens: Vec<(u32, String, u32)>,
+    finished: Option<Finished>,
+    failed: Option<EngineError>,
+}
+
+impl Answer {
+    fn read(events: &mut UnboundedReceiver<Event>) -> Answer {
+        let mut answer = Answer::default();
+        while let Ok(event) = events.try_recv() {
+            assert!(answer.finished.is_none() && answer.failed.is_none(), "nothing comes behind the end");
+            match event {
+                Event::Started(stats) => assert!(answer.started.replace(stats).is_none(), "it starts once"),
+                Event::Token(t) => answer.tokens.push((t.id, t.text, t.logprob.to_bits())),
+                Event::Finished(finished) => answer.finished = Some(finished),
+                Event::Failed(error) => answer.failed = Some(error),
+            }
+        }
+        answer
+    }
+}
+
+impl Bench {
+    /// `pages`: budget of KV in pages.
+    fn new(config: EngineConfig, pages: usize) -> Bench {
+        let model = Arc::clone(&MODEL);
+        let page = Bytes { device: 0, host: page_bytes(&model.shape) };
+        let limits = Limits {
+            step_tokens: config.step_tokens,
+            max_sequences: config.max_sequences,
+            page_tokens: PAGE,
+            page_bytes: page,
+            budget: page.times(pages),
+        };
+        let runner = Runner {
+            tokenizer: Tokenizer::from_dir(MODEL_DIR.path(), model.spec.vocab).unwrap(),
+            limits,
+            max_context: model.spec.max_context,
+            identity: 1,
+            root: config.prefix_cache.then(|| PageKey::root(b"tiny")),
+            load: Arc::default(),
+            commands: channel().1,
+            model,
+            config,
+        };
+        Bench { runner, queue: Queue::new(), cycles: 0 }
+    }
+
+    fn submit(&mut self, request: &Request) -> UnboundedReceiver<Event> {
+        let (events, stream) = unbounded_channel();
+        self.runner.load.waiting.fetch_add(1, Ordering::AcqRel);
+        let submitted = Submitted { request: Box::new(request.clone()), events, at: Instant::now() };
+        self.queue.sequences.push(self.runner.sequence(submitted));
+        stream
+    }
+
+    fn cycle(&mut self) {
+        self.runner.cycle(&mut self.queue);
+        self.cycles += 1;
+        assert!(self.cycles < 20_000, "no end");
+    }
+
+    fn held(&self) -> u64 {
+        let load = &self.runner.load;
+        load.kv_bytes.load(Ordering::Relaxed) + load.cached_bytes.load(Ordering::Relaxed)
+    }
+
+    fn run(&mut self) {
+        while !self.queue.sequences.is_empty() {
+            self.cycle();
+            assert!(self.held() <= self.runner.limits.budget.host, "{} bytes", self.held());
+        }
+        assert_eq!(self.runner.load.waiting.load(Ordering::Relaxed), 0);
+        assert_eq!((self.queue.running, self.queue.cache.in_use()), (0, 0), "all is given back");
+    }
+
+    fn preemptions(&self) -> u64 {
+        self.runner.load.preemptions.load(Ordering::Relaxed)
+    }
+
+    /// Prompt tokens asked for and found.
+    fn prefix_hits(&self) -> (u64, u64) {
+        let load = &self.runner.load;
+        (load.prefix_queries.load(Ordering::Relaxed), load.prefix_hits.load(Ordering::Relaxed))
+    }
+}
+
+fn config() -> EngineConfig {
+    EngineConfig { prefix_cache: false, ..EngineConfig::default() }
+}
+
+fn alone(request: &Request) -> Answer {
+    let mut bench = Bench::new(config(), 64);
+    let mut events = bench.submit(request);
+    bench.run();
+    let answer = Answer::read(&mut events);
+    assert!(answer.finished.is_some(), "{answer:?}");
+    answer
+}
+
+fn assert_same(got: &Answer, want: &Answer, request: &Request) {
+    let about = format!("{:?}, {} tokens, {:?}", request.attention.strategy, request.prompt.len(), got.failed);
+    assert_eq!(got.tokens, want.tokens, "{about}");
+    let (got, want) = (got.finished.as_ref().expect(&about), want.finished.as_ref().unwrap());
+    assert_eq!((got.reason, &got.text), (want.reason, &want.text), "{about}");
+    let of = |usage: &Usage| (usage.prompt_tokens, usage.completion_tokens, usage.reused_tokens);
+    assert_eq!(of(&got.usage), of(&want.usage), "{about}");
+    assert_eq!((got.decode.steps, got.decode.cold_keys), (want.decode.steps, want.decode.cold_keys), "{about}");
+}
+
+fn tokens(rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
+    (0..n).map(|_| rng.random_range(3..250)).collect()
+}
+
+fn plain(tokens: Vec<u32>, max_tokens: usize) -> Request {
+    Request { ignore_eos: true, ..Request::new(Prompt::plain(tokens), max_tokens) }
+}
+
+/// Requests of all kinds, which need three pages at most.
+fn mixed(rng: &mut ChaCha8Rng, n: usize) -> Vec<Request> {
+    let kinds = [Strategy::Full, Strategy::Full, Strategy::Window, Strategy::Full];
+    (0..n)
+        .map(|i| {
+            let (prompt, answer) = (rng.random_range(1..500), rng.random_range(1..260));
+            let mut request = plain(tokens(rng, prompt), answer);
+            request.attention = AttentionConfig { strategy: kinds[i % 4], window: 64, ..AttentionConfig::default() };
+            if i % 3 == 1 {
+                request.sampling =
+                    SamplingParams { temperature: 1.0, seed: Some(i as u64), ..SamplingParams::default() };
+                request.sampling.repetition_penalty = 1.3;
+            }
+            if i % 5 == 2 {
+                // A context that is computed, as one unit.
+                let context = PromptChunk { tokens: tokens(rng, 120).into(), prefix: [1].into(), source: None };
+                request.prompt.suffix.truncate(100);
+                request.prompt.chunks = vec![context.clone(), context];
+                request.prompt.prefix = vec![1];
+                request.blend.mode = BlendMode::Reuse;
+            }
+            if i % 7 == 3 {
+                let context = blend(&MODEL, &tokens(rng, 150), &[], &request.blend, &|| false).unwrap();
+                let context = PreparedContext { kv: context.kv, stats: context.stats, engine: 1 };
+                request.prompt.suffix.truncate(100);
+                request.context = Some(Arc::new(context));
+            }
+            request
+        })
+        .collect()
+}
+
+#[test]
+fn answers_under_pressure_equal_those_alone() {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let requests = mixed(&mut rng, 16);
+    let want: Vec<Answer> = requests.iter().map(alone).collect();
+    let mut preempted = 0;
+    for (step_tokens, max_sequences, pages, prefix_cache) in
+        [(512, 16, 64, true), (512, 8, 7, true), (61, 5, 5, false), (9, 3, 3, true)]
+    {
+        let limits = EngineConfig { step_tokens, max_sequences, prefix_cache, prefill_chunk: 100, ..config() };
+        let mut bench = Bench::new(limits, pages);
+        let mut streams = Vec::new();
+        for request in &requests {
+            streams.push(bench.submit(request));
+            (0..rng.random_range(0..4)).for_each(|_| bench.cycle());
+        }
+        bench.run();
+        for ((request, want), events) in requests.iter().zip(&want).zip(&mut streams) {
+            assert_same(&Answer::read(events), want, request);
+        }
+        preempted += bench.preemptions();
+        assert!(pages < 64 || bench.preemptions() == 0, "there is room for all");
+    }
+    assert!(preempted > 0, "the budgets are too large for this test to mean anything");
+}
+
+#[test]
+fn indexes_are_built_again_as_they_were() {
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let retrieval = AttentionConfig {
+        strategy: Strategy::Retrieval,
+        window: 32,
+        k: 16,
+        wait_for_index: true,
+        ..AttentionConfig::default()
+    };
+    let requests: Vec<Request> = (0..4)
+        .map(|i| Request { attention: retrieval.clone(), ..plain(tokens(&mut rng, 300 + 60 * i), 330) })
+        .collect();
+    let want: Vec<Answer> = requests.iter().map(alone).collect();
+    assert!(want.iter().all(|a| a.finished.as_ref().unwrap().decode.cold_keys > 0));
+    // An index holds its keys a second time: room for two of them.
+    let mut bench = Bench::new(config(), 12);
+    let mut streams: Vec<_> = requests.iter().map(|r| bench.submit(r)).collect();
+    while !bench.queue.sequences.is_empty() {
+        bench.cycle();
+    }
+    assert!(bench.preemptions() > 0);
+    for ((request, want), events) in requests.iter().zip(&want).zip(&mut streams) {
+        assert_same(&Answer::read(events), want, request);
+    }
+}
+
+#[test]
+fn cancelling_at_any_step_frees_memory_and_disturbs_nobody() {
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let requests = mixed(&mut rng, 10);
+    let want: Vec<Answer> = requests.iter().map(alone).collect();
+    for round in 0..4 {
+        let limits = EngineConfig { step_tokens: 50, max_sequences: 4, prefix_cache: round % 2 == 0, ..config() };
+        let mut bench = Bench::new(limits, 6);
+        let mut streams: Vec<_> = requests.iter().map(|r| Some(bench.submit(r))).collect();
+        for _ in 0..6 {
+            (0..rng.random_range(0..40)).for_each(|_| bench.cycle());
+            streams[rng.random_range(0..requests.len())] = None;
+            bench.cycle();
+            let open = bench.queue.sequences.iter().filter(|s| !s.is_cancelled()).count();
+            assert_eq!(open, bench.queue.sequences.len(), "who has gone away is forgotten");
+        }
+        bench.run();
+        assert_eq!(bench.runner.load.kv_bytes.load(Ordering::Relaxed), 0);
+        for ((request, want), events) in requests.iter().zip(&want).zip(&mut streams) {
+            if let Some(events) = events {
+                assert_same(&Answer::read(events), want, request);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prefix_that_is_there_changes_nothing_but_the_work() {
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let start = tokens(&mut rng, 2 * PAGE + 100);
+    let with_tail = |tail: Vec<u32>| plain([start.clone(), tail].concat(), 20);
+    let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 64);
+    let strategies = [Strategy::Full, Strategy::Window, Strategy::Retrieval];
+    let window = AttentionConfig { window: 64, k: 8, wait_for_index: true, ..AttentionConfig::default() };
+    for (round, strategy) in strategies.into_iter().cycle().take(6).enumerate() {
+        let mut request = with_tail(tokens(&mut rng, 50 + 90 * round));
+        request.attention = AttentionConfig { strategy, ..window.clone() };
+        let before = bench.prefix_hits();
+        let mut events = bench.submit(&request);
+        bench.run();
+        let (asked, found) = bench.prefix_hits();
+        assert_eq!(asked - before.0, request.prompt.len() as u64);
+        assert_eq!(found - before.1, if round == 0 { 0 } else { 2 * PAGE as u64 });
+        let got = Answer::read(&mut events);
+        assert_eq!(got.started.as_ref().unwrap().prefix_tokens as u64, found - before.1);
+        assert_eq!(got.started.as_ref().unwrap().prompt_tokens, request.prompt.len());
+        assert_same(&got, &alone(&request), &request);
+    }
+}
+
+#[test]
+fn what_comes_before_a_context_is_shared_with_any_prompt() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 64);
+    let instructions = tokens(&mut rng, PAGE + 30);
+    let mut chunk = |n: usize| {
+        let tokens = tokens(&mut rng, n);
+        let kv = ChunkKv::compute(&MODEL, &[1], &tokens, 512).unwrap();
+        PromptChunk { tokens: tokens.into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
+    };
+    let chunks = [chunk(300), chunk(70)];
+    for (round, mode) in [BlendMode::CacheBlend, BlendMode::Reuse, BlendMode::FullRecompute].into_iter().enumerate() {
+        let mut request = plain(vec![9, 8, 7, round as u32 + 3], 30);
+        (request.prompt.prefix, request.prompt.chunks) = (instructions.clone(), chunks.to_vec());
+        request.blend.mode = mode;
+        let mut events = bench.submit(&request);
+        bench.run();
+        let (got, want) = (Answer::read(&mut events), alone(&request));
+        assert_same(&got, &want, &request);
+        let (got, want) = (got.started.unwrap(), want.started.unwrap());
+        let prefix = if round == 0 { 0 } else { PAGE };
+        assert_eq!((got.prefix_tokens, got.prompt_tokens), (prefix, want.prompt_tokens));
+        assert_eq!((got.reused_tokens, got.recomputed_tokens), (want.reused_tokens, want.recomputed_tokens - prefix));
+    }
+    let other = plain([instructions, tokens(&mut rng, 300)].concat(), 30);
+    let mut events = bench.submit(&other);
+    bench.run();
+    let got = Answer::read(&mut events);
+    assert_eq!(got.started.as_ref().unwrap().prefix_tokens, PAGE, "no page that holds tokens of a chunk");
+    assert_same(&got, &alone(&other), &other);
+}
+
+#[test]
+fn an_answer_that_becomes_part_of_a_prompt_is_not_read_again() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 64);
+    let first = plain(tokens(&mut rng, 150), 400);
+    let mut events = bench.submit(&first);
+    bench.run();
+    let answer: Vec<u32> = Answer::read(&mut events).tokens.iter().map(|t| t.0).collect();
+    let turn = plain([first.prompt.suffix.clone(), answer, tokens(&mut rng, 30)].concat(), 20);
+    let mut events = bench.submit(&turn);
+    bench.run();
+    let got = Answer::read(&mut events);
+    assert_eq!(got.started.as_ref().unwrap().prefix_tokens, 2 * PAGE);
+    assert_same(&got, &alone(&turn), &turn);
+    // Exactly two pages: the last token is read in any case, for what comes behind it.
+    let whole = plain(turn.prompt.suffix[..2 * PAGE].to_vec(), 5);
+    let mut events = bench.submit(&whole);
+    bench.run();
+    let got = Answer::read(&mut events);
+    assert_eq!(got.started.as_ref().unwrap().prefix_tokens, PAGE);
+    assert_same(&got, &alone(&whole), &whole);
+}
+
+#[test]
+fn requests_that_run_together_hold_their_common_beginning_once() {
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    let start = tokens(&mut rng, 8 * PAGE);
+    // Each needs nine pages; all begin alike, so that one page each is enough behind the first eight.
+    let requests: Vec<Request> = (0..6).map(|_| plain([start.clone(), tokens(&mut rng, 40)].concat(), 30)).collect();
+    let want: Vec<Answer> = requests.iter().map(alone).collect();
+    let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 16);
+    let mut streams = vec![bench.submit(&requests[0])];
+    (0..6).for_each(|_| bench.cycle());
+    streams.extend(requests[1..].iter().map(|r| bench.submit(r)));
+    bench.cycle();
+    assert_eq!(bench.queue.running, 6, "they share eight of their nine pages");
+    assert_eq!(bench.held() / bench.runner.limits.page_bytes.host, 8 + 6);
+    bench.run();
+    assert_eq!(bench.preemptions(), 0);
+    for ((request, want), events) in requests.iter().zip(&want).zip(&mut streams) {
+        assert_same(&Answer::read(events), want, request);
+    }
+}
+
+#[test]
+fn two_that_read_the_same_prompt_at_once_end_up_with_one_copy() {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let request = plain(tokens(&mut rng, 2 * PAGE + 10), 40);
+    let want = alone(&request);
+    let mut bench = Bench::new(EngineConfig { prefix_cache: true, step_tokens: 4096, ..config() }, 64);
+    let mut streams = [bench.submit(&request), bench.submit(&request)];
+    (0..3).for_each(|_| bench.cycle());
+    assert_eq!((bench.queue.running, bench.prefix_hits().1), (2, 0));
+    assert_eq!(bench.held() / bench.runner.limits.page_bytes.host, 2 + 2);
+    bench.run();
+    streams.iter_mut().for_each(|events| assert_same(&Answer::read(events), &want, &request));
+}
+
+#[test]
+fn cached_pages_give_way_to_requests() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 4);
+    for _ in 0..5 {
+        let request = plain(tokens(&mut rng, 3 * PAGE), 60);
+        let mut events = bench.submit(&request);
+        bench.run();
+        assert_same(&Answer::read(&mut events), &alone(&request), &request);
+        assert_eq!(bench.queue.cache.len(), 3, "what is kept fits beside nothing else");
+    }
+    assert_eq!((bench.prefix_hits().1, bench.preemptions()), (0, 0));
+}
+
+#[test]
+fn what_grows_beyond_the_memory_fails_by_name_and_the_engine_goes_on() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let mut bench = Bench::new(config(), 3);
+    // Pages for all tokens there are, but none for the copy of the keys that an index holds.
+    let mut large = plain(tokens(&mut rng, 700), 60);
+    large.attention = AttentionConfig {
+        strategy: Strategy::Retrieval,
+        window: 32,
+        wait_for_index: true,
+        ..AttentionConfig::default()
+    };
+    let small = plain(tokens(&mut rng, 100), 30);
+    let (mut large, mut after) = (bench.submit(&large), bench.submit(&small));
+    while !bench.queue.sequences.is_empty() {
+        bench.cycle();
+    }
+    let failed = Answer::read(&mut large).failed.expect("an index needs memory, too");
+    assert!(matches!(failed, EngineError::OutOfMemory { .. }), "{failed}");
+    assert!(failed.to_string().contains("host memory"), "{failed}");
+    assert_same(&Answer::read(&mut after), &alone(&small), &small);
+}
+
+#[test]
+fn the_engine_refuses_what_can_never_fit_and_serves_what_can() {
+    let page = page_bytes(&MODEL.shape);
+    let model_dir = MODEL_DIR.path().to_path_buf();
+    let engine = Engine::load(EngineConfig { model_dir, threads: 2, kv_budget_bytes: 3 * page, ..config() }).unwrap();
+    let refused = |request: Request| engine.submit(request).err().expect("it must be refused");
+    let mut rng = ChaCha8Rng::seed_from_u64(10);
+    let error = refused(plain(tokens(&mut rng, 700), 120));
+    assert!(
+        matches!(&error, EngineError::OutOfMemory { needed, budget, .. } if (*needed, *budget) == (4 * page, 3 * page)),
+        "{error}"
+    );
+    assert!(error.to_string().contains("host memory"), "{error}");
+    // It would fail all that is computed beside it.
+    assert!(matches!(refused(plain(vec![5, 251], 4)), EngineError::InvalidRequest(_)));
+
+    let requests: Vec<Request> = (0..6).map(|i| plain(tokens(&mut rng, 200 + i), 150)).collect();
+    let mut streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+    for (request, stream) in requests.iter().zip(&mut streams) {
+        let mut ids = Vec::new();
+        while let Some(event) = stream.blocking_next() {
+            match event {
+                Event::Token(token) => ids.push(token.id),
+                Event::Failed(error) => panic!("{error}"),
+                Event::Started(_) | Event::Finished(_) => {}
+            }
+        }
+        assert_eq!(ids, alone(request).tokens.iter().map(|t| t.0).collect::<Vec<_>>());
+    }
+    assert!(engine.load_report().preemptions > 0);
+    engine.shutdown();
+    assert_eq!((engine.load_report().running, engine.load_report().kv_bytes), (0, 0));
+}

@@ -1,0 +1,237 @@
+//! Which requests run, and what each of them does in the next step. Pure policy: plain data in, a [`Step`] out.
+//!
+//! All requests stand in one queue, in the order in which they came; those that run are its first. So nothing overtakes
+//! anything, and the oldest always runs:
+//!
+//! * **Every step decodes all that decode**, one token each; what the budget of tokens leaves is filled with parts of
+//!   prompts, oldest first (stall-free batching, Sarathi-Serve, arXiv 2403.02310, algorithm 3). Tokens between two
+//!   tokens of an answer are thus bounded by the budget, whatever else is read. A context that is blended is one
+//!   unit: it takes what is left of a step's budget, and no more than one is blended in a step.
+//! * **A prompt is admitted when there is room for all of it** and a page for its answer, beside what the prompts before
+//!   it still need: the length of a prompt is known. That of an answer is not, so nothing is reserved for it: pages
+//!   are taken when they are needed, and when there is none, the youngest gives way, is put back to its place in the
+//!   queue and computed again later (PagedAttention, arXiv 2309.06180, section 4.5: all or nothing, last come first
+//!   preempted; recomputing costs one prefill, while reserving the longest answer would leave most memory idle).
+//! * **Nothing waits forever**: the oldest is never preempted, so it ends, and then another is the oldest. Where it does
+//!   not fit alone, it never will, and fails.
+
+use std::ops::Add;
+
+/// Bytes of the device's and of the host's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Bytes {
+    pub(crate) device: u64,
+    pub(crate) host: u64,
+}
+
+impl Bytes {
+    pub(crate) fn fits(self, budget: Bytes) -> bool {
+        self.device <= budget.device && self.host <= budget.host
+    }
+
+    pub(crate) fn times(self, n: usize) -> Bytes {
+        Bytes { device: self.device.saturating_mul(n as u64), host: self.host.saturating_mul(n as u64) }
+    }
+
+    pub(crate) fn minus(self, other: Bytes) -> Bytes {
+        Bytes { device: self.device.saturating_sub(other.device), host: self.host.saturating_sub(other.host) }
+    }
+}
+
+impl Add for Bytes {
+    type Output = Bytes;
+
+    fn add(self, other: Bytes) -> Bytes {
+        Bytes { device: self.device.saturating_add(other.device), host: self.host.saturating_add(other.host) }
+    }
+}
+
+impl std::iter::Sum for Bytes {
+    fn sum<I: Iterator<Item = Bytes>>(all: I) -> Bytes {
+        all.fold(Bytes::default(), Add::add)
+    }
+}
+
+/// What a step may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Tokens of a step, over all sequences. Decoding is never held back by it, and a prompt reads one token at least.
+    pub(crate) step_tokens: usize,
+    /// Sequences that run at the same time.
+    pub(crate) max_sequences: usize,
+    /// Tokens of a page of KV, and its bytes over all layers.
+    pub(crate) page_tokens: usize,
+    pub(crate) page_bytes: Bytes,
+    /// Bytes of KV that all running sequences may hold.
+    pub(crate) budget: Bytes,
+}
+
+impl Limits {
+    /// Bytes of the pages that `tokens` fill, from the beginning of a page.
+    pub(crate) fn bytes(&self, tokens: usize) -> Bytes {
+        self.page_bytes.times(tokens.div_ceil(self.page_tokens))
+    }
+
+    /// Pages that have to go so that `held` bytes fit.
+    pub(crate) fn pages_over(&self, held: Bytes) -> usize {
+        let over = held.minus(self.budget);
+        let pages = |over: u64, page: u64| if page == 0 { 0 } else { over.div_ceil(page) };
+        pages(over.device, self.page_bytes.device).max(pages(over.host, self.page_bytes.host)) as usize
+    }
+}
+
+/// What a sequence has to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// The KV of a context of so many tokens is made at once.
+    Context(usize),
+    /// Up to so many tokens are read. `whole`: all of them in one step.
+    Read { tokens: usize, whole: bool },
+    /// The last token of the answer is read, another one is written.
+    Decode,
+}
+
+/// A request as the scheduler sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    pub(crate) work: Work,
+    /// Tokens by which its KV grows until it decodes, those of `work` included. For one that waits: all that it will
+    /// hold, except for pages which running sequences hold already and share with it.
+    pub(crate) ahead: usize,
+    /// So many of the tokens ahead fit into pages that it holds.
+    pub(crate) room: usize,
+    /// Bytes that only it holds: what is free once it is preempted.
+    pub(crate) own: Bytes,
+    /// Bytes that it holds together with others.
+    pub(crate) shared: Bytes,
+}
+
+impl Entry {
+    /// Bytes of the pages that it takes for its next `tokens`.
+    pub(crate) fn growth(&self, limits: &Limits, tokens: usize) -> Bytes {
+        limits.bytes(tokens.saturating_sub(self.room))
+    }
+}
+
+/// What happens next.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Step {
+    /// Tokens that each of the running sequences reads; its length is how many of the queue run from now on. Fewer than
+    /// before: the others have been preempted. More: they are admitted.
+    pub(crate) tokens: Vec<usize>,
+    /// The oldest does not fit, although it alone runs: so many bytes it needs.
+    pub(crate) out_of_memory: Option<Bytes>,
+}
+
+/// Plans a step. `queue`: requests by age, of which the first `running` run; `used`: bytes that these hold.
+pub(crate) fn plan(limits: &Limits, used: Bytes, queue: &[Entry], running: usize) -> Step {
+    let mut plan = Plan { limits, queue, used, share: Share::new(limits, &queue[..running]), step: Step::default() };
+    if plan.keep(running) && plan.step.out_of_memory.is_none() {
+        plan.admit();
+    }
+    plan.step
+}
+
+/// The tokens of a step that are left for prompts.
+struct Share {
+    left: usize,
+    /// Whether some prompt reads in this step.
+    taken: bool,
+}
+
+impl Share {
+    fn new(limits: &Limits, running: &[Entry]) -> Share {
+        let decoding = running.iter().filter(|e| e.work == Work::Decode).count();
+        Share { left: limits.step_tokens.saturating_sub(decoding).max(1), taken: false }
+    }
+
+    /// The tokens that a running sequence reads. What is whole may exceed the budget when it is the first.
+    fn grant(&mut self, work: Work) -> usize {
+        let granted = match work {
+            Work::Decode => return 1,
+            Work::Context(_) if self.taken => 0,
+            Work::Read { tokens, whole: true } if self.taken && tokens > self.left => 0,
+            Work::Context(tokens) | Work::Read { tokens, whole: true } => tokens,
+            Work::Read { tokens, whole: false } => tokens.min(self.left),
+        };
+        self.taken |= granted > 0;
+        let unit = matches!(work, Work::Context(_)) && granted > 0;
+        self.left = if unit { 0 } else { self.left.saturating_sub(granted) };
+        granted
+    }
+}
+
+struct Plan<'a> {
+    limits: &'a Limits,
+    queue: &'a [Entry],
+    /// Bytes that are held once the step is done.
+    used: Bytes,
+    share: Share,
+    step: Step,
+}
+
+impl Plan<'_> {
+    /// Gives those that run their tokens and pages, oldest first. False when some had to give way.
+    fn keep(&mut self, running: usize) -> bool {
+        let mut left = running;
+        let mut i = 0;
+        while i < left {
+            let entry = &self.queue[i];
+            let tokens = self.share.grant(entry.work);
+            let growth = entry.growth(self.limits, tokens);
+            while i + 1 < left && !(self.used + growth).fits(self.limits.budget) {
+                left -= 1;
+                self.used = self.used.minus(self.queue[left].own);
+            }
+            if i + 1 == left && !(self.used + growth).fits(self.limits.budget) {
+                // The youngest that is left. The oldest has nobody to give way to.
+                if i == 0 {
+                    let needed = entry.own + entry.shared + growth;
+                    self.step.out_of_memory = (!needed.fits(self.limits.budget)).then_some(needed);
+                    self.step.tokens.push(if self.step.out_of_memory.is_some() { 0 } else { tokens });
+                }
+                return false;
+            }
+            self.used = self.used + growth;
+            self.step.tokens.push(tokens);
+            i += 1;
+        }
+        left == running
+    }
+
+    /// Lets the oldest of those that wait in, while there is room for their prompts.
+    fn admit(&mut self) {
+        let unread =
+            self.queue.iter().zip(&self.step.tokens).map(|(entry, tokens)| {
+                entry.growth(self.limits, entry.ahead).minus(entry.growth(self.limits, *tokens))
+            });
+        let mut promised: Bytes = self.used + unread.sum();
+        while let Some(entry) = self.queue.get(self.step.tokens.len()) {
+            let alone = self.step.tokens.is_empty();
+            let prompt = self.limits.bytes(entry.ahead);
+            let wanted = promised + prompt + if alone { Bytes::default() } else { self.limits.page_bytes };
+            if !wanted.fits(self.limits.budget) {
+                if alone {
+                    self.step.tokens.push(0);
+                    self.step.out_of_memory = Some(wanted);
+                }
+                return;
+            }
+            if self.step.tokens.len() >= self.limits.max_sequences || self.share.left == 0 {
+                return;
+            }
+            // One that was preempted while it wrote reads its last tokens like a prompt.
+            let work = if entry.work == Work::Decode { Work::Read { tokens: 1, whole: false } } else { entry.work };
+            let tokens = self.share.grant(work);
+            if tokens == 0 {
+                return;
+            }
+            promised = promised + prompt;
+            self.step.tokens.push(tokens);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "scheduler/tests.rs"]
+mod tests;

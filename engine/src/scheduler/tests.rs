@@ -1,0 +1,298 @@
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+
+const PAGE: usize = 16;
+const PAGE_BYTES: Bytes = Bytes { device: 3, host: 2 };
+
+fn limits(step_tokens: usize, max_sequences: usize, pages: usize) -> Limits {
+    let budget = PAGE_BYTES.times(pages);
+    Limits { step_tokens, max_sequences, page_tokens: PAGE, page_bytes: PAGE_BYTES, budget }
+}
+
+fn waiting(tokens: usize) -> Entry {
+    let work = Work::Read { tokens, whole: false };
+    Entry { work, ahead: tokens, room: 0, own: Bytes::default(), shared: Bytes::default() }
+}
+
+/// One that holds `held` tokens.
+fn decoding(held: usize) -> Entry {
+    let pages = held.div_ceil(PAGE);
+    Entry { work: Work::Decode, ahead: 1, room: pages * PAGE - held, own: PAGE_BYTES.times(pages), ..waiting(1) }
+}
+
+fn used(running: &[Entry]) -> Bytes {
+    running.iter().map(|e| e.own).sum()
+}
+
+fn tokens(limits: &Limits, queue: &[Entry], running: usize) -> Vec<usize> {
+    let step = plan(limits, used(&queue[..running]), queue, running);
+    assert_eq!(step.out_of_memory, None);
+    step.tokens
+}
+
+#[test]
+fn decodes_come_first_and_prompts_share_the_rest() {
+    let queue = [decoding(20), waiting(50), decoding(30), waiting(70), waiting(5)];
+    assert_eq!(tokens(&limits(64, 8, 100), &queue, 4), [1, 50, 1, 12]);
+    assert_eq!(tokens(&limits(128, 8, 100), &queue, 4), [1, 50, 1, 70, 5]);
+    assert_eq!(tokens(&limits(128, 4, 100), &queue, 4), [1, 50, 1, 70], "as many as may run");
+    assert_eq!(tokens(&limits(1, 8, 100), &queue, 4), [1, 1, 1, 0], "a prompt reads one token at least");
+}
+
+#[test]
+fn a_context_is_a_step_of_its_own_beside_decoding() {
+    let context = |n| Entry { work: Work::Context(n), ahead: n + 4, ..waiting(0) };
+    let queue = [decoding(20), context(100), waiting(9)];
+    assert_eq!(tokens(&limits(32, 8, 100), &queue, 3), [1, 100, 0]);
+    let queue = [waiting(9), context(100), decoding(20)];
+    assert_eq!(tokens(&limits(32, 8, 100), &queue, 3), [9, 0, 1]);
+    let whole = Entry { work: Work::Read { tokens: 40, whole: true }, ..waiting(40) };
+    assert_eq!(tokens(&limits(32, 8, 100), &[whole, whole], 2), [40, 0]);
+    assert_eq!(tokens(&limits(80, 8, 100), &[whole, whole], 2), [40, 40]);
+}
+
+#[test]
+fn a_prompt_waits_for_room_for_all_of_it_and_nothing_overtakes_it() {
+    // Six pages: two are held, two more are promised to the prompt that is being read.
+    let reading = Entry { own: PAGE_BYTES.times(1), ahead: 32, ..waiting(32) };
+    let queue = [decoding(10), reading, waiting(17), waiting(1)];
+    assert_eq!(tokens(&limits(8, 8, 6), &queue, 2), [1, 7]);
+    assert_eq!(tokens(&limits(40, 8, 6), &queue, 2), [1, 32], "room for its two pages, but not for an answer");
+    assert_eq!(tokens(&limits(40, 8, 7), &queue, 2), [1, 32, 7]);
+    let sharing = Entry { ahead: 1, ..waiting(17) };
+    assert_eq!(tokens(&limits(64, 8, 6), &[decoding(10), reading, sharing], 2), [1, 32, 17], "it brings pages along");
+}
+
+#[test]
+fn the_youngest_gives_way_and_the_oldest_never_does() {
+    // All three need a new page, one is free.
+    let queue = [decoding(32), decoding(16), decoding(48), waiting(1)];
+    assert_eq!(tokens(&limits(64, 8, 7), &queue, 3), [1, 1]);
+    assert_eq!(tokens(&limits(64, 8, 6), &queue, 3), [1, 1], "what the youngest held serves the others");
+    assert_eq!(tokens(&limits(64, 8, 3), &queue[..2], 2), [1]);
+    let step = plan(&limits(64, 8, 2), used(&queue[..1]), &queue, 1);
+    assert_eq!((step.tokens, step.out_of_memory), (vec![0], Some(PAGE_BYTES.times(3))));
+}
+
+#[test]
+fn either_memory_can_be_the_short_one() {
+    let short = |device, host| Limits { budget: Bytes { device, host }, ..limits(64, 8, 0) };
+    for budget in [short(2, 1000), short(1000, 1)] {
+        let step = plan(&budget, Bytes::default(), &[waiting(5)], 0);
+        assert_eq!((step.tokens, step.out_of_memory), (vec![0], Some(PAGE_BYTES)));
+    }
+    assert_eq!(plan(&short(3, 2), Bytes::default(), &[waiting(5)], 0).tokens, [5]);
+}
+
+/// What a simulated request asks for.
+#[derive(Clone, Debug)]
+struct Ask {
+    arrives: usize,
+    context: usize,
+    prompt: usize,
+    answer: usize,
+    /// Its prompt is read in parts of so many tokens that are not cut.
+    whole: Option<usize>,
+    cancelled_after: Option<usize>,
+}
+
+impl Ask {
+    fn longest(&self) -> usize {
+        // The last token of an answer is never read.
+        self.context + self.prompt + self.answer - 1
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Simulated {
+    ask: Ask,
+    number: usize,
+    /// Tokens whose KV is held, the context's included.
+    held: usize,
+    written: usize,
+    steps: usize,
+}
+
+impl Simulated {
+    fn goal(&self) -> usize {
+        self.ask.context + self.ask.prompt + self.written
+    }
+
+    fn entry(&self, running: bool) -> Entry {
+        let rest = self.goal() - self.held;
+        let work = match self.ask.whole {
+            _ if self.held < self.ask.context => Work::Context(self.ask.context),
+            _ if rest == 1 && self.written > 0 => Work::Decode,
+            Some(part) if self.held < self.ask.context + self.ask.prompt => {
+                Work::Read { tokens: part.min(self.ask.context + self.ask.prompt - self.held), whole: true }
+            }
+            _ => Work::Read { tokens: rest, whole: false },
+        };
+        let own = if running { PAGE_BYTES.times(self.held.div_ceil(PAGE)) } else { Bytes::default() };
+        let room = self.held.div_ceil(PAGE) * PAGE - self.held;
+        Entry { work, ahead: rest, room, own, shared: Bytes::default() }
+    }
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    let whole = prop_oneof![3 => Just(None), 1 => (1usize..40).prop_map(Some)];
+    let context = prop_oneof![2 => Just(0), 1 => 1usize..200];
+    let cancelled_after = prop_oneof![3 => Just(None), 1 => (0usize..60).prop_map(Some)];
+    (0usize..150, context, 1usize..200, 1usize..120, whole, cancelled_after).prop_map(
+        |(arrives, context, prompt, answer, whole, cancelled_after)| Ask {
+            arrives,
+            context,
+            prompt,
+            answer,
+            whole,
+            cancelled_after,
+        },
+    )
+}
+
+/// Runs all requests; checks every step. Returns how often a sequence was preempted.
+fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
+    let total: usize = asks.iter().map(|a| a.longest() + 1).sum();
+    let mut coming: Vec<(usize, Ask)> = asks.iter().cloned().enumerate().collect();
+    coming.sort_by_key(|(_, a)| a.arrives);
+    coming.reverse();
+    let (mut queue, mut running): (Vec<Simulated>, usize) = (Vec::new(), 0);
+    let mut ended = vec![0; asks.len()];
+    let mut preempted = 0;
+    // Alone, one after the other, each would take a step a token at most; preempted work comes on top.
+    for now in 0.. {
+        assert!(now < 150 + 20 * total, "no end: {queue:?}");
+        while coming.last().is_some_and(|(_, a)| a.arrives <= now) {
+            let (number, ask) = coming.pop().unwrap();
+            queue.push(Simulated { ask, number, held: 0, written: 0, steps: 0 });
+        }
+        for i in (0..queue.len()).rev() {
+            queue[i].steps += 1;
+            if queue[i].ask.cancelled_after.is_some_and(|n| queue[i].steps > n) {
+                ended[queue.remove(i).number] += 1;
+                running -= usize::from(i < running);
+            }
+        }
+        if queue.is_empty() {
+            if coming.is_empty() {
+                break;
+            }
+            continue;
+        }
+        let entries: Vec<Entry> = queue.iter().enumerate().map(|(i, s)| s.entry(i < running)).collect();
+        let step = plan(limits, used(&entries[..running]), &entries, running);
+        check(limits, &queue, &entries, running, &step);
+        if step.out_of_memory.is_some() {
+            assert!(!limits.bytes(queue[0].ask.longest()).fits(limits.budget), "{:?} fits", queue[0].ask);
+            ended[queue.remove(0).number] += 1;
+            running = 0;
+            continue;
+        }
+        preempted += running.saturating_sub(step.tokens.len());
+        for s in queue.iter_mut().take(running).skip(step.tokens.len()) {
+            s.held = 0;
+        }
+        running = step.tokens.len();
+        for (s, tokens) in queue.iter_mut().zip(&step.tokens) {
+            s.held += tokens;
+            s.written += usize::from(s.held == s.goal());
+        }
+        for i in (0..running).rev() {
+            if queue[i].written == queue[i].ask.answer {
+                ended[queue.remove(i).number] += 1;
+                running -= 1;
+            }
+        }
+    }
+    assert!(ended.iter().all(|n| *n == 1), "each request ends once: {ended:?}");
+    preempted
+}
+
+/// What holds for every step.
+fn check(limits: &Limits, queue: &[Simulated], entries: &[Entry], running: usize, step: &Step) {
+    let went_on = step.tokens.len().min(running);
+    assert!(step.tokens.len() <= limits.max_sequences.max(running));
+    if step.out_of_memory.is_some() {
+        assert!(running <= 1 || step.tokens.len() == 1);
+        return;
+    }
+    assert!(step.tokens[0] > 0, "the oldest goes on in every step");
+    let held: Bytes = step.tokens.iter().zip(queue).map(|(n, s)| limits.bytes(s.held + n)).sum();
+    assert!(held.fits(limits.budget), "{held:?} of {:?}", limits.budget);
+    let decoding = |e: &&Entry| e.work == Work::Decode;
+    for (entry, tokens) in entries.iter().zip(&step.tokens).take(went_on) {
+        assert!(entry.work != Work::Decode || *tokens == 1, "who decodes is in every step");
+    }
+    // One unit that cannot be cut may exceed the budget, then nothing else is read beside it.
+    let units: Vec<usize> =
+        entries.iter().zip(&step.tokens).filter(|(e, n)| **n > 0 && e.work != Work::Decode).map(|(_, n)| *n).collect();
+    let before = entries[..running].iter().filter(decoding).count();
+    let left = limits.step_tokens.saturating_sub(before).max(1);
+    assert!(units.len() == 1 || units.iter().sum::<usize>() <= left, "{units:?} in {left}");
+    if let [one] = units[..] {
+        let cut = |(e, n): (&Entry, &usize)| *n == one && matches!(e.work, Work::Read { whole: false, .. });
+        let cut = entries.iter().zip(&step.tokens).any(cut);
+        assert!(!cut || one <= left);
+    }
+}
+
+#[test]
+fn many_that_outgrow_the_memory_are_preempted_and_end() {
+    let ask = Ask { arrives: 0, context: 0, prompt: 10, answer: 100, whole: None, cancelled_after: None };
+    let preempted = simulate(&limits(64, 8, 12), &vec![ask.clone(); 8]);
+    assert!(preempted > 0);
+    assert_eq!(simulate(&limits(64, 8, 8 * 7), &vec![ask; 8]), 0, "with room for all nobody gives way");
+}
+
+#[test]
+fn an_answer_goes_on_while_long_prompts_are_read() {
+    let talk = Ask { arrives: 0, context: 0, prompt: 4, answer: 50, whole: None, cancelled_after: None };
+    let long = Ask { arrives: 1, prompt: 5000, answer: 1, ..talk.clone() };
+    // `check` asserts that whoever decodes is in every step; here that the prompts are read meanwhile.
+    let asks = [talk, long.clone(), long];
+    assert_eq!(simulate(&limits(33, 8, 1000), &asks), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_request_ends_once_and_no_budget_is_exceeded(
+        asks in prop::collection::vec(ask(), 1..25),
+        step_tokens in 1usize..100,
+        max_sequences in 1usize..10,
+        pages in 1usize..60,
+    ) {
+        simulate(&limits(step_tokens, max_sequences, pages), &asks);
+    }
+
+    #[test]
+    fn any_state_has_a_plan(
+        entries in prop::collection::vec((0usize..4, 0usize..300, 0usize..16, 0usize..9, 0usize..9), 1..12),
+        running in 0usize..12,
+        pages in 0usize..40,
+    ) {
+        // Shared pages and sums that do not add up included: measured bytes of indexes need not follow pages.
+        let queue: Vec<Entry> = entries
+            .iter()
+            .map(|&(kind, tokens, room, own, shared)| {
+                let work = match kind {
+                    0 => Work::Context(tokens.max(1)),
+                    1 => Work::Decode,
+                    _ => Work::Read { tokens: tokens.max(1), whole: kind == 2 },
+                };
+                let (own, shared) = (PAGE_BYTES.times(own), PAGE_BYTES.times(shared));
+                Entry { work, ahead: tokens.max(1), room, own, shared }
+            })
+            .collect();
+        let running = running.min(queue.len());
+        let used = used(&queue[..running]) + queue[..running].iter().map(|e| e.shared).sum();
+        let step = plan(&limits(20, 8, pages), used, &queue, running);
+        prop_assert!(step.out_of_memory.is_none() || step.tokens.len() == 1);
+        prop_assert!(!step.tokens.is_empty());
+        prop_assert!(step.out_of_memory.is_some() || step.tokens[0] > 0);
+    }
+}
