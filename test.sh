@@ -7,9 +7,10 @@ scripts/setup.sh
 . scripts/env.sh
 export PATH="$PATH:$HOME/.cargo/bin"
 
-# The HTTP test drives the server with the public openai client, in an environment of its own.
+# Tests drive the server with the public openai client and compare with the hub's own library, in an environment of
+# their own.
 venv=$QUIRE_CACHE/test-venv
-if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
+if ! "$venv/bin/python" -c 'import openai, huggingface_hub' 2>/dev/null; then
     python3 -m venv "$venv" 2>/dev/null || {
         echo "[test] error: python3 with venv is missing; on Debian and Ubuntu: apt install python3-venv" >&2
         exit 1

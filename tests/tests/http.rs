@@ -4,27 +4,10 @@
 mod support;
 
 use std::io::Read;
-use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use support::{Server, eventually, example, ingested, quire, read, request, root, send, succeed};
-
-/// A Python that can import `openai`: named by `QUIRE_TEST_PYTHON`, else of the virtual environment in the source
-/// tree, else `python3`.
-fn python() -> PathBuf {
-    let named = std::env::var_os("QUIRE_TEST_PYTHON").map(PathBuf::from);
-    let local = Some(root().join(".venv/bin/python")).filter(|path| path.exists());
-    let python = named.or(local).unwrap_or_else(|| "python3".into());
-    let check = Command::new(&python).args(["-c", "import openai"]).output();
-    assert!(
-        check.is_ok_and(|output| output.status.success()),
-        "{} cannot import the public `openai` package, which this test drives the server with. Set QUIRE_TEST_PYTHON \
-         to a Python that can: python3 -m venv .venv && .venv/bin/pip install -r scripts/requirements-test.txt",
-        python.display()
-    );
-    python
-}
+use support::{Server, eventually, example, ingested, python, quire, read, request, root, send, succeed};
 
 fn long_answer() -> Value {
     json!({"model": "reference", "messages": [{"role": "user", "content": "Tell me about the harbour."}],
@@ -33,7 +16,7 @@ fn long_answer() -> Value {
 
 #[test]
 fn the_public_openai_client_gets_what_it_expects() {
-    let python = python();
+    let python = python("openai");
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7"]);
     let example = example();
