@@ -150,7 +150,10 @@ fn what_is_typed_wrong_is_said() {
 fn an_interrupt_ends_the_answer_and_not_the_conversation() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = quire(&dir.path().join("data"));
-    command.args(["chat", "--json", "--max-tokens", "8"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+        .args(["chat", "--json", "--max-tokens", "8", "--threads", "1"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -162,7 +165,7 @@ fn an_interrupt_ends_the_answer_and_not_the_conversation() {
     stdin.write_all(b"one\n").unwrap();
     let first = next();
     // Reading this takes seconds.
-    writeln!(stdin, "{}", "The boat lies in the harbour. ".repeat(3500)).unwrap();
+    writeln!(stdin, "{}", "The boat lies in the harbour. ".repeat(2500)).unwrap();
     std::thread::sleep(Duration::from_millis(700));
     interrupt();
     let cancelled = next();
@@ -180,7 +183,7 @@ fn an_interrupt_ends_the_answer_and_not_the_conversation() {
 fn on_a_terminal() {
     let dir = tempfile::tempdir().unwrap();
     let mut words = quire(&dir.path().join("data"));
-    words.args(["chat", "--max-tokens", "8"]);
+    words.args(["chat", "--max-tokens", "8", "--threads", "1"]);
     let mut command = Command::new(python("pty"));
     command.arg(root().join("tests/chat_terminal.py")).arg(words.get_program()).args(words.get_args());
     support::clean(&mut command, &dir.path().join("data"));

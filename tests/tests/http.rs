@@ -48,6 +48,18 @@ fn the_server_and_the_command_line_give_the_same_answer() {
 }
 
 #[test]
+fn a_model_may_be_named_as_on_the_hub() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--model-name", "org/name"]);
+    for path in ["/v1/models/org/name", "/v1/models/org%2Fname"] {
+        assert_eq!(server.get(path).json()["id"], "org/name");
+    }
+    assert_eq!((server.get("/v1/models/org").status, server.get("/v1/models/name").status), (404, 404));
+    let body = json!({"model": "org/name", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 1});
+    assert_eq!(server.chat(&body).status, 200);
+}
+
+#[test]
 fn probes_metrics_and_errors_have_their_shapes() {
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7", "--body-limit-bytes", "4096"]);

@@ -57,7 +57,7 @@ pub enum Command {
     },
     /// Converse with the model: on a terminal, or one turn a line from a pipe
     ///
-    /// A line that ends with \ goes on in the next one; \"\"\" begins and ends a text of several lines. /help lists the
+    /// A line that ends with \ goes on in the next one; """ begins and ends a text of several lines. /help lists the
     /// commands. Ctrl-C ends an answer, Ctrl-D the conversation. Once the context is full, the oldest turns are
     /// forgotten, and it is said so. From a pipe, the first error ends the conversation.
     Chat(ChatArgs),
