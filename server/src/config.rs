@@ -130,7 +130,7 @@ impl<T: Flag> Flag for Option<T> {
 
 settings! {
     "Model" {
-        /// The model: a folder as Hugging Face publishes it, or OWNER/NAME[@REVISION] of the hub, fetched by `quire pull`
+        /// The model: a folder as Hugging Face publishes it, or OWNER/NAME that `quire pull` fetched
         model: Option<PathBuf> = None, "the reference model found beside the program";
         /// Name under which the server offers the model
         model_name: Option<String> = None, "the model's name on the hub, else that of its folder";
