@@ -7,8 +7,8 @@ scripts/setup.sh
 . scripts/env.sh
 export PATH="$PATH:$HOME/.cargo/bin"
 
-# The HTTP test drives the server with the public openai client, and NVRTC compiles the CUDA kernels without a GPU: both
-# in an environment of their own, brought up to date when the requirements change.
+# Tests drive the server with the public openai client and compare with the hub's own library, and NVRTC compiles the CUDA
+# kernels without a GPU: in an environment of their own, brought up to date when the requirements change.
 venv=$QUIRE_CACHE/test-venv
 if ! cmp -s scripts/requirements-test.txt "$venv/requirements-test.txt"; then
     python3 -m venv "$venv" 2>/dev/null || {

@@ -15,6 +15,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{QuireError, Result};
+use crate::hub::{self, HubConfig, ModelId};
 
 /// A value that is written as its name: parsed and printed by the type's own `FromStr` and `Display`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,10 +130,10 @@ impl<T: Flag> Flag for Option<T> {
 
 settings! {
     "Model" {
-        /// The model's folder, as Hugging Face publishes it
+        /// The model: a folder as Hugging Face publishes it, or OWNER/NAME that `quire pull` fetched
         model: Option<PathBuf> = None, "the reference model found beside the program";
         /// Name under which the server offers the model
-        model_name: Option<String> = None, "the name of the model's folder";
+        model_name: Option<String> = None, "the model's name on the hub, else that of its folder";
         /// Where the model computes: auto (a GPU where there is one), cpu or cuda
         device: Named<DeviceChoice> = Named(DeviceChoice::Auto), "auto";
         /// Which GPU, from 0
@@ -477,24 +478,38 @@ impl Settings {
         })
     }
 
-    /// The model's folder: as set, else the reference model that lies beside the program.
+    /// The model's folder: as set, else the reference model that lies beside the program. What is set and does not
+    /// exist, but may be a name on the hub, is looked for in the hub's cache.
     ///
     /// # Errors
-    /// [`QuireError::ModelNotFound`] with the places that were searched.
+    /// [`QuireError::ModelNotFound`] with the places that were searched; [`QuireError::Hub`] for a model that was not
+    /// fetched, or not completely.
     pub fn model_dir(&self) -> Result<PathBuf> {
         match &self.model {
-            Some(path) => Ok(path.clone()),
+            Some(path) if path.exists() => Ok(path.clone()),
+            Some(path) => match path.to_str().and_then(|text| text.parse::<ModelId>().ok()) {
+                Some(id) => hub().cache().find(&id, hub().offline),
+                None => Ok(path.clone()),
+            },
             None => find_shipped("models/reference", "eval/models/reference", "config.json")
                 .map_err(|searched| QuireError::ModelNotFound { searched }),
         }
     }
 
-    /// The name under which the model is offered.
+    /// The name under which the model is offered: as set, else the model's name on the hub, else its folder's.
     #[must_use]
     pub fn served_name(&self, model_dir: &Path) -> String {
+        let on_hub = || hub::snapshot_name(model_dir);
         let folder = || model_dir.file_name().map(|name| name.to_string_lossy().into_owned());
-        self.model_name.clone().or_else(folder).unwrap_or_else(|| "model".into())
+        self.model_name.clone().or_else(on_hub).or_else(folder).unwrap_or_else(|| "model".into())
     }
+}
+
+/// Where models of the hub are kept and fetched from: not settings of Quire, but the variables that all of the hub's
+/// tools read.
+#[must_use]
+pub fn hub() -> HubConfig {
+    HubConfig::from_variables(&|name| std::env::var_os(name))
 }
 
 /// Finds a folder that ships with the program and contains `witness`: `../share/quire/INSTALLED` beside the

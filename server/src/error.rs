@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use chunk_cache::StoreError;
 use engine::EngineError;
 
+use crate::hub::HubError;
+
 /// This crate's result type.
 pub type Result<T> = std::result::Result<T, QuireError>;
 
@@ -24,6 +26,10 @@ pub enum QuireError {
     /// A measurement failed.
     #[error(transparent)]
     Eval(#[from] eval::EvalError),
+
+    /// A model of the hub is not there or cannot be fetched.
+    #[error(transparent)]
+    Hub(#[from] HubError),
 
     /// A setting is wrong.
     #[error("setting `{setting}` ({origin}): {problem}")]

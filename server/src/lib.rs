@@ -3,6 +3,7 @@
 //! This crate joins the others to a product. Reading it top down:
 //!
 //! * [`config`]: every setting, where its value came from, and where the model is found;
+//! * [`hub`]: models of the Hugging Face hub, fetched into the cache that its tools share;
 //! * [`library`]: documents as folders of text, chunks with their character spans, full-text search;
 //! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
 //! * [`service`]: the use cases `ingest`, `search`, `answer`, `generate`, without a word of HTTP;
@@ -23,6 +24,7 @@ pub mod cli;
 pub mod config;
 pub mod error;
 pub mod http;
+pub mod hub;
 pub mod library;
 pub mod metrics;
 pub mod service;

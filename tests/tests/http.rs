@@ -4,27 +4,10 @@
 mod support;
 
 use std::io::Read;
-use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use support::{Server, eventually, example, ingested, quire, read, request, root, send, succeed};
-
-/// A Python that can import `openai`: named by `QUIRE_TEST_PYTHON`, else of the virtual environment in the source
-/// tree, else `python3`.
-fn python() -> PathBuf {
-    let named = std::env::var_os("QUIRE_TEST_PYTHON").map(PathBuf::from);
-    let local = Some(root().join(".venv/bin/python")).filter(|path| path.exists());
-    let python = named.or(local).unwrap_or_else(|| "python3".into());
-    let check = Command::new(&python).args(["-c", "import openai"]).output();
-    assert!(
-        check.is_ok_and(|output| output.status.success()),
-        "{} cannot import the public `openai` package, which this test drives the server with. Set QUIRE_TEST_PYTHON \
-         to a Python that can: python3 -m venv .venv && .venv/bin/pip install -r scripts/requirements-test.txt",
-        python.display()
-    );
-    python
-}
+use support::{Server, eventually, example, ingested, python, quire, read, request, root, send, succeed};
 
 fn long_answer() -> Value {
     json!({"model": "reference", "messages": [{"role": "user", "content": "Tell me about the harbour."}],
@@ -33,7 +16,7 @@ fn long_answer() -> Value {
 
 #[test]
 fn the_public_openai_client_gets_what_it_expects() {
-    let python = python();
+    let python = python("openai");
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7"]);
     let example = example();
@@ -62,6 +45,18 @@ fn the_server_and_the_command_line_give_the_same_answer() {
     assert_eq!(served["choices"][0]["message"]["content"], printed["answer"]["text"]);
     assert_eq!(served["quire"]["citations"], printed["answer"]["citations"]);
     assert_eq!(printed["full_recompute"]["stats"]["reused_tokens"], 0);
+}
+
+#[test]
+fn a_model_may_be_named_as_on_the_hub() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--model-name", "org/name"]);
+    for path in ["/v1/models/org/name", "/v1/models/org%2Fname"] {
+        assert_eq!(server.get(path).json()["id"], "org/name");
+    }
+    assert_eq!((server.get("/v1/models/org").status, server.get("/v1/models/name").status), (404, 404));
+    let body = json!({"model": "org/name", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 1});
+    assert_eq!(server.chat(&body).status, 200);
 }
 
 #[test]

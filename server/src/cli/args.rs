@@ -10,6 +10,7 @@ use engine::Strategy;
 use eval::CheckpointShape;
 
 use crate::config::{Named, SettingsArgs};
+use crate::hub::ModelId;
 
 /// Answers questions over documents, with attention state that is computed once per passage
 ///
@@ -55,6 +56,18 @@ pub enum Command {
         #[arg(long)]
         compare: bool,
     },
+    /// Converse with the model: on a terminal, or one turn a line from a pipe
+    ///
+    /// A line that ends with \ goes on in the next one; """ begins and ends a text of several lines. /help lists the
+    /// commands. Ctrl-C ends an answer, Ctrl-D the conversation. Once the context is full, the oldest turns are
+    /// forgotten, and it is said so. From a pipe, the first error ends the conversation.
+    Chat(ChatArgs),
+    /// Fetch a model from the Hugging Face hub; from then on --model takes its name
+    Pull {
+        /// The model: OWNER/NAME, or OWNER/NAME@REVISION with a branch, tag or commit
+        #[arg(value_name = "MODEL")]
+        id: ModelId,
+    },
     /// Serve the OpenAI-compatible API
     Serve,
     /// Look into the store of cached chunks
@@ -90,6 +103,20 @@ pub enum Command {
         /// The shell
         shell: Shell,
     },
+}
+
+/// How a conversation goes.
+#[derive(Debug, clap::Args)]
+pub struct ChatArgs {
+    /// Instruction in front of everything that is said
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Answer every turn over the documents of the collection; --collection asks for it, too
+    #[arg(long)]
+    pub documents: bool,
+    /// Print tokens and times of every turn
+    #[arg(long)]
+    pub stats: bool,
 }
 
 /// What can be done with the chunk store.

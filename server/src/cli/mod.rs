@@ -6,6 +6,7 @@ mod ask;
 mod bench;
 mod bench_load;
 mod cache;
+mod chat;
 mod config;
 pub mod crash;
 mod demo;
@@ -13,6 +14,7 @@ mod doctor;
 mod eval;
 mod ingest;
 mod output;
+mod pull;
 mod serve;
 mod start;
 
@@ -60,6 +62,11 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         Command::Ingest { paths } => ingest::run(settings, &paths, out),
         Command::Search { query } => ask::search(settings, &query, out),
         Command::Ask { question, compare } => ask::run(settings, &question, compare, out),
+        Command::Chat(args) => {
+            let documents = args.documents || cli.settings.collection.is_some();
+            chat::run(settings, &args, documents, out)
+        }
+        Command::Pull { id } => pull::run(&id, out),
         Command::Serve => serve::run(settings, out),
         Command::Cache { command } => cache::run(settings, &command, out),
         Command::Doctor => doctor::run(settings, out),

@@ -64,6 +64,12 @@ impl Out {
         }
     }
 
+    /// Asks for input, beside the result.
+    pub(super) fn prompt(&self, text: &str) {
+        let mut stderr = std::io::stderr().lock();
+        let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
+    }
+
     /// A remark for people, beside the result.
     pub(super) fn note(&self, text: &str) {
         let _ = writeln!(std::io::stderr().lock(), "{text}");
@@ -94,6 +100,15 @@ impl Out {
         let bar = ProgressBar::no_length();
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {wide_msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Some(bar)
+    }
+
+    /// A bar for a file that comes over the network; only on a terminal.
+    pub(super) fn bytes_bar(&self, name: &str, size: u64) -> Option<ProgressBar> {
+        let bar = self.bar()?.with_message(name.to_string());
+        let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {wide_msg}";
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_length(size);
         Some(bar)
     }
 

@@ -28,7 +28,8 @@ fn router(app: App) -> Router {
     let limit = app.settings().body_limit_bytes;
     let guarded = Router::new()
         .route("/v1/models", get(probes::models))
-        .route("/v1/models/{model}", get(probes::model))
+        // Names on the hub have a slash.
+        .route("/v1/models/{*model}", get(probes::model))
         .route("/v1/chat/completions", post(chat::completions))
         .route("/metrics", get(probes::metrics))
         .route("/version", get(probes::version))

@@ -5,10 +5,12 @@
 
 mod answer;
 mod context;
+mod conversation;
 mod ingest;
 
 pub use answer::{Answer, Answering, Citation, Piece, Stats};
 pub use context::{ContextChunk, Question};
+pub use conversation::Conversation;
 pub use ingest::{DocumentState, IngestEvent, IngestReport};
 
 use std::path::Path;
@@ -157,10 +159,7 @@ impl Service {
     /// # Errors
     /// What the engine refuses: the context limit, a wrong parameter, a full queue.
     pub fn generate(&self, messages: &[ChatMessage], options: &Options) -> Result<Answering> {
-        let started = std::time::Instant::now();
-        let prompt = Prompt::plain(self.engine.chat().render(self.engine.tokenizer(), messages)?);
-        let stream = self.engine.submit(options.request(prompt))?;
-        Ok(Answering::new(stream, started, std::sync::Arc::clone(&self.metrics), options))
+        generate(&self.engine, &self.metrics, messages, options)
     }
 
     /// Brings the metrics of states up to date, for a scrape.
@@ -173,6 +172,22 @@ impl Service {
         self.metrics.state(&load, stats.chunks, stats.payload_bytes, self.store.corrupt_reads());
         Ok(())
     }
+}
+
+/// Answers a conversation with an engine alone: without documents, chunk store and data folder.
+///
+/// # Errors
+/// As [`Service::generate`].
+pub fn generate(
+    engine: &Engine,
+    metrics: &std::sync::Arc<Metrics>,
+    messages: &[ChatMessage],
+    options: &Options,
+) -> Result<Answering> {
+    let started = std::time::Instant::now();
+    let prompt = Prompt::plain(engine.chat().render(engine.tokenizer(), messages)?);
+    let stream = engine.submit(options.request(prompt))?;
+    Ok(Answering::new(stream, started, std::sync::Arc::clone(metrics), options))
 }
 
 /// Finds out before the model is loaded that nothing could be stored.

@@ -40,10 +40,27 @@ pub(crate) fn quire(data_dir: &Path) -> Command {
     command
 }
 
+/// A Python that can import `package`: named by `QUIRE_TEST_PYTHON`, else of the virtual environment in the source
+/// tree, else `python3`.
+pub(crate) fn python(package: &str) -> PathBuf {
+    let named = std::env::var_os("QUIRE_TEST_PYTHON").map(PathBuf::from);
+    let local = Some(root().join(".venv/bin/python")).filter(|path| path.exists());
+    let python = named.or(local).unwrap_or_else(|| "python3".into());
+    let check = Command::new(&python).args(["-c", &format!("import {package}")]).output();
+    assert!(
+        check.is_ok_and(|output| output.status.success()),
+        "{} cannot import the public `{package}` package, which this test compares with. Set QUIRE_TEST_PYTHON to a \
+         Python that can: python3 -m venv .venv && .venv/bin/pip install -r scripts/requirements-test.txt",
+        python.display()
+    );
+    python
+}
+
 /// Takes the settings of whoever runs the tests out of a command's environment.
 pub(crate) fn clean(command: &mut Command, data_dir: &Path) {
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("QUIRE_") {
+        let text = name.to_string_lossy().to_ascii_uppercase();
+        if ["QUIRE_", "HF_", "HUGGING"].iter().any(|start| text.starts_with(start)) || text.ends_with("_PROXY") {
             command.env_remove(name);
         }
     }

@@ -1,0 +1,295 @@
+//! `quire chat`: a conversation on the terminal, or one turn a line from a pipe.
+
+mod input;
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+
+use engine::{ChatMessage, Engine};
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc::Receiver;
+
+use super::answer_view;
+use super::args::ChatArgs;
+use super::output::{Out, count, seconds};
+use crate::config::Settings;
+use crate::error::{QuireError, Result};
+use crate::library::Library;
+use crate::metrics::Metrics;
+use crate::service::{Answer, Answering, Conversation, Options, Piece, Question, Service, generate};
+use input::{Entry, Grammar};
+
+const HELP: &str = "\
+/help            this text
+/clear           forget everything that was said
+/system TEXT     set the instruction in front of everything; without TEXT: remove it
+/exit            end, as Ctrl-D does
+A line that ends with \\ goes on in the next one; \"\"\" begins and ends a text of several lines.
+Ctrl-C ends an answer; what there is of it stays in the conversation.";
+
+/// Converses until the input ends. `documents`: each turn is answered over the collection.
+pub(super) fn run(settings: &Settings, args: &ChatArgs, documents: bool, out: &Out) -> Result<()> {
+    let speaker = Speaker::open(settings, documents, out)?;
+    let conversation = Conversation::new(args.system.clone());
+    speaker.tokens(&conversation.messages("Hello"))?;
+    let failed = |source| QuireError::Io { action: "start the runtime for", path: "the conversation".into(), source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let result = runtime.block_on(async {
+        let chat = Chat {
+            speaker: &speaker,
+            conversation,
+            grammar: Grammar::default(),
+            lines: input::lines(),
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+            interactive: std::io::stdin().is_terminal(),
+            stats: args.stats,
+            number: 0,
+            out,
+        };
+        chat.converse().await
+    });
+    speaker.engine().shutdown();
+    result
+}
+
+/// Who answers.
+enum Speaker {
+    /// The model alone; needs no data folder, so that a running server keeps its own.
+    Model { engine: Engine, metrics: Arc<Metrics>, options: Options },
+    /// The model over a collection of documents.
+    Documents { service: Box<Service>, collection: String, top_chunks: usize, options: Options },
+}
+
+impl Speaker {
+    fn open(settings: &Settings, documents: bool, out: &Out) -> Result<Speaker> {
+        if documents {
+            // Before the model is loaded: a missing collection is the commoner mistake.
+            Library::new(&settings.data_dir).collection(&settings.collection)?;
+        }
+        let spinner = out.spinner("loading the model");
+        let options = Options::from_settings(settings);
+        let speaker = if documents {
+            let service = Box::new(Service::open(settings)?);
+            let (collection, top_chunks) = (settings.collection.clone(), settings.top_chunks);
+            Speaker::Documents { service, collection, top_chunks, options }
+        } else {
+            let config = settings.engine()?;
+            let name = settings.served_name(&config.model_dir);
+            let metrics = Arc::new(Metrics::new(&settings.metrics_prefix, &name));
+            Speaker::Model { engine: Engine::load(config)?, metrics, options }
+        };
+        if let Some(spinner) = spinner {
+            spinner.finish_and_clear();
+        }
+        Ok(speaker)
+    }
+
+    fn engine(&self) -> &Engine {
+        match self {
+            Speaker::Model { engine, .. } => engine,
+            Speaker::Documents { service, .. } => service.engine(),
+        }
+    }
+
+    /// The length of a prompt, without passages.
+    fn tokens(&self, messages: &[ChatMessage]) -> Result<usize> {
+        let (chat, tokenizer) = (self.engine().chat(), self.engine().tokenizer());
+        match self {
+            Speaker::Model { .. } => Ok(chat.render(tokenizer, messages)?.len()),
+            Speaker::Documents { .. } => {
+                let prompt = chat.render_with_context(tokenizer, messages)?;
+                Ok(prompt.prefix.len() + prompt.suffix.len())
+            }
+        }
+    }
+
+    /// Tokens that the conversation may take: the context without the answer, and over documents half of that.
+    fn room(&self) -> usize {
+        let limit = self.engine().max_context();
+        match self {
+            Speaker::Model { options, .. } => limit - options.max_tokens.min(limit / 2),
+            Speaker::Documents { options, .. } => limit.saturating_sub(options.max_tokens) / 2,
+        }
+    }
+
+    fn answer(&self, messages: Vec<ChatMessage>, text: &str) -> Result<Answering> {
+        match self {
+            Speaker::Model { engine, metrics, options } => generate(engine, metrics, &messages, options),
+            Speaker::Documents { service, collection, top_chunks, options } => service.answer(&Question {
+                messages,
+                query: text.into(),
+                collection: collection.clone(),
+                top_chunks: *top_chunks,
+                options: options.clone(),
+            }),
+        }
+    }
+}
+
+struct Chat<'a> {
+    speaker: &'a Speaker,
+    conversation: Conversation,
+    grammar: Grammar,
+    lines: Receiver<Result<String>>,
+    interrupt: Signal,
+    /// Somebody types.
+    interactive: bool,
+    stats: bool,
+    number: usize,
+    out: &'a Out,
+}
+
+impl Chat<'_> {
+    /// Until the input ends. What goes wrong is told to whoever types, and ends a conversation from a pipe.
+    async fn converse(mut self) -> Result<()> {
+        if self.interactive {
+            self.out.note("/help lists commands, Ctrl-D ends");
+        }
+        loop {
+            if self.interactive {
+                self.out.prompt(if self.grammar.is_open() { ". " } else { "> " });
+            }
+            let line = tokio::select! {
+                line = self.lines.recv() => line,
+                _ = self.interrupt.recv() => {
+                    if !self.interactive {
+                        return Ok(());
+                    }
+                    self.grammar.reset();
+                    self.out.note("\n(Ctrl-D or /exit ends)");
+                    continue;
+                }
+            };
+            let ended = line.is_none();
+            let step = match line {
+                Some(Ok(line)) => Ok(self.grammar.feed(&line)),
+                Some(Err(error)) => Err(error),
+                None => Ok(self.grammar.finish()),
+            };
+            let step = match step {
+                Ok(Some(Entry::Exit)) => return Ok(()),
+                Ok(Some(entry)) => self.step(entry).await,
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            match step {
+                Err(error) if self.interactive => self.out.error(&error),
+                step => step?,
+            }
+            if ended {
+                if self.interactive {
+                    self.out.note("");
+                }
+                return Ok(());
+            }
+        }
+    }
+
+    async fn step(&mut self, entry: Entry) -> Result<()> {
+        match entry {
+            Entry::Text(text) => return self.turn(text).await,
+            Entry::Help => self.out.note(HELP),
+            Entry::Clear => {
+                self.conversation.clear();
+                self.out.note("(forgotten)");
+            }
+            Entry::System(system) => {
+                let changed = self.conversation.with_system(system);
+                // A model may know no instructions: then nothing changes.
+                self.speaker.tokens(&changed.messages("Hello"))?;
+                self.conversation = changed;
+            }
+            Entry::Exit => {}
+            Entry::Unknown(text) => {
+                let command = text.split_whitespace().next().unwrap_or_default();
+                let problem = format!(
+                    "expected /help, /clear, /system or /exit, found `{command}`. Put a space in front of a text that \
+                     begins with /"
+                );
+                return Err(QuireError::InvalidParameter { param: "command".into(), problem });
+            }
+        }
+        Ok(())
+    }
+
+    async fn turn(&mut self, text: String) -> Result<()> {
+        let tokens = |messages: &[ChatMessage]| self.speaker.tokens(messages);
+        let dropped = self.conversation.make_room(&text, self.speaker.room(), &tokens)?;
+        if dropped > 0 {
+            let turns = count(dropped, "turn");
+            self.out.note(&format!("(the context is full: the oldest {turns} of the conversation were forgotten)"));
+        }
+        let mut answering = self.speaker.answer(self.conversation.messages(&text), &text)?;
+        let mut said = String::new();
+        let answer = loop {
+            tokio::select! {
+                biased;
+                _ = self.interrupt.recv() => break None,
+                piece = answering.next() => match piece {
+                    Some(Ok(Piece::Text(piece))) => {
+                        if !self.out.json {
+                            self.out.text(&piece);
+                        }
+                        said.push_str(&piece);
+                    }
+                    Some(Ok(Piece::Done(answer))) => break Some(answer),
+                    Some(Err(error)) => return Err(error),
+                    None => return Err(QuireError::Internal("the engine ended an answer without saying so".into())),
+                }
+            }
+        };
+        // Cancels what is still being computed.
+        drop(answering);
+        self.number += 1;
+        self.report(&text, &said, answer.as_deref(), dropped);
+        // An answer that was ended before it began would be an empty one.
+        if answer.is_some() || !said.is_empty() {
+            self.conversation.add(text, said);
+        }
+        Ok(())
+    }
+
+    fn report(&self, question: &str, said: &str, answer: Option<&Answer>, dropped: usize) {
+        let out = self.out;
+        if out.json {
+            let cancelled = || json!({"text": said, "finish_reason": "cancelled"});
+            let answer = answer.map_or_else(cancelled, |answer| json!(answer));
+            out.value(&json!({
+                "turn": self.number, "question": question, "answer": answer, "turns_forgotten": dropped,
+            }));
+            return;
+        }
+        out.line("");
+        let Some(answer) = answer else {
+            let kept = if said.is_empty() { "the question is forgotten" } else { "what there is of it stays" };
+            out.note(&format!("(the answer was ended; {kept})"));
+            return;
+        };
+        answer_view::citations(&answer.citations, &answer.text, out);
+        for note in &answer.notes {
+            out.note(&format!("note: {note}"));
+        }
+        if answer.finish_reason == "length" {
+            let tokens = count(answer.stats.completion_tokens, "token");
+            out.note(&format!("(cut after {tokens}: see --max-tokens and --max-context)"));
+        }
+        if self.stats {
+            out.note(&stats_line(answer, self.conversation.turns() + 1));
+        }
+    }
+}
+
+fn stats_line(answer: &Answer, turns: usize) -> String {
+    let stats = &answer.stats;
+    let speed = stats.completion_tokens as f64 / stats.decode_seconds;
+    let speed = if speed.is_finite() { format!(", {speed:.1} tokens/s") } else { String::new() };
+    format!(
+        "({}; prompt of {}, {} of them reused; answer of {}; first token after {}{speed})",
+        count(turns, "turn"),
+        count(stats.prompt_tokens, "token"),
+        stats.reused_tokens + stats.prefix_tokens,
+        count(stats.completion_tokens, "token"),
+        seconds(stats.ttft_seconds),
+    )
+}
