@@ -143,7 +143,7 @@ pub fn time_decode_peers(
 }
 
 /// Measures the time between tokens of a batch: all prompts are read, and once the last sequence has begun (and
-/// [`WARM_UP`] steps more), the gaps between its tokens are the times of a step.
+/// eight steps more), the gaps between its tokens are the times of a step.
 ///
 /// The floor of a step is the bytes that it must read once - the weights, and the KV of every sequence as long as it is
 /// in the middle of the timed steps - over the read rate of the device.

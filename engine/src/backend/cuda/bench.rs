@@ -46,8 +46,8 @@ impl AttentionShape {
     }
 }
 
-/// Bytes a second that a copy within the GPU's memory moves, read and written bytes counted: the best of at least
-/// [`COPIES`], as clocks and other work only ever make it lower.
+/// Bytes a second that a copy within the GPU's memory moves, read and written bytes counted: the best of `repeats`, or
+/// thirty if that is less, as clocks and other work only ever make it lower.
 ///
 /// # Errors
 /// No usable GPU, or too little memory on it.
