@@ -6,7 +6,8 @@
 use std::path::{Path, PathBuf};
 
 use engine::{
-    ChatMessage, DeviceChoice, Engine, EngineConfig, Event, KvDtype, Model, ModelSpec, Prompt, PromptChunk, Request,
+    ChatMessage, DeviceChoice, Engine, EngineConfig, Event, EventStream, KvDtype, Model, ModelSpec, Prompt,
+    PromptChunk, Request,
 };
 use serde_json::Value;
 
@@ -121,8 +122,7 @@ fn every_family_on_a_gpu() {
 }
 
 /// The text of an answer and its tokens, the end token left out.
-fn answer(engine: &Engine, prompt: Prompt) -> (String, Vec<u32>) {
-    let mut events = engine.submit(Request::new(prompt, 24)).unwrap();
+fn answer(engine: &Engine, mut events: EventStream) -> (String, Vec<u32>) {
     let (mut text, mut tokens) = (String::new(), Vec::new());
     while let Some(event) = events.blocking_next() {
         match event {
@@ -140,24 +140,39 @@ fn answer(engine: &Engine, prompt: Prompt) -> (String, Vec<u32>) {
 
 #[test]
 fn the_reference_model_answers_as_transformers_does() {
-    answers_as_transformers_does(DeviceChoice::Cpu);
+    answers_as_transformers_does(DeviceChoice::Cpu, false);
+}
+
+#[test]
+fn the_reference_model_answers_many_at_once_as_transformers_does() {
+    answers_as_transformers_does(DeviceChoice::Cpu, true);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn the_reference_model_answers_as_transformers_does_on_a_gpu() {
-    answers_as_transformers_does(DeviceChoice::Cuda);
+    answers_as_transformers_does(DeviceChoice::Cuda, false);
+    answers_as_transformers_does(DeviceChoice::Cuda, true);
 }
 
-fn answers_as_transformers_does(device: DeviceChoice) {
+/// `together`: all questions are asked before the first is answered, so that steps hold parts of many.
+fn answers_as_transformers_does(device: DeviceChoice, together: bool) {
     let model_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference");
-    let config = EngineConfig { model_dir, device, threads: 2, kv_budget_bytes: 1 << 30, ..EngineConfig::default() };
+    let config = EngineConfig {
+        model_dir,
+        device,
+        threads: 2,
+        kv_budget_bytes: 1 << 30,
+        queue: 1000,
+        ..EngineConfig::default()
+    };
     let engine = Engine::load(config).unwrap();
     let tokenizer = engine.tokenizer();
     let suffix = tokenizer.encode(engine.chat().chunk_suffix()).unwrap();
     let prompts = lines(&fixtures().join("reference_prompts.jsonl"));
     let outputs = lines(&fixtures().join("reference_outputs.jsonl"));
     assert!(prompts.len() >= 50 && prompts.len() == outputs.len());
+    let mut asked = Vec::new();
     for (prompt, expected) in prompts.iter().zip(&outputs) {
         assert_eq!(prompt["id"], expected["id"]);
         let question = ChatMessage::new("user", prompt["question"].as_str().unwrap());
@@ -172,9 +187,17 @@ fn answers_as_transformers_does(device: DeviceChoice) {
         let assembled = Prompt { prefix: parts.prefix.clone(), chunks, suffix: parts.suffix };
         assert_eq!(assembled.len() as u64, expected["prompt_tokens"].as_u64().unwrap(), "{}", prompt["id"]);
 
-        let (text, tokens) = answer(&engine, assembled);
-        let mut wanted = ids(&expected["tokens"]);
-        wanted.retain(|id| !engine.spec().eos.contains(id));
-        assert_eq!((text.as_str(), tokens), (expected["text"].as_str().unwrap(), wanted), "{}", prompt["id"]);
+        asked.push((engine.submit(Request::new(assembled, 24)).unwrap(), expected));
+        if !together {
+            asked.drain(..).for_each(|(events, expected)| check_answer(&engine, events, expected));
+        }
     }
+    asked.into_iter().for_each(|(events, expected)| check_answer(&engine, events, expected));
+}
+
+fn check_answer(engine: &Engine, events: EventStream, expected: &Value) {
+    let (text, tokens) = answer(engine, events);
+    let mut wanted = ids(&expected["tokens"]);
+    wanted.retain(|id| !engine.spec().eos.contains(id));
+    assert_eq!((text.as_str(), tokens), (expected["text"].as_str().unwrap(), wanted), "{}", expected["id"]);
 }
