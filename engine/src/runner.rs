@@ -202,13 +202,21 @@ impl Runner {
         let growth = queue.sequences.iter().zip(tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
         let held = queue.used(page) + unused + growth.sum();
         queue.cache.evict(self.limits.pages_over(held));
+        // A GPU's pages are all there is, and some are taken that no request accounts for: by prepared contexts, and for
+        // the copy of a page that forks share.
+        let missing: usize = queue.sequences.iter().zip(tokens).map(|(s, n)| s.missing_on_device(*n)).sum();
+        self.make_free(queue, missing);
     }
 
-    /// On a GPU, whose pages are all there is: cached ones give way to KV that no request accounts for.
+    /// Cached pages give way to KV of so many tokens that no request accounts for.
     fn make_room_for(&self, queue: &mut Queue, tokens: usize) {
+        self.make_free(queue, tokens.div_ceil(self.limits.page_tokens) + 1);
+    }
+
+    /// On a GPU: cached pages give way until so many are free, or none is left that nobody uses.
+    fn make_free(&self, queue: &mut Queue, pages: usize) {
         if let Some(device) = self.model.device() {
-            let needed = tokens.div_ceil(self.limits.page_tokens) + 1;
-            queue.cache.evict(needed.saturating_sub(device.pool.pages().1));
+            queue.cache.evict(pages.saturating_sub(device.pool.pages().1));
         }
     }
 

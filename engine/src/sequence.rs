@@ -217,6 +217,11 @@ impl Sequence {
         self.kv.room()
     }
 
+    /// Pages of a GPU's pool that its next `tokens` take.
+    pub(crate) fn missing_on_device(&self, tokens: usize) -> usize {
+        self.kv.device().map_or(0, |kv| kv.recent.missing(tokens))
+    }
+
     /// Begins to run, with the KV that is there. When it does so for the first time and the prefix cache was asked:
     /// the tokens that it was asked for and those that it had.
     pub(crate) fn admit(&mut self, cache: &mut PrefixCache<SharedPage>) -> Option<(usize, usize)> {
