@@ -80,7 +80,10 @@ impl Runner {
     /// Runs until shutdown: then no command is taken any more, and what runs or waits is completed.
     pub(crate) fn run(self) {
         let mut queue = Queue::new();
-        while self.take_commands(&mut queue) || !queue.sequences.is_empty() {
+        let mut open = true;
+        while open || !queue.sequences.is_empty() {
+            // Shutdown comes once: nothing may be waited for behind it.
+            open = open && self.take_commands(&mut queue);
             self.cycle(&mut queue);
         }
     }
@@ -114,12 +117,9 @@ impl Runner {
         run.chain(wait.map(|s| s.waiting_entry(cache, chunk))).collect()
     }
 
-    /// Takes what has been sent, waiting for it when there is nothing to do. False once the engine is stopping.
+    /// Takes what has been sent, waiting for it when there is nothing to do. False once shutdown was.
     fn take_commands(&self, queue: &mut Queue) -> bool {
         let mut idle = queue.sequences.is_empty();
-        if self.load.stopping.load(Ordering::Acquire) && !idle {
-            return false;
-        }
         loop {
             let command = if std::mem::take(&mut idle) {
                 self.commands.recv().map_err(|_| TryRecvError::Disconnected)

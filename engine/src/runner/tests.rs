@@ -464,3 +464,25 @@ fn the_engine_refuses_what_can_never_fit_and_serves_what_can() {
     engine.shutdown();
     assert_eq!((engine.load_report().running, engine.load_report().kv_bytes), (0, 0));
 }
+
+#[test]
+fn the_thread_ends_when_shutdown_comes_behind_a_request_that_is_still_to_be_answered() {
+    let mut bench = Bench::new(config(), 8);
+    let (commands, receiver) = channel();
+    bench.runner.commands = receiver;
+    let (events, mut stream) = unbounded_channel();
+    bench.runner.load.waiting.fetch_add(1, Ordering::AcqRel);
+    let request = Box::new(plain(vec![5, 6, 7], 4));
+    commands.send(Command::Submit(Submitted { request, events, at: Instant::now() })).unwrap();
+    commands.send(Command::Shutdown).unwrap();
+    let runner = bench.runner;
+    let thread = std::thread::spawn(move || runner.run());
+    // `commands` lives on, as it does while an engine waits for its thread.
+    let begun = Instant::now();
+    while !thread.is_finished() {
+        assert!(begun.elapsed().as_secs() < 60, "the thread waits for a command that never comes");
+        std::thread::yield_now();
+    }
+    assert!(Answer::read(&mut stream).finished.is_some());
+    drop(commands);
+}
