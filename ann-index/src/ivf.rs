@@ -6,4 +6,16 @@
 #[cfg_attr(not(feature = "faiss"), path = "ivf/absent.rs")]
 mod index;
 
+use crate::error::IndexError;
+use crate::params::IndexKind;
+
 pub(crate) use index::{BUILT_IN, build, read};
+
+/// Says how to get it.
+pub(crate) fn unavailable() -> IndexError {
+    IndexError::Unsupported {
+        what: "implementation in this program, which is built without faiss",
+        kind: IndexKind::Ivf,
+        instead: "build it with `cargo build --release -p quire --features faiss` (needs cmake and OpenBLAS), or take `clusters`, which also scores centroids and then members",
+    }
+}

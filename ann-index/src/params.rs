@@ -46,6 +46,12 @@ impl IndexKind {
         self != IndexKind::Ivf || crate::ivf::BUILT_IN
     }
 
+    /// # Errors
+    /// [`IndexError::Unsupported`], which says how to get it, where this program does not have it.
+    pub fn check_built_in(self) -> Result<(), IndexError> {
+        if self.is_built_in() { Ok(()) } else { Err(crate::ivf::unavailable()) }
+    }
+
     /// Its name in settings.
     pub fn name(self) -> &'static str {
         match self {

@@ -174,7 +174,8 @@ impl AttentionConfig {
     pub const LIMIT: usize = 1 << 24;
 
     /// # Errors
-    /// [`EngineError::InvalidRequest`] for a window or `k` of 0, and for numbers above [`LIMIT`](Self::LIMIT).
+    /// [`EngineError::InvalidRequest`] for a window or `k` of 0, for numbers above [`LIMIT`](Self::LIMIT), and for an index
+    /// that this program is built without.
     pub fn validate(&self) -> Result<()> {
         for (name, value) in [("sinks", self.sinks), ("window", self.window), ("k", self.k), ("ef", self.ef)] {
             if value > Self::LIMIT {
@@ -186,6 +187,10 @@ impl AttentionConfig {
         }
         if self.strategy != Strategy::Full && self.window == 0 {
             return Err(EngineError::InvalidRequest("attention window: expected at least 1, found 0".into()));
+        }
+        if self.strategy == Strategy::Retrieval {
+            let absent = |error| EngineError::InvalidRequest(format!("attention {error}"));
+            self.index.check_built_in().map_err(absent)?;
         }
         if self.strategy == Strategy::Retrieval && self.k == 0 {
             return Err(EngineError::InvalidRequest(
@@ -260,6 +265,12 @@ mod tests {
         assert!(BlendConfig::default().validate(8).is_ok());
         let attention = AttentionConfig { strategy: Strategy::Retrieval, k: 0, ..Default::default() };
         assert!(attention.validate().is_err());
+        let kinds = ann_index::IndexKind::ALL;
+        for (kind, strategy) in kinds.into_iter().flat_map(|k| [(k, Strategy::Full), (k, Strategy::Retrieval)]) {
+            let attention = AttentionConfig { strategy, index: kind, ..Default::default() };
+            let wanted = kind.is_built_in() || strategy == Strategy::Full;
+            assert_eq!(attention.validate().is_ok(), wanted, "{kind} {strategy}");
+        }
         let attention = AttentionConfig { k: usize::MAX, ..Default::default() };
         assert!(attention.validate().unwrap_err().to_string().contains("attention k"));
     }
