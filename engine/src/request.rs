@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -143,6 +144,8 @@ pub struct TokenEvent {
     pub text: String,
     /// Its log-probability under the model's own distribution.
     pub logprob: f32,
+    /// When it was chosen; whoever takes it may come to it later.
+    pub at: Instant,
 }
 
 /// Why an answer ended.

@@ -356,12 +356,14 @@ impl Sequence {
             return self.finish(FinishReason::Length);
         }
         let sampled = self.choose(next)?;
+        let at = Instant::now();
         self.text.push(sampled.id);
         if self.eos.contains(&sampled.id) {
             let _ = self.events.send(Event::Token(TokenEvent {
                 id: sampled.id,
                 text: String::new(),
                 logprob: sampled.logprob,
+                at,
             }));
             return self.finish(FinishReason::Stop);
         }
@@ -370,6 +372,7 @@ impl Sequence {
             id: sampled.id,
             text: released.text,
             logprob: sampled.logprob,
+            at,
         }));
         if released.stop.is_some() {
             return self.finish(FinishReason::StopString);

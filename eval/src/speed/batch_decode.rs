@@ -52,6 +52,8 @@ pub struct BatchDecodeOptions {
     pub prompt: PromptSource,
     /// Tokens of one step of reading, as the engine was told: how long earlier sequences decode before the last begins.
     pub prefill_chunk: usize,
+    /// Tokens of one step in all, as the engine was told.
+    pub step_tokens: usize,
     /// The model's name in the cases of records.
     pub model_label: String,
     /// Where records go.
@@ -288,7 +290,7 @@ impl Case<'_> {
         };
         let mut config = json!({
             "batch": self.batch, "prompt_tokens": measured.prompt_tokens, "prompt": prompt, "strategy": self.strategy,
-            "timed_steps": options.tokens, "rounds": options.repeats, "prefill_chunk": options.prefill_chunk,
+            "timed_steps": options.tokens, "rounds": options.repeats, "prefill_chunk": options.prefill_chunk, "step_tokens": options.step_tokens,
             "kv": format!("{:?}", self.engine.kv_shape().dtype).to_lowercase(),
             "kv_tokens_mid": measured.kv_tokens.round(), "floor_bytes": measured.floor_bytes.round(),
             "read_gb_s": round(measured.rate.gb_s), "read_rate": measured.rate.measured, "threads": self.engine.threads(),

@@ -349,9 +349,13 @@ fn write_weights(options: &CheckpointOptions, shards: &[Shard], progress: &mut d
             });
         }
         drop(done);
-        for bytes in news {
-            let bytes = bytes?;
-            meter.advance(1, bytes as f64, "writing weights");
+        let (mut steps, mut bytes) = (0, 0);
+        for written in news {
+            (steps, bytes) = (steps + 1, bytes + written?);
+            if bytes >= total.div_ceil(20) {
+                meter.advance(steps, bytes as f64, "writing weights");
+                (steps, bytes) = (0, 0);
+            }
         }
         Ok(())
     })

@@ -39,6 +39,8 @@ pub struct MixedLoadOptions {
     pub seed: u64,
     /// Tokens of one step of reading, as the engine was told.
     pub prefill_chunk: usize,
+    /// Tokens of one step in all, as the engine was told.
+    pub step_tokens: usize,
     /// The model's name in the cases of records.
     pub model_label: String,
     /// Where records go.
@@ -58,6 +60,7 @@ impl Default for MixedLoadOptions {
             strategy: Strategy::Full,
             seed: 1,
             prefill_chunk: 512,
+            step_tokens: 512,
             model_label: "ref".into(),
             output: Output::default(),
         }
@@ -96,14 +99,14 @@ impl MixedLoadOptions {
             "arrivals": self.arrivals, "arrival_tokens": self.arrival_tokens, "arrivals_per_second": self.rate,
             "arrival": if self.rate.is_some() { "at a fixed rate" } else { "when the one before has its first token" },
             "strategy": self.strategy, "prompt": format!("random tokens, seed {}", self.seed),
-            "prefill_chunk": self.prefill_chunk, "threads": engine.threads(),
+            "prefill_chunk": self.prefill_chunk, "step_tokens": self.step_tokens, "threads": engine.threads(),
             "kv": format!("{:?}", engine.kv_shape().dtype).to_lowercase(),
         })
     }
 }
 
 /// Measures the time between tokens of sequences that decode, first alone, then while long prompts arrive at the same
-/// engine. Times are taken where a client of the engine gets its tokens; HTTP is not part of it.
+/// engine. Times are those at which the engine chose its tokens; HTTP is not part of them.
 ///
 /// # Errors
 /// [`EvalError::BadOption`], also when sequences end too early; [`EvalError::NotANumber`]; those of the engine, which
@@ -163,17 +166,15 @@ impl Load<'_> {
             request.attention.strategy = self.options.strategy;
             self.streams.submit(self.engine, request)?;
         }
-        self.write(WARM_UP + 1)
+        self.write_since(Instant::now(), WARM_UP + 1)
     }
 
-    /// Until every sequence has written so many tokens more.
-    fn write(&mut self, tokens: usize) -> Result<()> {
+    /// Until every sequence has written so many tokens since this moment.
+    fn write_since(&mut self, moment: Instant, tokens: usize) -> Result<()> {
         let sequences = self.options.sequences;
-        let wanted: Vec<usize> = self.streams.tracks.iter().map(|track| track.tokens.len() + tokens).collect();
         self.streams.take_until(None, |tracks| {
             let tracks = Self::decoding(tracks, sequences);
-            tracks.iter().zip(&wanted).all(|(track, wanted)| track.tokens.len() >= *wanted)
-                || tracks.iter().any(Track::ended)
+            tracks.iter().all(|track| track.since(moment) >= tokens) || tracks.iter().any(Track::ended)
         })?;
         self.check_running()
     }
@@ -197,7 +198,7 @@ impl Load<'_> {
 
     fn alone(&mut self) -> Result<Vec<f64>> {
         let from = Instant::now();
-        self.write(self.options.alone_tokens)?;
+        self.write_since(from, self.options.alone_tokens)?;
         Ok(self.gaps(from, Instant::now()))
     }
 
@@ -222,8 +223,9 @@ impl Load<'_> {
         let read: Vec<Instant> =
             self.streams.tracks[options.sequences..].iter().filter_map(|t| t.tokens.first().copied()).collect();
         // The step that the last first token came with has a gap that ends after it.
-        self.write(1)?;
-        let seconds = read.iter().max().map_or(0.0, |last| (*last - begun).as_secs_f64());
+        let last = read.iter().max().copied().unwrap_or(begun);
+        self.write_since(last, 1)?;
+        let seconds = (last - begun).as_secs_f64();
         let first = read.iter().zip(&submitted).map(|(read, begun)| (*read - *begun).as_secs_f64()).collect();
         Ok(Mixed { gaps: self.gaps(begun, Instant::now()), first, seconds })
     }
@@ -311,8 +313,9 @@ mod tests {
         for rate in [None, Some(200.0)] {
             let report = bench_mixed_load(&engine, &MixedLoadOptions { rate, ..options() }, &mut |_| {}).unwrap();
             let record = |metric: &str| report.records.iter().find(|r| r.metric == metric).unwrap();
-            // Nothing else is counted than what two sequences wrote alone.
-            assert!((18..=20).contains(&record("itl_p99_alone").samples), "{:?}", record("itl_p99_alone"));
+            // Ten tokens of each sequence, and what it wrote until this thread had seen them, have at least nine gaps.
+            assert!(record("itl_p99_alone").samples >= 2 * 9, "{:?}", record("itl_p99_alone"));
+            assert!(record("itl_p50_alone").value > 0.01, "{:?}", record("itl_p50_alone"));
             // 200 tokens in pieces of 32 are at least six steps an arrival, each with a token for both.
             assert!(record("itl_p99_mixed").samples >= 2 * 6, "{:?}", record("itl_p99_mixed"));
             assert_eq!(record("time_to_first_token").samples, 2);

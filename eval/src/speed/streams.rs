@@ -14,19 +14,24 @@ use crate::error::{EvalError, Result};
 /// What one request has done so far.
 pub(super) struct Track {
     stream: Option<EventStream>,
-    /// When each of its tokens came.
+    /// When each of its tokens was chosen: this thread may come to them late, above all where the engine takes all cores.
     pub(super) tokens: Vec<Instant>,
     /// Its first token.
     pub(super) first_id: Option<u32>,
 }
 
 impl Track {
+    /// Its tokens since this moment.
+    pub(super) fn since(&self, moment: Instant) -> usize {
+        self.tokens.iter().rev().take_while(|at| **at >= moment).count()
+    }
+
     /// Whether it has written all that it may.
     pub(super) fn ended(&self) -> bool {
         self.stream.is_none()
     }
 
-    /// Seconds between neighbouring tokens of which both came in this span.
+    /// Seconds between neighbouring tokens of which both were chosen in this span.
     pub(super) fn gaps(&self, from: Instant, to: Instant) -> impl Iterator<Item = f64> {
         let inside = self.tokens.windows(2).filter(move |pair| pair[0] >= from && pair[1] <= to);
         inside.map(|pair| (pair[1] - pair[0]).as_secs_f64())
@@ -98,7 +103,7 @@ impl Streams {
                             return Err(EvalError::NotANumber { what: "the log-probability of a token" });
                         }
                         track.first_id.get_or_insert(token.id);
-                        track.tokens.push(Instant::now());
+                        track.tokens.push(token.at);
                     }
                     Some(Event::Finished(_)) => track.stream = None,
                     Some(Event::Failed(error)) => return Err(error.into()),

@@ -37,6 +37,7 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
             PromptArg::Text => PromptSource::Text(data_source(&speed.data)?),
         },
         prefill_chunk: config.prefill_chunk,
+        step_tokens: config.step_tokens,
         model_label: speed.label,
         output: output(&speed.records),
     };
@@ -67,6 +68,7 @@ pub(super) fn mixed_load(settings: &Settings, args: &ServeBenchArgs, out: &Out) 
         strategy: settings.strategy.0,
         seed: args.seed,
         prefill_chunk: config.prefill_chunk,
+        step_tokens: config.step_tokens,
         model_label: args.label.clone(),
         output: output(&args.records),
     };

@@ -12,6 +12,7 @@ fn options() -> BatchDecodeOptions {
         strategies: vec![Strategy::Full],
         prompt: PromptSource::Random { seed: 1 },
         prefill_chunk: 32,
+        step_tokens: 512,
         model_label: "ref".into(),
         output: Output { results_dir: None, ..Output::default() },
     }
