@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
 use memmap2::{MmapMut, MmapOptions};
@@ -104,8 +105,11 @@ impl Sections {
     pub(crate) fn write(self, path: &Path) -> Result<(), IndexError> {
         let failed =
             |e: std::io::Error| IndexError::Io { action: "writing", path: path.to_owned(), reason: e.to_string() };
+        // A name of its own for every save: several may write to one path at the same time, and the last is what stays.
+        static SAVES: AtomicU64 = AtomicU64::new(0);
+        let save = SAVES.fetch_add(1, Ordering::Relaxed);
         let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{}.new", std::process::id()));
+        beside.push(format!(".{}.{save}.new", std::process::id()));
         let beside = PathBuf::from(beside);
         let written = self.write_to(&beside).and_then(|()| std::fs::rename(&beside, path));
         written.map_err(|e| {

@@ -36,6 +36,22 @@ fn damage_is_an_error_or_changes_nothing() {
 }
 
 #[test]
+fn saves_to_one_path_at_once_leave_a_whole_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index");
+    let of = |keys: usize| build(16, &vec![0.5; 16 * keys], &[], &IndexParams::default()).unwrap();
+    let indexes = [of(4000), of(3001)];
+    for _ in 0..40 {
+        std::thread::scope(|scope| {
+            let saves: Vec<_> = indexes.iter().map(|index| scope.spawn(|| index.save(&path))).collect();
+            saves.into_iter().for_each(|save| save.join().unwrap().unwrap());
+        });
+        assert!([4000, 3001].contains(&open(&path).unwrap().len()));
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+}
+
+#[test]
 fn nonsense_with_right_checksums_is_survived() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index");
