@@ -67,6 +67,17 @@ fn a_prompt_waits_for_room_for_all_of_it_and_nothing_overtakes_it() {
 }
 
 #[test]
+fn what_a_prompt_that_is_being_read_still_needs_is_not_given_away() {
+    // A step reads one page of it, although the budget of tokens would allow for more.
+    let part = Work::Read { tokens: 16, whole: false };
+    let reading = Entry { work: part, own: PAGE_BYTES.times(1), ahead: 48, ..waiting(0) };
+    let queue = [decoding(10), reading, waiting(17)];
+    // One page and two are held after this step, two are promised, two are wanted and one is for an answer.
+    assert_eq!(tokens(&limits(64, 8, 7), &queue, 2), [1, 16]);
+    assert_eq!(tokens(&limits(64, 8, 8), &queue, 2), [1, 16, 17]);
+}
+
+#[test]
 fn the_youngest_gives_way_and_the_oldest_never_does() {
     // All three need a new page, one is free.
     let queue = [decoding(32), decoding(16), decoding(48), waiting(1)];

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result as driver, sys};
 use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
@@ -198,7 +199,9 @@ fn read_checked(file: &Path) -> Option<Vec<u8>> {
 fn write_checked(file: &Path, binary: &[u8]) -> std::io::Result<()> {
     let folder: PathBuf = file.parent().unwrap_or(Path::new(".")).into();
     fs::create_dir_all(&folder)?;
-    let part = file.with_extension(format!("part{}", std::process::id()));
+    // Several engines of a process may keep the same kernel at the same time.
+    static KEPT: AtomicU64 = AtomicU64::new(0);
+    let part = file.with_extension(format!("part{}-{}", std::process::id(), KEPT.fetch_add(1, Ordering::Relaxed)));
     let mut out = fs::File::create(&part)?;
     out.write_all(blake3::hash(binary).as_bytes())?;
     out.write_all(binary)?;
