@@ -7,7 +7,7 @@ use crate::clusters::ClustersIndex;
 use crate::element::Element;
 use crate::error::IndexError;
 use crate::flat::FlatIndex;
-use crate::graph::GraphIndex;
+use crate::graph::{GraphIndex, MOST_HEADS};
 use crate::hnsw::HnswIndex;
 use crate::key_index::KeyIndex;
 use crate::neighbours::Neighbours;
@@ -21,7 +21,8 @@ use crate::params::{IndexKind, IndexParams, KeyPrecision};
 /// check them and do not use them.
 ///
 /// # Errors
-/// [`IndexError::BadParameter`] when `dim` is 0 or a setting is out of range, [`IndexError::Unsupported`]
+/// [`IndexError::BadParameter`] when `dim` is 0, a setting is out of range or the sample queries are not as many for
+/// each of several query heads, [`IndexError::Unsupported`]
 /// for `ivf` in a program without it, and what [`KeyIndex::append`] refuses.
 pub fn build(
     dim: usize,
@@ -57,6 +58,11 @@ fn build_any(
     check_params(dim, params)?;
     check_rows("keys", dim, keys)?;
     check_rows("sample queries", dim, sample_queries)?;
+    let (samples, heads) = (sample_queries.len() / dim, params.graph.query_heads);
+    if params.kind == IndexKind::Graph && samples % heads != 0 {
+        let expected = "as many for each of `graph.query_heads`";
+        return Err(IndexError::BadParameter { name: "sample queries", value: samples, expected });
+    }
     if let Some(neighbours) = neighbours {
         neighbours.check(keys.len() / dim, sample_queries.len() / dim)?;
     }
@@ -94,6 +100,7 @@ fn check_params(dim: usize, params: &IndexParams) -> Result<(), IndexError> {
     check_range("graph.build_ef", graph.build_ef, 1..=65_536, "1 to 65,536")?;
     check_range("graph.entry_points", graph.entry_points, 1..=4096, "1 to 4,096")?;
     check_range("graph.sample_neighbours", graph.sample_neighbours, 2..=4096, "2 to 4,096")?;
+    check_range("graph.query_heads", graph.query_heads, 1..=MOST_HEADS, "1 to 128")?;
     let clusters = &params.clusters;
     check_range("clusters.segment", clusters.segment, 64..=65_536, "64 to 65,536")?;
     check_range("clusters.keys_per_cluster", clusters.keys_per_cluster, 1..=1024, "1 to 1,024")?;

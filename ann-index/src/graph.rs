@@ -2,8 +2,8 @@
 //!
 //! Its links follow which keys compete for the same queries, as the sample queries show (`graph/build.rs`,
 //! `graph/shape.rs`), its searches read keys of one byte a number (`codes.rs`) and rank the best ones by
-//! their stored numbers. One graph may serve a KV head or one query head: that is a matter of whose
-//! queries are handed in as samples. Around the graph, this module:
+//! their stored numbers. One graph serves all query heads that share the keys, or each has its own over the same keys
+//! (`graph/graphs.rs`, [`GraphParams::query_heads`]). Around the graphs, this module:
 //!
 //! * scans while the keys are few, or while a search asks for as many candidates as there are keys;
 //! * puts only the first of equal keys into the graph;
@@ -15,6 +15,7 @@ mod beam;
 mod build;
 mod core;
 mod file;
+mod graphs;
 mod guides;
 mod links;
 mod shape;
@@ -36,7 +37,7 @@ use crate::rows::Rows;
 use crate::scan::{read_key, scan, scan_group};
 use crate::top_k::TopK;
 use crate::twins::{Distinct, Twins};
-use core::{Core, KeySet, Walked};
+use graphs::{Graphs, KeySet, Walked};
 
 /// Fewer distinct keys than this are scanned: that takes microseconds.
 const GRAPH_FROM: usize = 512;
@@ -44,6 +45,8 @@ const GRAPH_FROM: usize = 512;
 const SETTLED: usize = 4096;
 /// Keys at most that stand in for sample queries.
 const STAND_INS: usize = 8192;
+/// Graphs over the keys of a KV head at most.
+pub(crate) const MOST_HEADS: usize = 128;
 /// Keys at most: the beam marks ids in their highest bit.
 const MOST_KEYS: usize = 1 << 31;
 
@@ -52,7 +55,7 @@ pub(crate) struct GraphIndex<T: Element> {
     rows: Rows<T>,
     params: GraphParams,
     graph_from: usize,
-    core: RwLock<Option<Arc<Core>>>,
+    graphs: RwLock<Option<Arc<Graphs>>>,
     twins: Twins,
     writer: Mutex<Writer>,
 }
@@ -91,8 +94,8 @@ impl<T: Element> GraphIndex<T> {
         rows.append(keys)?;
         let (twins, mut distinct) = (Twins::default(), Distinct::default());
         distinct.take(&rows, &twins, 0, keys.len() / dim);
-        let core = match distinct.ids.len() >= graph_from.max(1) {
-            true => Some(Arc::new(build_core(dim, keys, &distinct.ids, &twins, samples, neighbours, params)?)),
+        let graphs = match distinct.ids.len() >= graph_from.max(1) {
+            true => Some(Arc::new(build_graphs(dim, keys, &distinct.ids, &twins, samples, neighbours, params)?)),
             false => None,
         };
         let samples = if distinct.ids.len() >= SETTLED { Vec::new() } else { samples.to_vec() };
@@ -100,7 +103,7 @@ impl<T: Element> GraphIndex<T> {
             rows,
             params: params.clone(),
             graph_from,
-            core: RwLock::new(core),
+            graphs: RwLock::new(graphs),
             twins,
             writer: Mutex::new(Writer { distinct: Some(distinct), samples }),
         })
@@ -115,19 +118,26 @@ impl<T: Element> GraphIndex<T> {
         keys
     }
 
-    fn core(&self) -> Option<Arc<Core>> {
-        self.core.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn graphs(&self) -> Option<Arc<Graphs>> {
+        self.graphs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What walks for all queries find: `k` keys each, or fewer.
-    fn walk(&self, core: &Core, queries: &[f32], k: usize, ef: usize, exclude: Option<&Bitmap>) -> Vec<SearchResult> {
+    fn walk(
+        &self,
+        graphs: &Graphs,
+        queries: &[f32],
+        params: &SearchParams,
+        exclude: Option<&Bitmap>,
+    ) -> Vec<SearchResult> {
+        let SearchParams { k, ef, query_head: first, .. } = *params;
         let twins = self.twins.read();
         let twins_of = |id: u32| twins.get(&id).map_or(&[][..], Vec::as_slice);
         let visible = |id: u32| !exclude.is_some_and(|set| set.contains(id));
         let wanted = |id: u32| visible(id) || twins_of(id).iter().any(|&twin| visible(twin));
         let mut walks = match exclude {
-            None => core.walk(queries, ef, None),
-            Some(_) => core.walk(queries, ef, Some(&wanted)),
+            None => graphs.walk(queries, first, ef, None),
+            Some(_) => graphs.walk(queries, first, ef, Some(&wanted)),
         };
         let rows = self.rows.view();
         for walked in &mut walks {
@@ -146,8 +156,8 @@ impl<T: Element> GraphIndex<T> {
                     }
                 }
             }
-            let bytes = walked.scored * core.codes.row_bytes()
-                + walked.followed * core.links().row_bytes()
+            let bytes = walked.scored * graphs.codes.row_bytes()
+                + walked.followed * graphs.link_row_bytes()
                 + stored * self.rows.row_bytes();
             SearchResult {
                 hits: top.into_hits(),
@@ -157,17 +167,29 @@ impl<T: Element> GraphIndex<T> {
         queries.chunks_exact(self.dim()).zip(walks).map(finish).collect()
     }
 
+    /// Refuses a query head that there is no graph for.
+    fn check_head(&self, params: &SearchParams) -> Result<(), IndexError> {
+        let (value, heads) = (params.query_head, self.params.query_heads);
+        match heads == 1 || value < heads {
+            true => Ok(()),
+            false => {
+                let expected = "below the `graph.query_heads` that the index was built with";
+                Err(IndexError::BadParameter { name: "query_head", value, expected })
+            }
+        }
+    }
+
     /// The best keys of each query; everything was checked.
     fn find(&self, queries: &[f32], params: &SearchParams, exclude: Option<&Bitmap>) -> Vec<SearchResult> {
-        let core = self.core();
+        let graphs = self.graphs();
         let len = self.len();
         let visible = len - exclude.map_or(0, |set| set.count_below(len));
         let k = params.k.min(visible);
         let ef = params.ef.max(k);
-        let Some(core) = core.filter(|_| k > 0 && ef < visible) else {
+        let Some(graphs) = graphs.filter(|_| k > 0 && ef < visible) else {
             return scan_group(&self.rows, len, queries, k, exclude);
         };
-        let mut results = self.walk(&core, queries, k, ef, exclude);
+        let mut results = self.walk(&graphs, queries, &SearchParams { k, ef, ..*params }, exclude);
         for (query, result) in queries.chunks_exact(self.dim()).zip(&mut results) {
             if result.hits.len() < k {
                 let nodes_visited = result.stats.nodes_visited;
@@ -187,8 +209,8 @@ fn check_room(len: usize, more: usize) -> Result<(), IndexError> {
     }
 }
 
-/// A graph over the keys `distinct`; neighbours and samples are found where they are missing.
-fn build_core(
+/// Graphs over the keys `distinct`; neighbours and samples are found where they are missing.
+fn build_graphs(
     dim: usize,
     keys: &[f32],
     distinct: &[u32],
@@ -196,7 +218,7 @@ fn build_core(
     samples: &[f32],
     neighbours: Option<&Neighbours>,
     params: &GraphParams,
-) -> Result<Core, IndexError> {
+) -> Result<Graphs, IndexError> {
     let stand_ins: Vec<f32>;
     let (samples, known) = match samples.is_empty() {
         false => (samples, true),
@@ -215,12 +237,12 @@ fn build_core(
     if !firsts.is_empty() {
         neighbours.ids.iter_mut().for_each(|id| *id = firsts.get(id).copied().unwrap_or(*id));
     }
-    Core::build(dim, keys, distinct, samples, known, &neighbours, params)
+    Graphs::build(dim, keys, distinct, samples, known, &neighbours, params)
 }
 
 /// Some of the keys without their mean, as queries.
 fn stand_in_queries(dim: usize, keys: &[f32], distinct: &[u32]) -> Vec<f32> {
-    let center = core::mean(dim, keys);
+    let center = graphs::mean(dim, keys);
     let chosen = distinct.iter().step_by(distinct.len().div_ceil(STAND_INS).max(1));
     let row = |&id: &u32| keys[id as usize * dim..(id as usize + 1) * dim].iter().zip(&center).map(|(x, c)| x - c);
     chosen.flat_map(row).collect()
@@ -253,15 +275,15 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
         });
         let fresh = distinct.take(&self.rows, &self.twins, start, start + count);
         let enough = distinct.ids.len() >= self.graph_from.max(1);
-        let outgrown = |core: &Core| enough && core.built < SETTLED && distinct.ids.len() >= 4 * core.built;
-        if let Some(core) = self.core().filter(|core| !outgrown(core)) {
+        let outgrown = |graphs: &Graphs| enough && graphs.built < SETTLED && distinct.ids.len() >= 4 * graphs.built;
+        if let Some(graphs) = self.graphs().filter(|graphs| !outgrown(graphs)) {
             let decode = |id: u32, row: &mut [f32]| T::decode(self.rows.row(id as usize), row);
-            return core.append(keys, &fresh, &distinct.ids, &decode);
+            return graphs.append(keys, &fresh, &distinct.ids, &decode);
         }
         if enough {
             let keys = self.all_keys();
-            let core = build_core(self.dim(), &keys, &distinct.ids, &self.twins, samples, None, &self.params)?;
-            *self.core.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(core));
+            let graphs = build_graphs(self.dim(), &keys, &distinct.ids, &self.twins, samples, None, &self.params)?;
+            *self.graphs.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(graphs));
             if distinct.ids.len() >= SETTLED {
                 samples.clear();
             }
@@ -276,6 +298,7 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
         exclude: Option<&Bitmap>,
     ) -> Result<SearchResult, IndexError> {
         check_query(self.dim(), query)?;
+        self.check_head(params)?;
         Ok(self.find(query, params, exclude).pop().unwrap_or_default())
     }
 
@@ -286,6 +309,7 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
         exclude: Option<&Bitmap>,
     ) -> Result<Vec<SearchResult>, IndexError> {
         check_rows("queries", self.dim(), queries)?;
+        self.check_head(params)?;
         Ok(self.find(queries, params, exclude))
     }
 
@@ -294,10 +318,10 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
     }
 
     fn memory_bytes(&self) -> usize {
-        let core_bytes = self.core().map_or(0, |core| core.memory_bytes());
+        let graph_bytes = self.graphs().map_or(0, |graphs| graphs.memory_bytes());
         size_of::<Self>()
             + self.rows.memory_bytes()
-            + core_bytes
+            + graph_bytes
             + self.twins.memory_bytes()
             + Distinct::memory_bytes(self.len())
     }
@@ -307,7 +331,7 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
     }
 
     fn link_bytes(&self) -> usize {
-        self.core().map_or(0, |core| core.links().memory_bytes())
+        self.graphs().map_or(0, |graphs| graphs.link_bytes())
     }
 
     fn save(&self, path: &Path) -> Result<(), IndexError> {
@@ -331,6 +355,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::params::IndexParams;
     use half::bf16;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
@@ -351,7 +376,9 @@ mod tests {
         let (mut all, mut late, mut read) = ([0, 0], [0, 0], 0);
         for query in queries.chunks(DIM) {
             let truth = scan(&index.rows, index.len(), query, 10, None).hits;
-            let result = index.search(query, &SearchParams { k: 10, ef: 24, probes: 0 }, None).unwrap();
+            let result = index
+                .search(query, &SearchParams { k: 10, ef: 24, probes: 0, ..SearchParams::default() }, None)
+                .unwrap();
             read += result.stats.keys_touched;
             for hit in truth {
                 let got = usize::from(result.hits.iter().any(|other| other.id == hit.id));
@@ -386,13 +413,50 @@ mod tests {
     }
 
     #[test]
+    fn a_graph_for_each_head_reads_less_for_its_queries_than_the_others_does() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(7);
+        let keys = rows(rng, 6000, 1.0, 1.0);
+        // The first head looks at the first four dimensions, the second at the others.
+        let mut queries = |count| [rows(rng, count, 1.0, 0.02), rows(rng, count, 0.02, 1.0)];
+        let (samples, tests) = (queries(1500), queries(200));
+        let side_by_side: Vec<f32> =
+            samples[0].chunks(DIM).zip(samples[1].chunks(DIM)).flat_map(|(a, b)| [a, b].concat()).collect();
+        let params = GraphParams { query_heads: 2, ..GraphParams::default() };
+        let index = GraphIndex::<bf16>::build(DIM, &keys, &side_by_side, None, &params).unwrap();
+        let share = |query_head: usize, queries: &[f32]| {
+            let mut hits = 0;
+            for query in queries.chunks(DIM) {
+                let truth = scan(&index.rows, index.len(), query, 10, None).hits;
+                let wish = SearchParams { k: 10, ef: 16, query_head, ..SearchParams::default() };
+                let found = index.search(query, &wish, None).unwrap().hits;
+                hits += truth.iter().filter(|hit| found.iter().any(|other| other.id == hit.id)).count();
+            }
+            hits as f64 / (queries.len() / DIM * 10) as f64
+        };
+        for (head, queries) in tests.iter().enumerate() {
+            let (own, other) = (share(head, queries), share(1 - head, queries));
+            assert!(own > 0.75 && own > other + 0.2, "head {head}: {own} in its own graph, {other} in the other");
+        }
+        // The keys' codes are there once, the links twice.
+        let one = GraphIndex::<bf16>::build(DIM, &keys, &samples[0], None, &GraphParams::default()).unwrap();
+        assert_eq!(index.link_bytes(), 2 * one.link_bytes());
+        assert!(index.memory_bytes() < 2 * one.memory_bytes() - one.len() * 2 * DIM);
+        let wrong = index.search(&tests[0][..DIM], &SearchParams { query_head: 2, ..SearchParams::default() }, None);
+        assert!(wrong.unwrap_err().to_string().contains("`query_head` is 2"));
+        let params = IndexParams { kind: IndexKind::Graph, graph: params, ..IndexParams::default() };
+        let odd = crate::build(DIM, &keys, &side_by_side[..3 * DIM], &params).unwrap_err().to_string();
+        assert!(odd.contains("`sample queries` is 3"), "{odd}");
+    }
+
+    #[test]
     fn every_key_is_reached_as_keys_come() {
         let rng = &mut ChaCha8Rng::seed_from_u64(6);
         let (keys, samples) = (rows(rng, 3000, 0.5, 1.0), rows(rng, 300, 1.0, 0.02));
         let index = GraphIndex::<bf16>::build(DIM, &keys, &samples, None, &GraphParams::default()).unwrap();
         for part in [1, 7, 600] {
             index.append(&rows(rng, part, 0.5, 1.0)).unwrap();
-            let core = index.core().unwrap();
+            let graphs = index.graphs().unwrap();
+            let core = &graphs.of_heads[0];
             let (links, mut seen) = (core.links(), vec![false; index.len()]);
             let mut open: Vec<u32> = core.entries().to_vec();
             while let Some(id) = open.pop() {

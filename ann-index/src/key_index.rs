@@ -114,7 +114,8 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     /// The keys that have the largest inner product with the query and are not in `exclude`.
     ///
     /// # Errors
-    /// [`IndexError::DimensionMismatch`], [`IndexError::NotFinite`], [`IndexError::TooLong`].
+    /// [`IndexError::DimensionMismatch`], [`IndexError::NotFinite`], [`IndexError::TooLong`];
+    /// [`IndexError::BadParameter`] for a query head that a `graph` has no graph for.
     fn search(
         &self,
         query: &[f32],
@@ -143,7 +144,7 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
 
     /// Searches for each of the rows of `queries`, the query heads that share these keys (one
     /// group of grouped-query attention), and shares what can be shared; hits are the same as those
-    /// of [`search`](KeyIndex::search), query after query. `flat` and `clusters` read once what several queries want;
+    /// of [`search`](KeyIndex::search), query after query and, with [`SearchParams::query_head`], head after head. `flat` and `clusters` read once what several queries want;
     /// the walks of `graph` take turns, so that they wait for memory together and find there what another has
     /// fetched; `hnsw` and `ivf` search one query after the other.
     ///

@@ -126,11 +126,17 @@ pub struct GraphParams {
     /// Nearest keys of a sample query that are linked with each other, 2 to 4,096; 100 by default. What
     /// [`build`](crate::build) computes for itself; neighbours that are handed in may have any number.
     pub sample_neighbours: usize,
+    /// Query heads with a graph of their own over the same stored keys, 1 to 128. 1, the default: one graph for all
+    /// query heads that share the KV head, shaped after the queries of all of them. The size h of the group: one for
+    /// each, as in RetrievalAttention (arXiv 2409.10516); links then take h times the memory. Sample queries are in that
+    /// case `[tokens, h, dim]`, and searches say whose query comes: see [`SearchParams::query_head`]. Without sample
+    /// queries all heads are alike, and one graph serves them.
+    pub query_heads: usize,
 }
 
 impl Default for GraphParams {
     fn default() -> Self {
-        Self { degree: 28, build_ef: 64, entry_points: 32, sample_neighbours: 100 }
+        Self { degree: 28, build_ef: 64, entry_points: 32, sample_neighbours: 100, query_heads: 1 }
     }
 }
 
@@ -171,11 +177,15 @@ pub struct SearchParams {
     /// default, leaves it to the index: 2 % of them and at least what `k` keys need. More are read where
     /// these hold fewer than `k` keys that are not hidden.
     pub probes: usize,
+    /// The query's head within its group, from 0, where a `graph` has one graph for each
+    /// ([`GraphParams::query_heads`]); nothing else reads it. Queries that come together belong to this head and those
+    /// after it, in turn: with 0, the default, rows are `[tokens, query_heads, dim]`.
+    pub query_head: usize,
 }
 
 impl Default for SearchParams {
     fn default() -> Self {
-        Self { k: 100, ef: 128, probes: 0 }
+        Self { k: 100, ef: 128, probes: 0, query_head: 0 }
     }
 }
 

@@ -39,9 +39,10 @@ const ALIGN: usize = 64;
 /// Where the checksum lies in the header.
 const CHECKSUM_AT: usize = 60;
 /// Sections at most.
-const SECTIONS: usize = 64;
+const SECTIONS: usize = 1024;
 
-/// What a section holds. The numbers are part of the format.
+/// What a section holds. The numbers are part of the format. Where there are several graphs, those of the n-th, from
+/// 0, are above these by n times [`OF_NEXT`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Tag {
@@ -68,22 +69,32 @@ pub(crate) enum Tag {
     Homes = 19,
 }
 
+/// See [`Tag`].
+const OF_NEXT: u32 = 256;
+
 /// Collects sections and writes them.
 pub(crate) struct Sections {
     kind: IndexKind,
     precision: KeyPrecision,
     dim: usize,
     len: usize,
-    sections: Vec<(Tag, Vec<u8>)>,
+    sections: Vec<(u32, Vec<u8>)>,
+    /// What is added to tags.
+    above: u32,
 }
 
 impl Sections {
     pub(crate) fn new<T: Element>(kind: IndexKind, dim: usize, len: usize) -> Self {
-        Self { kind, precision: T::PRECISION, dim, len, sections: Vec::new() }
+        Self { kind, precision: T::PRECISION, dim, len, sections: Vec::new(), above: 0 }
+    }
+
+    /// What comes now belongs to the n-th graph.
+    pub(crate) fn of_graph(&mut self, n: usize) {
+        self.above = n as u32 * OF_NEXT;
     }
 
     pub(crate) fn bytes(&mut self, tag: Tag, bytes: Vec<u8>) {
-        self.sections.push((tag, bytes));
+        self.sections.push((tag as u32 + self.above, bytes));
     }
 
     pub(crate) fn numbers(&mut self, tag: Tag, numbers: impl IntoIterator<Item = u32>) {
@@ -123,7 +134,7 @@ impl Sections {
         let (mut head, mut table) = (Vec::with_capacity(HEADER), Vec::new());
         let mut offset = (HEADER + ENTRY * self.sections.len()).next_multiple_of(ALIGN);
         for (tag, bytes) in &self.sections {
-            table.extend((*tag as u32).to_le_bytes());
+            table.extend(tag.to_le_bytes());
             table.extend(crc32c::crc32c(bytes).to_le_bytes());
             table.extend((offset as u64).to_le_bytes());
             table.extend((bytes.len() as u64).to_le_bytes());
@@ -182,9 +193,12 @@ fn precision_number(precision: KeyPrecision) -> u32 {
 }
 
 /// An opened file whose checksums are right.
+#[derive(Clone)]
 pub(crate) struct Parts {
     map: Arc<MmapMut>,
     sections: Vec<(u32, usize, usize)>,
+    /// What is added to tags.
+    above: u32,
     kind: u32,
     precision: u32,
     pub(crate) dim: usize,
@@ -195,8 +209,13 @@ pub(crate) struct Parts {
 pub(crate) type Wrong = String;
 
 impl Parts {
+    /// The same file as the n-th graph sees it.
+    pub(crate) fn of_graph(&self, n: usize) -> Parts {
+        Parts { above: n as u32 * OF_NEXT, ..self.clone() }
+    }
+
     fn find(&self, tag: Tag) -> Result<(usize, usize), Wrong> {
-        let found = self.sections.iter().find(|section| section.0 == tag as u32);
+        let found = self.sections.iter().find(|section| section.0 == tag as u32 + self.above);
         found.map(|section| (section.1, section.2)).ok_or_else(|| format!("section {tag:?} is missing"))
     }
 
@@ -322,7 +341,7 @@ fn read(map: MmapMut) -> Result<Parts, Wrong> {
     if !(1..=65_536).contains(&dim) || len > crate::blocks::MAX_ROWS as u64 {
         return Err(format!("dimension {dim} and {len} keys are out of range"));
     }
-    Ok(Parts { map: Arc::new(map), sections, kind, precision, dim: dim as usize, len: len as usize })
+    Ok(Parts { map: Arc::new(map), sections, above: 0, kind, precision, dim: dim as usize, len: len as usize })
 }
 
 fn read_as<T: Element>(parts: &Parts, damaged: &dyn Fn(Wrong) -> IndexError) -> Result<Box<dyn KeyIndex>, IndexError> {

@@ -12,7 +12,9 @@ use crate::element::Element;
 use crate::error::IndexError;
 use crate::graph::GraphIndex;
 use crate::hnsw::HnswIndex;
-use crate::{Bitmap, Hit, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchStats, build, open};
+use crate::{
+    Bitmap, GraphParams, Hit, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchStats, build, open,
+};
 
 /// One implementation under test.
 #[derive(Clone, Copy)]
@@ -22,9 +24,11 @@ struct Subject {
     precision: KeyPrecision,
     /// Keys from which a graph is used; `None` leaves it to the index.
     graph_from: Option<usize>,
+    /// Query heads with a graph of their own.
+    query_heads: usize,
 }
 
-const SUBJECTS: [Subject; 22] = {
+const SUBJECTS: [Subject; 24] = {
     use IndexKind::{Clusters, Flat, Graph, Hnsw, Ivf};
     use KeyPrecision::{Bf16, F16, F32, Int8};
     [
@@ -42,6 +46,8 @@ const SUBJECTS: [Subject; 22] = {
         subject("graph int8", Graph, Int8, None),
         subject("graph f16, graph from the first key", Graph, F16, Some(1)),
         subject("graph bf16, graph from the first key", Graph, Bf16, Some(1)),
+        Subject { query_heads: 3, ..subject("graph bf16, three query heads", Graph, Bf16, None) },
+        Subject { query_heads: 2, ..subject("graph f32, two query heads, from the first key", Graph, F32, Some(1)) },
         subject("clusters f32", Clusters, F32, None),
         subject("clusters bf16", Clusters, Bf16, None),
         subject("clusters f16", Clusters, F16, None),
@@ -54,33 +60,44 @@ const SUBJECTS: [Subject; 22] = {
 };
 
 const fn subject(name: &'static str, kind: IndexKind, precision: KeyPrecision, graph_from: Option<usize>) -> Subject {
-    Subject { name, kind, precision, graph_from }
+    Subject { name, kind, precision, graph_from, query_heads: 1 }
 }
 
 impl Subject {
     fn build(&self, dim: usize, keys: &[f32]) -> Box<dyn KeyIndex> {
-        let params = IndexParams { kind: self.kind, precision: self.precision, ..IndexParams::default() };
+        let graph = GraphParams { query_heads: self.query_heads, ..GraphParams::default() };
+        let params = IndexParams { kind: self.kind, precision: self.precision, graph, ..IndexParams::default() };
+        // Graphs of several heads differ only where there are samples: centred keys, some others for each head.
+        let (heads, count) = (if self.query_heads > 1 { self.query_heads } else { 0 }, keys.len() / dim);
+        let mean: Vec<f32> =
+            (0..dim).map(|i| keys.iter().skip(i).step_by(dim).sum::<f32>() / count.max(1) as f32).collect();
+        let centred = |i: usize| keys[i * dim..(i + 1) * dim].iter().zip(&mean).map(|(x, mean)| x - mean);
+        let samples: Vec<f32> = (0..count)
+            .flat_map(|i| (0..heads).flat_map(move |head| (i + head) % count..(i + head) % count + 1))
+            .flat_map(centred)
+            .collect();
         let Some(from) = self.graph_from else {
-            return build(dim, keys, &[], &params).unwrap();
+            return build(dim, keys, &samples, &params).unwrap();
         };
         fn with_graph_from<T: Element>(
             dim: usize,
             keys: &[f32],
+            samples: &[f32],
             params: &IndexParams,
             from: usize,
         ) -> Box<dyn KeyIndex> {
             match params.kind {
                 IndexKind::Hnsw => Box::new(HnswIndex::<T>::build_with_graph_from(dim, keys, params, from).unwrap()),
-                _ => {
-                    Box::new(GraphIndex::<T>::build_with_graph_from(dim, keys, &[], None, &params.graph, from).unwrap())
-                }
+                _ => Box::new(
+                    GraphIndex::<T>::build_with_graph_from(dim, keys, samples, None, &params.graph, from).unwrap(),
+                ),
             }
         }
         match self.precision {
-            KeyPrecision::F32 => with_graph_from::<f32>(dim, keys, &params, from),
-            KeyPrecision::Bf16 => with_graph_from::<bf16>(dim, keys, &params, from),
-            KeyPrecision::F16 => with_graph_from::<f16>(dim, keys, &params, from),
-            KeyPrecision::Int8 => with_graph_from::<i8>(dim, keys, &params, from),
+            KeyPrecision::F32 => with_graph_from::<f32>(dim, keys, &samples, &params, from),
+            KeyPrecision::Bf16 => with_graph_from::<bf16>(dim, keys, &samples, &params, from),
+            KeyPrecision::F16 => with_graph_from::<f16>(dim, keys, &samples, &params, from),
+            KeyPrecision::Int8 => with_graph_from::<i8>(dim, keys, &samples, &params, from),
         }
     }
 
@@ -105,6 +122,8 @@ impl Subject {
         match self.kind {
             IndexKind::Flat => 1.0,
             IndexKind::Clusters | IndexKind::Ivf => 0.85,
+            // Its samples are no queries to come.
+            _ if self.query_heads > 1 => 0.85,
             _ => 0.95,
         }
     }
@@ -164,7 +183,7 @@ fn normal(rng: &mut ChaCha8Rng) -> f32 {
 
 /// `ef` candidates, or clusters with about eight times as many keys.
 fn wish(k: usize, ef: usize) -> SearchParams {
-    SearchParams { k, ef, probes: ef.div_ceil(2) }
+    SearchParams { k, ef, probes: ef.div_ceil(2), ..SearchParams::default() }
 }
 
 fn search(index: &dyn KeyIndex, query: &[f32], k: usize, ef: usize) -> Vec<Hit> {
@@ -591,7 +610,8 @@ fn equal_queries_of_a_group_are_read_for_once() {
         assert_eq!(together[0], alone);
         let again =
             if matches!(subject.kind, IndexKind::Hnsw | IndexKind::Ivf) { alone.stats } else { Default::default() };
-        for found in &together[1..] {
+        // Each head walks its own graph.
+        for found in together[1..].iter().filter(|_| subject.query_heads == 1) {
             assert_eq!((&found.hits, found.stats), (&alone.hits, again));
         }
     });
@@ -609,8 +629,9 @@ fn a_group_finds_what_its_queries_find_alone() {
             let together = index.search_group(&queries, &wish(20, 100), exclude).unwrap();
             assert_eq!(together.len(), count);
             let (mut shared, mut alone) = (SearchStats::default(), SearchStats::default());
-            for (query, found) in queries.chunks(40).zip(&together) {
-                let single = index.search(query, &wish(20, 100), exclude).unwrap();
+            for (i, (query, found)) in queries.chunks(40).zip(&together).enumerate() {
+                let wish = SearchParams { query_head: i % subject.query_heads, ..wish(20, 100) };
+                let single = index.search(query, &wish, exclude).unwrap();
                 assert_eq!(found.hits, single.hits);
                 shared += found.stats;
                 alone += single.stats;

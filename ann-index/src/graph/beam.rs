@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::links::LinksView;
+use super::links::{Links, LinksView};
 use crate::codes::{CodesView, Probe};
 use crate::order::{id_of, rank};
 
@@ -44,31 +44,36 @@ pub(super) struct Field<'a> {
     pub(super) len: usize,
 }
 
-impl Field<'_> {
-    /// For each probe, leaves in its scratch space's `pool` the `ef` best keys that `wanted` lets through, and the
-    /// better ones that it does not, of those met on the way from the `entries`.
-    ///
-    /// The walks take turns, step by step. None depends on another; but while one scores the keys that it
-    /// has met, those of the others are on their way from memory, and what two of them look at is there already.
-    pub(super) fn search(
-        &self,
-        scratch: &mut [Scratch],
-        probes: &[Probe],
-        entries: &[u32],
-        ef: usize,
-        wanted: Option<&dyn Fn(u32) -> bool>,
-    ) {
-        let start = |(scratch, probe)| Walk::start(self, scratch, probe, entries, Room { ef, held: 0, wanted });
-        let mut walks: Vec<Walk<'_>> = scratch.iter_mut().zip(probes).map(start).collect();
-        while !walks.is_empty() {
-            walks.retain_mut(|walk| walk.step(self));
-        }
+impl<'a> Field<'a> {
+    pub(super) fn new(codes: CodesView<'a>, links: &'a Links) -> Self {
+        Self { len: codes.len().min(links.len()), codes, links: links.view() }
+    }
+}
+
+/// Where a walk goes, what for, and what it looks at first.
+pub(super) struct Start<'a> {
+    pub(super) field: &'a Field<'a>,
+    pub(super) probe: &'a Probe,
+    pub(super) entries: &'a [u32],
+}
+
+/// For each start, leaves in its scratch space's `pool` the `ef` best keys that `wanted` lets through, and the
+/// better ones that it does not, of those met on the way from the entries.
+///
+/// The walks take turns, step by step. None depends on another; but while one scores the keys that it
+/// has met, those of the others are on their way from memory, and what two of them look at is there already.
+pub(super) fn search(scratch: &mut [Scratch], starts: &[Start<'_>], ef: usize, wanted: Option<&dyn Fn(u32) -> bool>) {
+    let start = |(scratch, start)| Walk::start(scratch, start, Room { ef, held: 0, wanted });
+    let mut walks: Vec<Walk<'_>> = scratch.iter_mut().zip(starts).map(start).collect();
+    while !walks.is_empty() {
+        walks.retain_mut(Walk::step);
     }
 }
 
 /// A search between two steps.
 struct Walk<'a> {
     scratch: &'a mut Scratch,
+    field: &'a Field<'a>,
     probe: &'a Probe,
     room: Room<'a>,
     /// Candidates before this one have been followed.
@@ -76,7 +81,7 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn start(field: &Field<'_>, scratch: &'a mut Scratch, probe: &'a Probe, entries: &[u32], room: Room<'a>) -> Self {
+    fn start(scratch: &'a mut Scratch, &Start { field, probe, entries }: &Start<'a>, room: Room<'a>) -> Self {
         scratch.seen.clear();
         scratch.seen.resize(field.len.div_ceil(64), 0);
         scratch.pool.clear();
@@ -86,12 +91,13 @@ impl<'a> Walk<'a> {
         for &id in entries {
             note(field, &mut scratch.seen, &mut scratch.fresh, id);
         }
-        Self { scratch, probe, room, cursor: 0 }
+        Self { scratch, field, probe, room, cursor: 0 }
     }
 
     /// Scores the keys that were met last and follows the best candidate's links; false when all have been followed.
     #[inline]
-    fn step(&mut self, field: &Field<'_>) -> bool {
+    fn step(&mut self) -> bool {
+        let field = self.field;
         let Scratch { seen, pool, scored, followed, fresh, scores } = &mut *self.scratch;
         field.codes.score(self.probe, fresh, scores);
         *scored += fresh.len();

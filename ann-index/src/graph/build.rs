@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::beam::{FOLLOWED, Field, with_scratch};
+use super::beam::{FOLLOWED, Field, Start, search, with_scratch};
 use super::core::Core;
 use super::links::Links;
 use crate::metric::squared_distance;
@@ -311,10 +311,10 @@ impl Core {
     /// Adds the best keys for a query.
     fn find(&self, links: &Links, query: &[f32], out: &mut Vec<u32>) {
         let probe = self.codes.probe(query);
-        let codes = self.codes.view();
-        let field = Field { len: codes.len().min(links.len()), codes, links: links.view() };
+        let (field, entries) = (Field::new(self.codes.view(), links), self.entries());
         with_scratch(1, |scratch| {
-            field.search(scratch, std::slice::from_ref(&probe), &self.entries(), self.params.build_ef, None);
+            let start = Start { field: &field, probe: &probe, entries: &entries };
+            search(scratch, &[start], self.params.build_ef, None);
             out.extend(scratch[0].pool.iter().map(|&rank| id_of(rank) & !FOLLOWED));
         });
     }

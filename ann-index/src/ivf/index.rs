@@ -251,7 +251,9 @@ mod tests {
         let lists = index.lists().unwrap();
         assert_eq!(lists.count(), 20);
         let query = &rows(rng, 1);
-        let search = |k, probes| index.search(query, &SearchParams { k, ef: 0, probes }, None).unwrap();
+        let search = |k, probes| {
+            index.search(query, &SearchParams { k, ef: 0, probes, ..SearchParams::default() }, None).unwrap()
+        };
         let mut before = 100;
         for probes in 1..=20 {
             let found = search(5, probes);

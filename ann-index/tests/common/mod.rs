@@ -2,7 +2,7 @@
 
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
-use ann_index::{IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchResult, build};
+use ann_index::{GraphParams, IndexKind, IndexParams, KeyIndex, KeyPrecision, SearchParams, SearchResult, build};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -13,7 +13,7 @@ pub(crate) fn numbers(count: usize, seed: u64) -> Vec<f32> {
     (0..count).map(|_| rng.random::<f32>() * 4.0 - 2.0 + rng.random::<f32>()).collect()
 }
 
-/// One index of every kind that this program has, and precision.
+/// One index of every kind that this program has, and precision; and one with a graph for each of two query heads.
 pub(crate) fn indexes(keys: usize) -> Vec<Box<dyn KeyIndex>> {
     use IndexKind::{Clusters, Flat, Graph, Hnsw, Ivf};
     use KeyPrecision::{Bf16, F16, F32, Int8};
@@ -29,13 +29,18 @@ pub(crate) fn indexes(keys: usize) -> Vec<Box<dyn KeyIndex>> {
             all.push(index);
         }
     }
+    let graph = GraphParams { query_heads: 2, ..GraphParams::default() };
+    let params = IndexParams { kind: Graph, graph, ..IndexParams::default() };
+    let index = build(DIM, &numbers(keys * DIM, 1), &numbers(64 * DIM, 2), &params).unwrap();
+    index.append(&numbers(7 * DIM, 3)).unwrap();
+    all.push(index);
     all
 }
 
-/// The answers to a few queries.
+/// The answers to a few queries, in every graph that there is.
 pub(crate) fn answers(index: &dyn KeyIndex) -> Vec<SearchResult> {
-    let ask = |query: &[f32]| index.search(query, &SearchParams { k: 10, ef: 24, probes: 6 }, None).unwrap();
-    numbers(6 * index.dim(), 4).chunks(index.dim()).map(ask).collect()
+    let wish = SearchParams { k: 10, ef: 24, probes: 6, ..SearchParams::default() };
+    index.search_group(&numbers(6 * index.dim(), 4), &wish, None).unwrap()
 }
 
 /// Flips, sets, cuts, doubles or moves some bytes.

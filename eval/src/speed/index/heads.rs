@@ -153,7 +153,7 @@ impl Group {
     /// Searches for as many keys as the budget allows, for the heads of each token one by one and together.
     fn sharing(&self, index: &dyn KeyIndex) -> Result<Sharing> {
         let k = ((BUDGET * self.keys() as f64) as usize).max(1);
-        let params = SearchParams { k, ef: k, probes: 0 };
+        let params = SearchParams { k, ef: k, probes: 0, ..SearchParams::default() };
         let tokens: Vec<Vec<f32>> =
             self.tests.chunks(self.shared).map(|heads| heads.iter().flat_map(|(_, q)| q).copied().collect()).collect();
         let (mut touched, mut seconds) = ([0, 0], [0.0, 0.0]);
@@ -302,7 +302,9 @@ fn attending(kind: IndexKind) -> Option<&'static str> {
 /// Everything that a search of this width knows the score of in the end: a graph's candidates, the members of clusters
 /// and lists.
 fn found(index: &dyn KeyIndex, query: &[f32], knob: usize) -> Result<Found> {
-    let search = |k: usize, probes: usize| index.search(query, &SearchParams { k, ef: knob, probes }, None);
+    let search = |k: usize, probes: usize| {
+        index.search(query, &SearchParams { k, ef: knob, probes, ..SearchParams::default() }, None)
+    };
     let (hits, stats) = match index.kind() {
         IndexKind::Clusters => {
             let zones = index.search_zones(query, knob, 0, None)?;
