@@ -65,8 +65,9 @@ fn list(records: &[&Record]) -> String {
 
 /// Made-up data as a list; a model's heads as one table for each kind of text and length, methods across.
 fn index(records: &[&Record]) -> String {
-    /// Shares by query head, by method.
-    type Heads<'a> = BTreeMap<&'a str, Vec<f64>>;
+    /// Shares by query head, and whether more was read than the budget, by method.
+    type Heads<'a> = BTreeMap<&'a str, (Vec<f64>, bool)>;
+    const BUDGET: f64 = 0.02;
     const METRIC: &str = "mass_recovered_budget_2pct";
     let (heads, rest): (Vec<&Record>, Vec<&Record>) = records.iter().partition(|r| r.case.split('/').count() == 4);
     let mut text = if rest.is_empty() { String::new() } else { list(&rest) };
@@ -79,23 +80,28 @@ fn index(records: &[&Record]) -> String {
             }
             let listed = record.config["mass_recovered_by_query_head"].as_array();
             let shares = listed.into_iter().flatten().filter_map(serde_json::Value::as_f64).collect();
-            places.entry(place).or_default().insert(method, shares);
+            // Rounding of the number of keys is no excess.
+            let over = record.config["keys_touched_share"].as_f64().is_some_and(|read| read > 1.02 * BUDGET);
+            places.entry(place).or_default().insert(method, (shares, over));
         }
     }
     for (name, (methods, places)) in tables {
         let _ = writeln!(
             text,
             "\n### Share of the attention on cold keys that is recovered within a budget of 2 % of them: {name}\n\n\
+             \\*: more keys were read than the budget.\n\n\
              | layer, query head | {} |\n|---|{}",
             methods.join(" | "),
             "---|".repeat(methods.len())
         );
         for (place, by_method) in &places {
-            let heads = by_method.values().map(Vec::len).max().unwrap_or_default();
+            let heads = by_method.values().map(|(shares, _)| shares.len()).max().unwrap_or_default();
             for head in 0..heads {
-                let cell = |method: &str| by_method.get(method).and_then(|shares| shares.get(head)).copied();
-                let cells: Vec<String> =
-                    methods.iter().map(|m| cell(m).map_or("-".into(), |share| format!("{share:.3}"))).collect();
+                let cell = |method: &str| {
+                    let (shares, over) = by_method.get(method)?;
+                    Some(format!("{:.3}{}", shares.get(head)?, if *over { "\\*" } else { "" }))
+                };
+                let cells: Vec<String> = methods.iter().map(|m| cell(m).unwrap_or("-".into())).collect();
                 let _ = writeln!(text, "| {place} H{head} | {} |", cells.join(" | "));
             }
         }

@@ -243,7 +243,8 @@ impl QuireError {
             QuireError::Config { .. }
             | QuireError::CollectionName { .. }
             | QuireError::InvalidParameter { .. }
-            | QuireError::UnsupportedParameter { .. } => 2,
+            | QuireError::UnsupportedParameter { .. }
+            | QuireError::Eval(eval::EvalError::BadOption { .. } | eval::EvalError::UnknownName { .. }) => 2,
             _ => 1,
         }
     }

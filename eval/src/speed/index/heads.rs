@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use ann_index::{IndexKind, IndexParams, KeyIndex, SearchParams, build};
+use ann_index::{GraphParams, IndexKind, IndexParams, KeyIndex, SearchParams, build};
 use engine::{AttentionInputs, Engine};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -23,6 +23,9 @@ use crate::stats::mean;
 
 /// Share of the cold keys that may be read.
 pub(super) const BUDGET: f64 = 0.02;
+
+/// Shares of the cold keys at which the curve of exact search is drawn; others end behind the last.
+const SHARES: [f64; 7] = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32];
 
 /// Rounds of searching one by one and together.
 const SHARING_ROUNDS: usize = 4;
@@ -53,6 +56,39 @@ pub(super) struct Sharing {
     pub(super) time: f64,
 }
 
+/// Attention recovered against keys read, over the queries of a group.
+pub(super) struct Curve {
+    pub(super) method: &'static str,
+    /// With wider and wider searches.
+    pub(super) points: Vec<Point>,
+}
+
+/// A point of a curve.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Point {
+    /// Share of the cold keys that was read.
+    pub(super) touched: f64,
+    /// Share of the attention on cold keys that falls on those found.
+    pub(super) recovered: f64,
+}
+
+/// What was measured of a group.
+pub(super) struct GroupFigures {
+    pub(super) heads: Vec<HeadFigure>,
+    pub(super) sharing: Vec<Sharing>,
+    /// None unless they are to be drawn.
+    pub(super) curves: Vec<Curve>,
+}
+
+/// A way of finding keys.
+struct Method {
+    name: &'static str,
+    /// Its name when it attends as many keys as the budget, whatever it reads to find them: a graph reads several keys
+    /// for each that it keeps.
+    attending: Option<&'static str>,
+    params: IndexParams,
+}
+
 /// Cold keys of one KV head, and the queries at the end of the text of the heads that share it.
 pub(super) struct Group {
     layer: usize,
@@ -74,6 +110,18 @@ struct Truth {
     cold: Vec<f64>,
     /// Their sum.
     cold_mass: f64,
+}
+
+impl Truth {
+    /// The weight of what was found.
+    fn mass(&self, found: &Found) -> f64 {
+        found.ids.iter().map(|id| self.cold[*id as usize]).sum()
+    }
+
+    /// Its share of the cold keys' weight.
+    fn recovered(&self, found: &Found) -> f64 {
+        self.mass(found) / self.cold_mass.max(f64::MIN_POSITIVE)
+    }
 }
 
 /// All groups of a text.
@@ -132,26 +180,82 @@ impl Group {
     }
 
     /// What every method finds, head by head, and what its searches share.
-    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<(Vec<HeadFigure>, Vec<Sharing>)> {
-        let mut sharing = Vec::new();
+    pub(super) fn measure(&self, options: &IndexBenchOptions) -> Result<GroupFigures> {
         let truths: Vec<Truth> = self.tests.iter().map(|(_, query)| self.truth(query)).collect();
-        let mut figures = self.figures("exact", &truths, &self.exact(&truths));
-        for &kind in options.kinds.iter().filter(|kind| **kind != IndexKind::Flat) {
-            let params = IndexParams { kind, ..options.params.clone() };
+        let mut all = GroupFigures {
+            heads: self.figures("exact", &truths, &self.exact(&truths, BUDGET)),
+            sharing: Vec::new(),
+            curves: Vec::new(),
+        };
+        let draw = options.figures.is_some();
+        if draw {
+            let points = SHARES.map(|share| self.point(&truths, &self.exact(&truths, share)));
+            all.curves.push(Curve { method: "exact", points: points.to_vec() });
+        }
+        for Method { name, attending, params } in self.methods(options) {
             let index = build(self.dim, &self.cold, &self.samples, &params)?;
-            sharing.push(self.sharing(index.as_ref())?);
-            figures.extend(self.figures(kind.name(), &truths, &self.within_budget(index.as_ref())?));
-            if let Some(name) = attending(kind) {
+            all.sharing.push(self.sharing(name, index.as_ref())?);
+            all.heads.extend(self.figures(name, &truths, &self.within_budget(index.as_ref())?));
+            if let Some(name) = attending {
                 let budget = (BUDGET * self.keys() as f64) as usize;
-                let found = self.tests.iter().map(|(_, query)| found(index.as_ref(), query, budget.max(1)));
-                figures.extend(self.figures(name, &truths, &found.collect::<Result<Vec<_>>>()?));
+                all.heads.extend(self.figures(name, &truths, &self.find(index.as_ref(), budget.max(1))?));
+            }
+            if draw {
+                all.curves.push(Curve { method: name, points: self.curve(index.as_ref(), &truths)? });
             }
         }
-        Ok((figures, sharing))
+        Ok(all)
+    }
+
+    /// What is built over the keys: every kind, and the graph also for each query head by itself.
+    fn methods(&self, options: &IndexBenchOptions) -> Vec<Method> {
+        let mut methods = Vec::new();
+        for &kind in options.kinds.iter().filter(|kind| **kind != IndexKind::Flat) {
+            let params = IndexParams { kind, ..options.params.clone() };
+            let attending = match kind {
+                IndexKind::Graph => Some("graph-attends-2pct"),
+                IndexKind::Hnsw => Some("hnsw-attends-2pct"),
+                _ => None,
+            };
+            methods.push(Method { name: kind.name(), attending, params: params.clone() });
+            if kind == IndexKind::Graph && self.shared > 1 {
+                let graph = GraphParams { query_heads: self.shared, ..params.graph.clone() };
+                methods.push(Method {
+                    name: "graph-per-query-head",
+                    attending: Some("graph-per-query-head-attends-2pct"),
+                    params: IndexParams { graph, ..params },
+                });
+            }
+        }
+        methods
+    }
+
+    /// What a search of this width finds for each test.
+    fn find(&self, index: &dyn KeyIndex, knob: usize) -> Result<Vec<Found>> {
+        self.tests.iter().map(|(head, query)| found(index, head % self.shared, query, knob)).collect()
+    }
+
+    /// Wider and wider searches, until much is read.
+    fn curve(&self, index: &dyn KeyIndex, truths: &[Truth]) -> Result<Vec<Point>> {
+        let mut points: Vec<Point> = Vec::new();
+        for knob in candidates(1, index.len().max(1), 1.5) {
+            points.push(self.point(truths, &self.find(index, knob)?));
+            if points.last().is_some_and(|point| point.touched > SHARES[SHARES.len() - 1]) {
+                break;
+            }
+        }
+        Ok(points)
+    }
+
+    /// Means over all tests.
+    fn point(&self, truths: &[Truth], found: &[Found]) -> Point {
+        let touched = mean(&found.iter().map(|found| found.touched as f64).collect::<Vec<_>>()) / self.keys() as f64;
+        let recovered = mean(&truths.iter().zip(found).map(|(t, f)| t.recovered(f)).collect::<Vec<_>>());
+        Point { touched, recovered }
     }
 
     /// Searches for as many keys as the budget allows, for the heads of each token one by one and together.
-    fn sharing(&self, index: &dyn KeyIndex) -> Result<Sharing> {
+    fn sharing(&self, method: &'static str, index: &dyn KeyIndex) -> Result<Sharing> {
         let k = ((BUDGET * self.keys() as f64) as usize).max(1);
         let params = SearchParams { k, ef: k, probes: 0, ..SearchParams::default() };
         let tokens: Vec<Vec<f32>> =
@@ -163,8 +267,8 @@ impl Group {
                 for together in [round % 2 == 1, round % 2 == 0] {
                     let start = Instant::now();
                     let rows = if together { token.len() } else { self.dim };
-                    for queries in token.chunks_exact(rows) {
-                        for result in index.search_group(queries, &params, None)? {
+                    for (query_head, queries) in token.chunks_exact(rows).enumerate() {
+                        for result in index.search_group(queries, &SearchParams { query_head, ..params }, None)? {
                             touched[usize::from(together)] += result.stats.keys_touched;
                         }
                     }
@@ -173,7 +277,7 @@ impl Group {
             }
         }
         let time = seconds[1] / seconds[0].max(f64::MIN_POSITIVE);
-        Ok(Sharing { method: index.kind().name(), touched: touched[1] as f64 / touched[0].max(1) as f64, time })
+        Ok(Sharing { method, touched: touched[1] as f64 / touched[0].max(1) as f64, time })
     }
 
     /// The same with faiss' inverted lists, in the peers' process. `scratch`: a folder for what it reads and writes.
@@ -230,9 +334,9 @@ impl Group {
         Truth { cold_mass: sum(&cold), cold }
     }
 
-    /// The budget's best keys of each query: what no index can exceed.
-    fn exact(&self, truths: &[Truth]) -> Vec<Found> {
-        let budget = (BUDGET * self.keys() as f64) as usize;
+    /// The best keys of each query, this share of all: what no index can exceed.
+    fn exact(&self, truths: &[Truth], share: f64) -> Vec<Found> {
+        let budget = (share * self.keys() as f64) as usize;
         let best = |truth: &Truth| {
             let mut ids: Vec<u32> = (0..truth.cold.len() as u32).collect();
             ids.sort_by(|a, b| truth.cold[*b as usize].total_cmp(&truth.cold[*a as usize]));
@@ -247,7 +351,7 @@ impl Group {
         let budget = BUDGET * self.keys() as f64;
         let mut kept: Option<Vec<Found>> = None;
         for knob in candidates(1, index.len().max(1), 1.15) {
-            let found = self.tests.iter().map(|(_, query)| found(index, query, knob)).collect::<Result<Vec<_>>>()?;
+            let found = self.find(index, knob)?;
             let touched = mean(&found.iter().map(|found| found.touched as f64).collect::<Vec<_>>());
             if kept.is_some() && touched > budget {
                 break;
@@ -268,7 +372,6 @@ impl Group {
             let all = self.tests.iter().zip(truths.iter().zip(found));
             mean(&all.filter(|((h, _), _)| *h == head).map(|(_, (t, f))| figure(t, f)).collect::<Vec<_>>())
         };
-        let mass = |truth: &Truth, found: &Found| found.ids.iter().map(|id| truth.cold[*id as usize]).sum::<f64>();
         heads
             .into_iter()
             .map(|head| HeadFigure {
@@ -276,8 +379,8 @@ impl Group {
                 head,
                 method,
                 touched: of(head, &|_, found| found.touched as f64 / self.keys() as f64),
-                recovered: of(head, &|truth, found| mass(truth, found) / truth.cold_mass.max(f64::MIN_POSITIVE)),
-                covered: of(head, &|truth, found| 1.0 - truth.cold_mass + mass(truth, found)),
+                recovered: of(head, &Truth::recovered),
+                covered: of(head, &|truth, found| 1.0 - truth.cold_mass + truth.mass(found)),
             })
             .collect()
     }
@@ -289,22 +392,10 @@ struct Found {
     touched: usize,
 }
 
-/// The name of a graph's figures when it attends as many keys as the budget, whatever it reads to find them: a graph
-/// reads several keys for each that it keeps.
-fn attending(kind: IndexKind) -> Option<&'static str> {
-    match kind {
-        IndexKind::Graph => Some("graph-attends-2pct"),
-        IndexKind::Hnsw => Some("hnsw-attends-2pct"),
-        _ => None,
-    }
-}
-
 /// Everything that a search of this width knows the score of in the end: a graph's candidates, the members of clusters
 /// and lists.
-fn found(index: &dyn KeyIndex, query: &[f32], knob: usize) -> Result<Found> {
-    let search = |k: usize, probes: usize| {
-        index.search(query, &SearchParams { k, ef: knob, probes, ..SearchParams::default() }, None)
-    };
+fn found(index: &dyn KeyIndex, query_head: usize, query: &[f32], knob: usize) -> Result<Found> {
+    let search = |k: usize, probes: usize| index.search(query, &SearchParams { k, ef: knob, probes, query_head }, None);
     let (hits, stats) = match index.kind() {
         IndexKind::Clusters => {
             let zones = index.search_zones(query, knob, 0, None)?;
@@ -373,7 +464,7 @@ mod tests {
     fn exact_search_recovers_the_heaviest_keys_mass() {
         let group = group();
         let truths: Vec<Truth> = group.tests.iter().map(|(_, query)| group.truth(query)).collect();
-        let figures = group.figures("exact", &truths, &group.exact(&truths));
+        let figures = group.figures("exact", &truths, &group.exact(&truths, BUDGET));
         // Two of a hundred keys; weights 100 and 99 ones, and a near one.
         assert_eq!(figures.iter().map(|f| (f.layer, f.head)).collect::<Vec<_>>(), [(3, 6), (3, 7)]);
         assert!((figures[0].recovered - 101.0 / 199.0).abs() < 1e-6, "{figures:?}");
@@ -390,7 +481,7 @@ mod tests {
         for kind in [IndexKind::Clusters, IndexKind::Ivf].into_iter().filter(|kind| kind.is_built_in()) {
             let index = build(2, &keys, &[], &IndexParams { kind, ..IndexParams::default() }).unwrap();
             for knob in [1, 3] {
-                let found = found(index.as_ref(), &[1.0, 0.5], knob).unwrap();
+                let found = found(index.as_ref(), 0, &[1.0, 0.5], knob).unwrap();
                 assert!(!found.ids.is_empty() && found.ids.len() == found.touched, "{kind}: {}", found.touched);
                 assert!(found.touched < 1000, "{kind}: {}", found.touched);
             }
@@ -402,7 +493,7 @@ mod tests {
         let group = group();
         let params = IndexParams { kind: IndexKind::Flat, ..IndexParams::default() };
         let index = build(1, &group.cold, &[], &params).unwrap();
-        let sharing = group.sharing(index.as_ref()).unwrap();
+        let sharing = group.sharing("flat", index.as_ref()).unwrap();
         assert_eq!((sharing.method, sharing.touched), ("flat", 0.5));
         assert!(sharing.time > 0.0);
     }

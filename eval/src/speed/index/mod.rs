@@ -11,6 +11,7 @@ mod synthetic;
 mod texts;
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -21,7 +22,7 @@ use serde_json::json;
 use self::data::{Dataset, Sizes};
 use self::heads::{BUDGET, HeadFigure, Sharing, average, groups};
 use self::ood::{Character, DIM};
-use self::records::{BENCH, Frame, curves};
+use self::records::{BENCH, Frame, mass_curves, recall_curves};
 use self::side::{NEEDS, PEERS, SCRIPT};
 use super::process::Process;
 use super::{SpeedReport, length_name, round};
@@ -146,7 +147,8 @@ impl IndexBenchOptions {
         least("the number of keys", self.keys, self.k.max(64))?;
         least("the number of queries", self.queries, 1)?;
         least("the number of data sets", self.data.len(), 1)?;
-        least("the number of texts", self.heads.texts, 1)
+        least("the number of texts", self.heads.texts, 1)?;
+        self.kinds.iter().try_for_each(|kind| Ok(kind.check_built_in()?))
     }
 
     /// Threads that building uses.
@@ -171,6 +173,10 @@ pub fn bench_index(
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<SpeedReport> {
     options.check()?;
+    if options.peers {
+        // Before anything is built: that takes minutes, and only then are they asked.
+        Process::start(&options.python, NEEDS, SCRIPT, &[])?;
+    }
     let sides = options.kinds.len() + if options.peers { PEERS.len() } else { 0 };
     let steps = options.data.len() * (2 * sides + 1);
     let mut meter = Meter::new(steps, steps as f64, progress);
@@ -211,9 +217,8 @@ fn made_up(options: &IndexBenchOptions, data: &Dataset, info: &RunInfo, meter: &
             "{}, {size} keys of {DIM}",
             if data.name == "ood" { "out of distribution" } else { "in distribution" }
         );
-        fs::create_dir_all(folder).map_err(EvalError::io("create", folder))?;
-        let file = folder.join(format!("index-{}-{size}.svg", data.name));
-        fs::write(&file, curves(&measured, &title, data.len(), options.k)).map_err(EvalError::io("write", &file))?;
+        let name = format!("index-{}-{size}", data.name);
+        draw(folder, &name, &recall_curves(&measured, &title, data.len(), options.k))?;
     }
     let frame = Frame {
         info,
@@ -225,6 +230,13 @@ fn made_up(options: &IndexBenchOptions, data: &Dataset, info: &RunInfo, meter: &
         threads: options.threads(),
     };
     Ok(frame.records(&measured))
+}
+
+/// Writes a figure.
+fn draw(folder: &Path, name: &str, svg: &str) -> Result<()> {
+    fs::create_dir_all(folder).map_err(EvalError::io("create", folder))?;
+    let file = folder.join(format!("{name}.svg"));
+    fs::write(&file, svg).map_err(EvalError::io("write", &file))
 }
 
 /// Every method over the heads of all layers, by length and kind of text.
@@ -244,14 +256,15 @@ fn model_heads(
             ("text", texts::running_texts(engine, &options.heads, length)?),
         ];
         for (kind, texts) in kinds {
-            let (mut figures, mut sharing) = (Vec::new(), Vec::new());
+            let (mut figures, mut sharing, mut curves) = (Vec::new(), Vec::new(), Vec::new());
             for (number, text) in texts.iter().enumerate() {
                 meter.say(format!("reading {kind} {} of {}, {length} tokens", number + 1, texts.len()));
                 let groups = groups(engine, text, &options.heads)?;
                 for (at, group) in groups.iter().enumerate() {
-                    let (found, shared) = group.measure(options)?;
-                    figures.extend(found);
-                    sharing.extend(shared);
+                    let found = group.measure(options)?;
+                    figures.extend(found.heads);
+                    sharing.extend(found.sharing);
+                    curves.extend(found.curves);
                     if let Some(process) = &mut process {
                         figures.extend(group.inverted_file(process.get_mut(), options.threads(), &scratch.0)?);
                     }
@@ -266,7 +279,10 @@ fn model_heads(
             if !texts.is_empty() {
                 let case = format!("{}-{kind}/{}", options.model_label, length_name(length));
                 records.extend(head_records(options, info, &case, texts.len(), &figures));
-                records.extend(sharing_records(options, info, &case, texts.len(), &sharing));
+                records.extend(sharing_records(info, &case, texts.len(), &sharing));
+                if let Some(folder) = &options.figures {
+                    draw(folder, &format!("index-{}", case.replace('/', "-")), &mass_curves(&curves, &case))?;
+                }
             }
         }
     }
@@ -297,13 +313,15 @@ fn head_records(
             let info = info.clone().with_config(json!({
                 "budget": BUDGET, "sinks": heads.sinks, "window": heads.window, "samples": heads.samples,
                 "texts": texts, "tasks": heads.tasks.to_string(), "keys_touched_share": round(figure.touched),
-                "mass_recovered_by_query_head": figure.by_head,
+                "attention_covered": round(figure.covered), "mass_recovered_by_query_head": figure.by_head,
             }));
             let case = format!("{case}/{place}/{method}");
             let record = |metric, value| info.record(BENCH, &case, metric, "ratio", round(value), texts);
             records.push(record("mass_recovered_budget_2pct", figure.recovered));
-            records.push(record("attention_covered_budget_2pct", figure.covered));
-            records.push(record("keys_touched_share", figure.touched));
+            if layer.is_none() {
+                records.push(record("attention_covered_budget_2pct", figure.covered));
+                records.push(record("keys_touched_share", figure.touched));
+            }
         }
     }
     records
@@ -311,24 +329,17 @@ fn head_records(
 
 /// What searching for the heads of a group together costs over searching for one after the other, averaged over
 /// groups.
-fn sharing_records(
-    options: &IndexBenchOptions,
-    info: &RunInfo,
-    case: &str,
-    texts: usize,
-    sharing: &[Sharing],
-) -> Vec<Record> {
+fn sharing_records(info: &RunInfo, case: &str, texts: usize, sharing: &[Sharing]) -> Vec<Record> {
+    let methods: BTreeSet<&str> = sharing.iter().map(|sharing| sharing.method).collect();
     let mut records = Vec::new();
-    for kind in &options.kinds {
-        let of: Vec<&Sharing> = sharing.iter().filter(|sharing| sharing.method == kind.name()).collect();
+    for method in methods {
+        let of: Vec<&Sharing> = sharing.iter().filter(|sharing| sharing.method == method).collect();
         let mean_of = |figure: &dyn Fn(&Sharing) -> f64| mean(&of.iter().map(|s| figure(s)).collect::<Vec<_>>());
-        if !of.is_empty() {
-            let info = info.clone().with_config(json!({"budget": BUDGET, "groups": of.len(), "texts": texts}));
-            let case = format!("{case}/all/{kind}");
-            let record = |metric, value| info.record(BENCH, &case, metric, "ratio", round(value), texts);
-            records.push(record("group_keys_touched_over_single", mean_of(&|s| s.touched)));
-            records.push(record("group_time_over_single", mean_of(&|s| s.time)));
-        }
+        let info = info.clone().with_config(json!({"budget": BUDGET, "groups": of.len(), "texts": texts}));
+        let case = format!("{case}/all/{method}");
+        let record = |metric, value| info.record(BENCH, &case, metric, "ratio", round(value), texts);
+        records.push(record("group_keys_touched_over_single", mean_of(&|s| s.touched)));
+        records.push(record("group_time_over_single", mean_of(&|s| s.time)));
     }
     records
 }

@@ -2,11 +2,13 @@
 
 use serde_json::{Value, json};
 
+use super::heads::{Curve, Point as MassPoint};
 use super::side::{Built, Pass};
 use super::svg::{Chart, Series, render};
 use super::sweep::{Point, TARGET, touched_at_target};
 use crate::record::{Record, RunInfo};
 use crate::speed::round;
+use crate::stats::mean;
 
 /// The bench that all records here belong to.
 pub(super) const BENCH: &str = "index";
@@ -187,7 +189,7 @@ impl Timed {
 }
 
 /// Recall against the share of keys read and against latency, side by side.
-pub(super) fn curves(measured: &Measured, title: &str, keys: usize, k: usize) -> String {
+pub(super) fn recall_curves(measured: &Measured, title: &str, keys: usize, k: usize) -> String {
     let chart = |x_label: &str, x: &dyn Fn(&Pass) -> Option<f64>| {
         let series = measured.sides.iter().map(|side| Series {
             name: side.name.to_owned(),
@@ -206,4 +208,28 @@ pub(super) fn curves(measured: &Measured, title: &str, keys: usize, k: usize) ->
         chart("share of the keys read", &|pass| pass.touched.map(|touched| touched / keys as f64)),
         chart("microseconds a query, one thread", &|pass| Some(pass.latency_us)),
     ])
+}
+
+/// A model's heads: attention recovered against the share of the keys read, each point a mean over groups.
+pub(super) fn mass_curves(curves: &[Curve], title: &str) -> String {
+    let mut series: Vec<Series> = Vec::new();
+    for method in curves.iter().map(|curve| curve.method) {
+        if series.iter().any(|series| series.name == method) {
+            continue;
+        }
+        let of: Vec<&[MassPoint]> = curves.iter().filter(|c| c.method == method).map(|c| &c.points[..]).collect();
+        // As far as all groups go, so that a point is of the same groups as the next.
+        let len = of.iter().map(|points| points.len()).min().unwrap_or_default();
+        let mean_at =
+            |i: usize, figure: &dyn Fn(&MassPoint) -> f64| mean(&of.iter().map(|p| figure(&p[i])).collect::<Vec<_>>());
+        let points = (0..len).map(|i| (mean_at(i, &|p| p.touched), mean_at(i, &|p| p.recovered))).collect();
+        series.push(Series { name: method.to_owned(), points, dashed: method == "exact" });
+    }
+    render(&[Chart {
+        title: title.to_owned(),
+        x_label: "share of the cold keys read".to_owned(),
+        y_label: "share of the attention on cold keys recovered".to_owned(),
+        mark_y: None,
+        series,
+    }])
 }
