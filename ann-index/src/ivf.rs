@@ -3,7 +3,7 @@
 //!
 //! This line is the only place that asks for the feature; everything else asks [`BUILT_IN`].
 
-#[cfg_attr(not(feature = "faiss"), path = "ivf/absent.rs")]
+#[cfg_attr(not(feature = "faiss-api"), path = "ivf/absent.rs")]
 mod index;
 
 use crate::error::IndexError;
