@@ -119,10 +119,13 @@ impl Sections {
         // A name of its own for every save: several may write to one path at the same time, and the last is what stays.
         static SAVES: AtomicU64 = AtomicU64::new(0);
         let save = SAVES.fetch_add(1, Ordering::Relaxed);
+        // A link stays one: what it leads to is written.
+        let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let mut beside = path.as_os_str().to_owned();
         beside.push(format!(".{}.{save}.new", std::process::id()));
         let beside = PathBuf::from(beside);
-        let written = self.write_to(&beside).and_then(|()| std::fs::rename(&beside, path));
+        let written =
+            self.write_to(&beside).and_then(|()| std::fs::rename(&beside, path)).and_then(|()| sync_folder(path));
         written.map_err(|e| {
             // Nothing can be done about a file that cannot be removed either.
             let _ = std::fs::remove_file(&beside);
@@ -164,6 +167,12 @@ impl Sections {
         }
         out.into_inner().map_err(|e| e.into_error())?.sync_all()
     }
+}
+
+/// Brings a file's name to the disk, where the system can.
+fn sync_folder(of: &Path) -> std::io::Result<()> {
+    let folder = of.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 /// The bytes of stored rows, number by number in little-endian order.

@@ -5,7 +5,7 @@
 mod common;
 
 use ann_index::{IndexError, IndexKind, IndexParams, build, open};
-use common::{answers, indexes, mend, mutate};
+use common::{DIM, answers, indexes, mend, mutate};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -49,6 +49,24 @@ fn saves_to_one_path_at_once_leave_a_whole_file() {
         assert!([4000, 3001].contains(&open(&path).unwrap().len()));
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_to_a_file_stays_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, link) = (folder.path().join("index"), folder.path().join("link"));
+    let all = indexes(20);
+    all[0].save(&file).unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    all[1].save(&link).unwrap();
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(format!("{:?}", open(&file).unwrap()), format!("{:?}", open(&link).unwrap()));
+    let mut key = [0.0; DIM];
+    all[1].key(3, &mut key).unwrap();
+    let mut found = [0.0; DIM];
+    open(&file).unwrap().key(3, &mut found).unwrap();
+    assert_eq!(key, found, "the later index");
 }
 
 #[test]
