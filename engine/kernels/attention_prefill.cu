@@ -1,7 +1,7 @@
 // Attention of many query tokens of one sequence over its paged bf16 KV.
 //
 // CPU: attention::dense::attend.
-// Spills: sm_100a
+// Spills: attention_prefill_d128 for sm_100a
 //
 // Equals `attention::dense::attend` (engine/src/attention/dense.rs); blocked online softmax as in FlashAttention-2
 // (arXiv 2307.08691, algorithm 1), with the query heads of a KV head packed into the rows of a tile.

@@ -1,16 +1,11 @@
-// Random weights for benchmarks, and the step of a decode graph.
+// Random numbers for benchmarks.
 //
-// CPU: fill_random_bf16 has no counterpart (benchmarks draw their weights on the device);
-// advance is what the runner does with a sequence after a step.
+// CPU: no counterpart (benchmarks draw their inputs on the device).
 //
 //   out  bf16 [n]: uniform in [-scale, scale), a function of seed and index alone
 //
-//   pos       int [n]: += 1 where it is not negative (a row of padding stays)
-//   end       int [n]: likewise
-//   token_out int [n] -> token_in int [n]: where the row is active
-//
 // Generator: the finaliser of SplitMix64 (Steele et al. 2014) over a counter.
-// Launch: block (256), grid: fill_random_bf16 any, advance (ceil(n / 256)).
+// Launch: block (256), any grid.
 #include "common.cuh"
 
 __device__ __forceinline__ unsigned long long mix(unsigned long long z) {
@@ -30,15 +25,4 @@ extern "C" __global__ void __launch_bounds__(256)
         float unit = (float)(int)(bits >> 40) * (1.0f / 8388608.0f) - 1.0f;
         out[i] = f32_to_bf16(unit * scale);
     }
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    advance(int* pos, int* end, const int* token_out, int* token_in, int n) {
-    pdl_launch();
-    pdl_wait();
-    int i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= n || pos[i] < 0) return;
-    token_in[i] = token_out[i];
-    pos[i] += 1;
-    end[i] += 1;
 }

@@ -206,7 +206,9 @@ impl Engine {
             return Err(EngineError::Stopped("it is shutting down".into()));
         }
         let limit = self.inner.queue;
-        if load.waiting.fetch_add(1, Ordering::AcqRel) >= limit.max(1) {
+        // Those that only wait for the next step to begin are not the queue's.
+        let free = self.inner.limits.max_sequences.saturating_sub(load.running.load(Ordering::Relaxed));
+        if load.waiting.fetch_add(1, Ordering::AcqRel) >= (limit + free).max(1) {
             load.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(EngineError::QueueFull { limit });
         }

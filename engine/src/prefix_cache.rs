@@ -108,11 +108,12 @@ impl<P: Clone> PrefixCache<P> {
         }
     }
 
-    /// Forgets up to so many unused pages, the least recently used first.
-    pub(crate) fn evict(&mut self, pages: usize) {
-        for _ in 0..pages {
+    /// Forgets unused pages, the least recently used first, until so many of those that `counts` says are gone, or all.
+    pub(crate) fn evict(&mut self, pages: usize, counts: &dyn Fn(&P) -> bool) {
+        let mut left = pages;
+        while left > 0 {
             let Some((_, key)) = self.unused.pop_first() else { return };
-            self.entries.remove(&key);
+            left -= self.entries.remove(&key).map_or(0, |entry| usize::from(counts(&entry.page)));
         }
     }
 }
@@ -148,15 +149,15 @@ mod tests {
         for (i, key) in long.iter().chain(&short).enumerate() {
             assert_eq!(cache.share(*key, i), i);
         }
-        cache.evict(9);
+        cache.evict(9, &|_| true);
         assert_eq!((cache.len(), cache.in_use()), (5, 5), "all are held");
         cache.release(&long);
         cache.release(&short);
         assert_eq!((cache.take(&long[0]), cache.take(&long[1])), (Some(0), Some(1)));
-        cache.evict(1);
+        cache.evict(1, &|_| true);
         assert_eq!((cache.found(&long), cache.found(&short)), (2, 2), "the end of the longer one goes");
         cache.release(&long[..2]);
-        cache.evict(3);
+        cache.evict(3, &|_| true);
         assert_eq!((cache.found(&long), cache.found(&short), cache.len()), (1, 0, 1), "the older one, then the end");
     }
 
@@ -197,7 +198,7 @@ mod tests {
                         held.push((keys, tokens));
                     }
                     2 if !held.is_empty() => cache.release(&held.swap_remove(n % held.len()).0),
-                    _ => cache.evict(n),
+                    _ => cache.evict(n, &|_| true),
                 }
                 for (keys, tokens) in &held {
                     prop_assert_eq!(cache.found(keys), keys.len());
@@ -220,7 +221,7 @@ mod tests {
             }
             held.iter().for_each(|(keys, _)| cache.release(keys));
             prop_assert_eq!(cache.in_use(), 0);
-            cache.evict(usize::MAX);
+            cache.evict(usize::MAX, &|_| true);
             prop_assert_eq!(cache.len(), 0);
         }
     }

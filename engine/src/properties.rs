@@ -11,6 +11,7 @@ use crate::blend::blend;
 use crate::chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::error::{EngineError, Result};
+use crate::kv::KvDtype;
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 
@@ -88,7 +89,7 @@ fn the_kv_of_a_chunk_does_not_depend_on_how_it_is_cut() {
 fn retrieval_of_all_keys_equals_full_attention() {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let model = model("llama2");
-    assert_eq!(model.shape.dtype, crate::kv::KvDtype::F32);
+    assert_eq!(model.shape.dtype, KvDtype::F32);
     let text = tokens(&mut rng, 900);
     use ann_index::IndexKind;
     let built_in = IndexKind::ALL.into_iter().filter(|kind| kind.is_built_in());
@@ -160,6 +161,8 @@ fn blending_with_ratio_one_equals_full_prefill_in_any_order() {
             })
             .collect();
         let question = tokens(&mut rng, 9);
+        // Keys and values that are stored in bf16 may round to the other side.
+        let tolerance = if model.shape.dtype == KvDtype::F32 { 1e-4 } else { 1e-3 };
         for _ in 0..3 {
             chunks.shuffle(&mut rng);
             let mut some = chunks.clone();
@@ -168,11 +171,11 @@ fn blending_with_ratio_one_equals_full_prefill_in_any_order() {
             let mut all = blended(&model, &some, &config(BlendMode::CacheBlend, 1.0));
             let want = append(&model, &mut full, &question);
             let got = append(&model, &mut all, &question);
-            assert_close(&want, &got, 1e-4, name);
+            assert_close(&want, &got, tolerance, name);
             let plain: Vec<u32> = std::iter::once(BOS).chain(some.iter().flat_map(|c| c.tokens.to_vec())).collect();
             let mut kv = SequenceKv::new(model.shape);
             append(&model, &mut kv, &plain);
-            assert_close(&append(&model, &mut kv, &question), &want, 1e-4, name);
+            assert_close(&append(&model, &mut kv, &question), &want, tolerance, name);
         }
     }
 }
@@ -189,8 +192,10 @@ fn the_first_chunk_behind_its_own_prefix_is_reused_exactly() {
             append(&model, &mut kv, &question)
         };
         let want = run(BlendMode::FullRecompute);
-        assert_eq!(want, run(BlendMode::Reuse), "{name}");
-        assert_eq!(want, run(BlendMode::CacheBlend), "{name}");
+        // The rows of the prefix, few by themselves, go through another kernel of bf16 weights on some machines.
+        let tolerance = if model.shape.dtype == KvDtype::F32 { 0.0 } else { 1e-3 };
+        assert_close(&want, &run(BlendMode::Reuse), tolerance, name);
+        assert_close(&want, &run(BlendMode::CacheBlend), tolerance, name);
     }
 }
 

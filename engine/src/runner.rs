@@ -13,6 +13,7 @@ use crate::kv::prefix::SharedPage;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::{AttentionInputs, PreparedContext};
+use crate::sampler::Choice;
 use crate::scheduler::{Bytes, Entry, Limits, plan};
 use crate::sequence::{Phase, Sequence, Submitted};
 use crate::tokenizer::Tokenizer;
@@ -41,6 +42,8 @@ pub(crate) struct Load {
     pub(crate) prefix_queries: AtomicU64,
     pub(crate) prefix_hits: AtomicU64,
     pub(crate) stopping: AtomicBool,
+    /// The GPU answers nothing any more: after some errors all that follows fails.
+    pub(crate) lost: AtomicBool,
 }
 
 /// All requests by age, of which the first run, and the pages they share.
@@ -85,7 +88,23 @@ impl Runner {
             // Shutdown comes once: nothing may be waited for behind it.
             open = open && self.take_commands(&mut queue);
             self.cycle(&mut queue);
+            if self.load.lost.load(Ordering::Relaxed) {
+                tracing::error!("the GPU does not work any more: the engine stops, start the program again");
+                self.load.stopping.store(true, Ordering::Release);
+                let lost = || EngineError::Stopped("the GPU does not work any more: start the program again".into());
+                return queue.sequences.iter_mut().for_each(|sequence| sequence.fail(lost()));
+            }
         }
+    }
+
+    /// Passes a result on. After an error of the GPU, asks it whether it still works.
+    fn watched<T>(&self, result: Result<T>) -> Result<T> {
+        if let (Err(EngineError::Device { .. }), Some(model)) = (&result, self.model.device())
+            && model.device.synchronize().is_err()
+        {
+            self.load.lost.store(true, Ordering::Relaxed);
+        }
+        result
     }
 
     /// One step of all that run.
@@ -118,9 +137,13 @@ impl Runner {
     }
 
     /// Takes what has been sent, waiting for it when there is nothing to do. False once shutdown was.
+    ///
+    /// While requests run, at most one piece of work that is no request's own comes between two of their steps: whoever
+    /// asks for such work may ask again at once.
     fn take_commands(&self, queue: &mut Queue) -> bool {
         let mut idle = queue.sequences.is_empty();
-        loop {
+        let mut worked = false;
+        while !worked || queue.sequences.is_empty() {
             let command = if std::mem::take(&mut idle) {
                 self.commands.recv().map_err(|_| TryRecvError::Disconnected)
             } else {
@@ -132,16 +155,19 @@ impl Runner {
                 Ok(Command::ChunkKv { prefix, tokens, reply }) => {
                     self.make_room_for(queue, prefix.len() + tokens.len());
                     let step = self.config.prefill_chunk.max(1);
-                    drop(reply.send(ChunkKv::compute(&self.model, &prefix, &tokens, step)));
+                    drop(reply.send(self.watched(ChunkKv::compute(&self.model, &prefix, &tokens, step))));
+                    worked = true;
                 }
                 Ok(Command::AttentionInputs { tokens, reply }) => {
                     self.make_room_for(queue, tokens.len());
                     drop(reply.send(self.attention_inputs(&tokens)));
+                    worked = true;
                 }
                 Ok(Command::Prepare { prefix, chunks, blend, reply }) => {
                     let tokens = prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>();
                     self.make_room_for(queue, tokens);
-                    drop(reply.send(self.prepare(&prefix, &chunks, &blend)));
+                    drop(reply.send(self.watched(self.prepare(&prefix, &chunks, &blend))));
+                    worked = true;
                 }
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => {
@@ -150,6 +176,7 @@ impl Runner {
                 }
             }
         }
+        true
     }
 
     fn sequence(&self, submitted: Submitted) -> Sequence {
@@ -201,7 +228,7 @@ impl Runner {
         let unused = page.times(queue.cache.len() - queue.cache.in_use());
         let growth = queue.sequences.iter().zip(tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
         let held = queue.used(page) + unused + growth.sum();
-        queue.cache.evict(self.limits.pages_over(held));
+        queue.cache.evict(self.limits.pages_over(held), &|_| true);
         // A GPU's pages are all there is, and some are taken that no request accounts for: by prepared contexts, and for
         // the copy of a page that forks share.
         let missing: usize = queue.sequences.iter().zip(tokens).map(|(s, n)| s.missing_on_device(*n)).sum();
@@ -216,7 +243,7 @@ impl Runner {
     /// On a GPU: cached pages give way until so many are free, or none is left that nobody uses.
     fn make_free(&self, queue: &mut Queue, pages: usize) {
         if let Some(device) = self.model.device() {
-            queue.cache.evict(pages.saturating_sub(device.pool.pages().1));
+            queue.cache.evict(pages.saturating_sub(device.pool.pages().1), &SharedPage::is_last);
         }
     }
 
@@ -226,7 +253,8 @@ impl Runner {
         for (sequence, &tokens) in queue.sequences.iter_mut().zip(tokens).filter(|(_, tokens)| **tokens > 0) {
             match sequence.phase {
                 Phase::Context => {
-                    sequence.blend(&self.model, &mut queue.cache).unwrap_or_else(|error| sequence.fail(error));
+                    let blended = self.watched(sequence.blend(&self.model, &mut queue.cache));
+                    blended.unwrap_or_else(|error| sequence.fail(error));
                 }
                 Phase::Text => batch.push((sequence, tokens)),
                 Phase::Done => {}
@@ -241,9 +269,9 @@ impl Runner {
         let mut pieces: Vec<Piece<'_>> = batch.iter_mut().map(|(s, tokens)| s.piece(*tokens)).collect();
         let states = self.model.forward(&mut pieces);
         let read: Vec<_> = pieces.iter().map(|p| (p.stats, p.want == Want::Last)).collect();
-        let greedy: Vec<bool> =
-            batch.iter().zip(&read).filter(|(_, (_, last))| *last).map(|((s, _), _)| s.is_greedy()).collect();
-        let nexts = match states.and_then(|states| self.model.next(&states, &greedy)) {
+        let choices: Vec<Choice> =
+            batch.iter_mut().zip(&read).filter(|(_, (_, last))| *last).map(|((s, _), _)| s.choice()).collect();
+        let nexts = match self.watched(states.and_then(|states| self.model.next(&states, &choices))) {
             Ok(nexts) => nexts,
             // One step, one fate: which sequence was at fault is not known.
             Err(error) => return batch.iter_mut().for_each(|(s, _)| s.fail(for_each(&error))),

@@ -116,11 +116,24 @@ pub struct Sampled {
     pub logprob: f32,
 }
 
+/// What the choice of a token needs: little enough to be made where the logits are, or the logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Choice {
+    /// The likeliest token.
+    Greedy,
+    /// The first token, in the order of ids, up to which the probabilities at this temperature sum up to more than `at`.
+    Draw { temperature: f32, at: f64 },
+    /// All logits.
+    Logits,
+}
+
 /// Chooses the tokens of one answer and remembers what it has chosen.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha8Rng,
+    /// A random number that a [`Choice`] was given.
+    at: Option<f64>,
     /// Every token of prompt or answer -> how often it occurs in the answer.
     seen: HashMap<u32, u32>,
 }
@@ -130,7 +143,7 @@ impl Sampler {
     #[must_use]
     pub fn new(params: SamplingParams) -> Self {
         let seed = params.seed.unwrap_or_else(rand::random);
-        Sampler { params, rng: ChaCha8Rng::seed_from_u64(seed), seen: HashMap::new() }
+        Sampler { params, rng: ChaCha8Rng::seed_from_u64(seed), at: None, seen: HashMap::new() }
     }
 
     /// Tells the tokens of the prompt, for the repetition penalty.
@@ -140,6 +153,26 @@ impl Sampler {
                 self.seen.entry(token).or_default();
             }
         }
+    }
+
+    /// What the next choice needs.
+    pub(crate) fn choice(&mut self) -> Choice {
+        let params = &self.params;
+        let plain = SamplingParams { temperature: params.temperature, seed: params.seed, ..SamplingParams::default() };
+        if params.is_greedy() {
+            Choice::Greedy
+        } else if *params == plain {
+            let rng = &mut self.rng;
+            Choice::Draw { temperature: plain.temperature, at: *self.at.get_or_insert_with(|| rng.random()) }
+        } else {
+            Choice::Logits
+        }
+    }
+
+    /// Remembers a token that was chosen elsewhere, as [`choice`](Sampler::choice) said.
+    pub(crate) fn chosen(&mut self, id: u32) {
+        self.at = None;
+        *self.seen.entry(id).or_default() += 1;
     }
 
     /// Chooses a token, remembers it as part of the answer, and leaves the adjusted logits in `logits` (`[vocab]`).
@@ -158,7 +191,7 @@ impl Sampler {
             let id = if self.params.temperature == 0.0 { largest(logits) } else { self.draw(logits) };
             Sampled { id, logprob: raw(id, &unadjusted) }
         };
-        *self.seen.entry(sampled.id).or_default() += 1;
+        self.chosen(sampled.id);
         Ok(sampled)
     }
 
@@ -184,7 +217,7 @@ impl Sampler {
     fn draw(&mut self, logits: &[f32]) -> u32 {
         let candidates = self.candidates(logits);
         let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.rng.random::<f64>() * total;
+        let mut left = self.at.take().unwrap_or_else(|| self.rng.random()) * total;
         for &(id, weight) in &candidates {
             left -= weight;
             if left < 0.0 {
@@ -204,9 +237,12 @@ impl Sampler {
             kept.select_nth_unstable_by(params.top_k - 1, descending);
             kept.truncate(params.top_k);
         }
-        // The order also decides which token a random number means, so that equal seeds give equal choices.
-        kept.sort_unstable_by(descending);
-        let top = kept.first().map_or(0.0, |(_, logit)| *logit);
+        // The order also decides which token a random number means, so that equal seeds give equal choices: the likeliest
+        // first where the least likely are left out, else as they are numbered.
+        if params.top_k > 0 || params.top_p < 1.0 {
+            kept.sort_unstable_by(descending);
+        }
+        let top = kept.iter().fold(f32::NEG_INFINITY, |top, (_, logit)| top.max(*logit));
         let weight = |logit: f32| (f64::from(logit - top) / f64::from(params.temperature)).exp();
         let mut weighted: Vec<(u32, f64)> = kept.iter().map(|&(id, logit)| (id, weight(logit))).collect();
         if params.top_p < 1.0 {

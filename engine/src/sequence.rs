@@ -15,7 +15,7 @@ use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Prompt, Request, TokenEvent, Usage};
-use crate::sampler::{Sampled, Sampler};
+use crate::sampler::{Choice, Sampled, Sampler};
 use crate::scheduler::{Bytes, Entry, Work};
 use crate::stop::StopMatcher;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
@@ -325,14 +325,17 @@ impl Sequence {
         let _ = self.events.send(Event::Started(self.prefill.clone()));
     }
 
-    /// Whether the likeliest token is what this request wants, whatever came before.
-    pub(crate) fn is_greedy(&self) -> bool {
-        self.request.sampling.is_greedy()
+    /// What the choice of the next token needs.
+    pub(crate) fn choice(&mut self) -> Choice {
+        self.sampler.choice()
     }
 
     fn choose(&mut self, next: Next) -> Result<Sampled> {
         let mut logits = match next {
-            Next::Token(sampled) => return Ok(sampled),
+            Next::Token(sampled) => {
+                self.sampler.chosen(sampled.id);
+                return Ok(sampled);
+            }
             Next::Logits(logits) => logits,
         };
         if self.request.ignore_eos {

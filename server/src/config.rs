@@ -450,6 +450,7 @@ impl Settings {
             memory_budget_bytes: self.gpu_memory_bytes,
             kernel_cache: Some(self.kernel_cache.clone()),
             fast_prefill: self.fast_prefill,
+            portable: false,
         }
     }
 

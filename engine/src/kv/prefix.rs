@@ -17,6 +17,17 @@ pub(crate) enum SharedPage {
     Device(Arc<DevicePage>),
 }
 
+impl SharedPage {
+    /// Whether its memory is free once this handle is gone. A sequence that has moved away from what it once shared may
+    /// still hold it.
+    pub(crate) fn is_last(&self) -> bool {
+        match self {
+            SharedPage::Host(layers) => Arc::strong_count(layers) == 1,
+            SharedPage::Device(page) => Arc::strong_count(page) == 1,
+        }
+    }
+}
+
 /// Tokens of a page, and its bytes over all layers, where `model` computes.
 pub(crate) fn page_size(model: &Transformer) -> (usize, Bytes) {
     match model.device() {

@@ -17,6 +17,7 @@ use crate::error::{EngineError, Result};
 use crate::kv::dense::DenseKv;
 use crate::kv::sequence::SequenceKv;
 use crate::kv::{KvDtype, KvShape};
+use crate::sampler::Choice;
 use crate::weights::{Dtype, Weights};
 
 /// A Llama-like model.
@@ -338,9 +339,9 @@ impl Transformer {
     }
 
     /// What follows each row of `states`: where `greedy` says so and a GPU computes, the likeliest token; else logits.
-    pub(crate) fn next(&self, states: &States, greedy: &[bool]) -> Result<Vec<Next>> {
+    pub(crate) fn next(&self, states: &States, choices: &[Choice]) -> Result<Vec<Next>> {
         if let (Body::Device(model), States::Device(_)) = (&self.body, states) {
-            return model.next(greedy);
+            return model.next(choices);
         }
         let logits = self.logits(states)?;
         Ok(logits.chunks_exact(self.spec.vocab).map(|row| Next::Logits(row.to_vec())).collect())

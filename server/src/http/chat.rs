@@ -30,9 +30,11 @@ pub(super) async fn completions(
     let request = ChatRequest::parse(&body, app.settings(), app.model())?;
     let head = Head::new(app.model());
     let (stream, include_usage) = (request.stream, request.include_usage);
-    // Searching, tokenising and computing missing chunks block.
-    let begun = tokio::task::spawn_blocking(move || begin(&service, request)).await;
-    let answering = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))??;
+    // Searching, tokenising and computing missing chunks block. They go on where the client hangs up meanwhile, and count
+    // as a request until they end.
+    let begun = tokio::task::spawn_blocking(move || (begin(&service, request), permit)).await;
+    let (answering, permit) = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))?;
+    let answering = answering?;
     if stream {
         let keepalive = KeepAlive::new().interval(Duration::from_secs(app.settings().keepalive_seconds));
         let events = Streaming::new(answering, permit, head, include_usage).events();

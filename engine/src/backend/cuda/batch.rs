@@ -55,6 +55,8 @@ pub(crate) struct Batch {
     integers: Vec<i32>,
     /// First row of each piece, in the order of the pieces.
     pub(crate) starts: Vec<usize>,
+    /// Whether a prompt or a context is read, beside which others may decode.
+    pub(crate) reads: bool,
     /// Whether some piece wants to see keys and values.
     pub(crate) tapped: bool,
     /// Over the recent runs; each row is in one.
@@ -161,6 +163,7 @@ pub(crate) fn lay_out(
         base: inputs.address(),
         integers: Vec::new(),
         starts: vec![0; pieces.len()],
+        reads: pieces.iter().any(|p| p.tokens.len() > 1),
         tapped: pieces.iter().any(|p| p.tap.is_some()),
         spans: Vec::new(),
         sinks: Vec::new(),
@@ -222,6 +225,7 @@ pub(crate) fn at_positions(
         base: inputs.address(),
         integers: fill.integers,
         starts: vec![0],
+        reads: true,
         tapped: false,
         spans: vec![span],
         sinks: Vec::new(),

@@ -77,7 +77,7 @@ pub(crate) fn copy_bandwidth_of(device: &Device, repeats: usize) -> Result<f64> 
 /// No usable GPU, too little memory on it, or a wrong result.
 pub fn decode_attention(config: &CudaConfig, shape: AttentionShape, repeats: usize) -> Result<Vec<f64>> {
     let device = Device::open(config.ordinal, config.memory_budget_bytes)?;
-    let modules = Modules::load(&device, config.kernel_cache.as_deref())?;
+    let modules = Modules::load(&device, config.kernel_cache.as_deref(), config.portable)?;
     let bench = Bench::new(&device, &modules, shape)?;
     bench.verify()?;
     let layers = bench.layers.len();

@@ -249,10 +249,13 @@ unsafe impl Sync for Pinned {}
 impl Pinned {
     /// Zeroed. Ordinary (cached) memory, not write-combined: the CPU reads it too.
     pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Pinned> {
-        let refused = |_| EngineError::OutOfMemory {
-            what: "page-locked memory on the host".into(),
-            needed: bytes as u64,
-            budget: 0,
+        let refused = |e: cudarc::driver::DriverError| match e.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => EngineError::OutOfMemory {
+                what: "page-locked memory on the host".into(),
+                needed: bytes as u64,
+                budget: 0,
+            },
+            _ => failed("take page-locked memory on the host")(e),
         };
         // SAFETY: zeroed below, before anything reads it.
         let start = unsafe { result::malloc_host(bytes.max(16), 0) }.map_err(refused)?.cast::<u8>();
@@ -293,12 +296,17 @@ impl Event {
 
     /// Seconds from `earlier` to this one; waits for it.
     pub(crate) fn seconds_since(&self, earlier: &Event) -> Result<f64> {
-        // SAFETY: both events live.
+        type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+        let mut ms = 0.0;
+        // SAFETY: both events live; the symbol was found when the driver was looked for (`probe.rs`), and this is its type.
         unsafe {
             result::event::synchronize(self.0).map_err(failed("wait for an event"))?;
-            let ms = result::event::elapsed(earlier.0, self.0).map_err(failed("read the time between events"))?;
-            Ok(f64::from(ms) / 1e3)
+            // `cudarc` would call a name that only drivers from CUDA 12.8 on have.
+            let elapsed = sys::culib().get::<Elapsed>(b"cuEventElapsedTime");
+            let elapsed = elapsed.map_err(|e| EngineError::NoDevice { why: e.to_string() })?;
+            elapsed(&mut ms, earlier.0, self.0).result().map_err(failed("read the time between events"))?;
         }
+        Ok(f64::from(ms) / 1e3)
     }
 }
 

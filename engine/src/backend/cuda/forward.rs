@@ -18,6 +18,9 @@ use crate::error::Result;
 /// Rows up to which the matrix-vector kernels are used, where a block gets enough shared memory.
 pub(crate) const VECTOR_ROWS: usize = 8;
 
+/// Parts that hold an activation's 16 highest bits.
+const EXACT: usize = 2;
+
 /// How a batch's linear layers are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Path {
@@ -38,15 +41,17 @@ pub(crate) struct Pending<'a> {
 impl CudaModel {
     /// Whether the matrix-vector kernels take so many rows.
     pub(crate) fn is_vector(&self, rows: usize) -> bool {
-        self.path(rows) == Path::Vector
+        self.weights.layers.iter().any(|l| l.qkv.format == Format::F32) || rows <= self.vector_rows
     }
 
-    fn path(&self, rows: usize) -> Path {
-        if self.weights.layers.iter().any(|l| l.qkv.format == Format::F32) || rows <= self.vector_rows {
-            Path::Vector
-        } else {
-            Path::Product(self.parts)
-        }
+    /// bf16 parts of an activation in products and attention of many rows: one where prompts may be read fast; steps that
+    /// only decode are exact in any case.
+    pub(crate) fn parts_of(&self, batch: &Batch) -> usize {
+        if self.fast_prefill && batch.reads { 1 } else { EXACT }
+    }
+
+    fn path(&self, rows: usize, parts: usize) -> Path {
+        if self.is_vector(rows) { Path::Vector } else { Path::Product(parts) }
     }
 
     /// Runs all layers over a batch whose arrays lie on the device, and leaves the wanted rows' normed final states in the
@@ -54,7 +59,7 @@ impl CudaModel {
     pub(crate) fn layers(&self, batch: &Batch, mut host: Option<&mut HostWork<'_, '_>>) -> Result<()> {
         let (w, n) = (&self.workspace, batch.rows);
         self.ops.embed(batch.tokens(), &self.weights.embedding, &w.x, n)?;
-        let path = self.path(n);
+        let path = self.path(n, self.parts_of(batch));
         let mut pending: Option<Pending<'_>> = None;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             let parts = self.qkv(path, layer, pending.take(), n)?;
@@ -70,14 +75,16 @@ impl CudaModel {
 
     /// Queries, keys and values in `layer` of the rows in the workspace, which are a batch of their own.
     pub(crate) fn qkv_of(&self, layer: usize, batch: &Batch) -> Result<()> {
-        let parts = self.qkv(self.path(batch.rows), &self.weights.layers[layer], None, batch.rows)?;
+        let parts =
+            self.qkv(self.path(batch.rows, self.parts_of(batch)), &self.weights.layers[layer], None, batch.rows)?;
         self.ops.rope_append(self, layer, batch, parts)
     }
 
     /// Attention and all behind it in `layer`, for the rows in the workspace.
     pub(crate) fn leave(&self, layer: usize, batch: &Batch) -> Result<()> {
         self.attend(layer, batch)?;
-        let pending = self.finish(self.path(batch.rows), &self.weights.layers[layer], batch.rows)?;
+        let path = self.path(batch.rows, self.parts_of(batch));
+        let pending = self.finish(path, &self.weights.layers[layer], batch.rows)?;
         self.settle(pending, batch.rows)
     }
 
@@ -166,7 +173,7 @@ impl CudaModel {
     pub(crate) fn head(&self, first: usize, rows: usize) -> Result<usize> {
         let (w, head) = (&self.workspace, self.weights.head());
         let x = w.finals.at::<f32>(first * self.spec.hidden);
-        match self.path(rows) {
+        match self.path(rows, EXACT) {
             Path::Vector => {
                 self.ops.vector_product(x, None, head, None, &w.logits, rows)?;
                 Ok(1)

@@ -16,8 +16,8 @@ use super::model::{CudaModel, LOGIT_ROWS};
 use crate::error::Result;
 use crate::model::transformer::Piece;
 
-/// Numbers of sequences that graphs are captured for.
-const SIZES: [usize; 15] = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 96, 128, 256];
+/// Numbers of sequences that graphs are captured for, up to the rows of a block of logits.
+const SIZES: [usize; 12] = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64];
 
 /// The least size of graph that holds so many sequences, where there is one.
 pub(crate) fn rounded(sequences: usize) -> usize {
@@ -98,6 +98,7 @@ impl Graphs {
         }
         model.workspace.chosen.read_later(self.chosen.bytes_mut())?;
         model.head_done.store(size << 8 | parts, Ordering::Relaxed);
+        model.banned.store(batch.banned(), Ordering::Relaxed);
         Ok(pieces.len())
     }
 }

@@ -19,7 +19,7 @@ use crate::kv::device::{DevicePool, PAGE};
 use crate::model::rope::RopeTable;
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::Piece;
-use crate::sampler::Sampled;
+use crate::sampler::{Choice, Sampled};
 use crate::weights::Weights;
 
 /// Rows whose logits are computed at a time.
@@ -37,6 +37,8 @@ pub struct CudaConfig {
     /// Round activations to bf16 before products of many rows, as is common, instead of keeping 16 of their bits in two
     /// bf16 numbers. Prefill is then up to twice as fast, and answers may differ from the CPU's.
     pub fast_prefill: bool,
+    /// Only kernels that run on every card, also where there are faster ones: to compare with.
+    pub portable: bool,
 }
 
 /// What every launch of a forward pass needs.
@@ -53,8 +55,8 @@ pub(crate) struct CudaModel {
     pub(crate) pool: Arc<DevicePool>,
     /// Rows up to which the matrix-vector kernels are used.
     pub(crate) vector_rows: usize,
-    /// Parts of an activation in products of many rows.
-    pub(crate) parts: usize,
+    /// Whether activations are rounded to bf16 where prompts are read.
+    pub(crate) fast_prefill: bool,
     /// Whether plans of products are timed when first needed: on while a batch is run that will come again.
     pub(crate) tuning: AtomicBool,
     /// After a replayed graph: its rows and parts of logits, `rows << 8 | parts`; else 0.
@@ -106,6 +108,11 @@ pub(crate) struct Workspace {
     pub(crate) zeros: Memory,
     /// Chosen tokens, their log-probabilities, and whether logits were bad: `[3][LOGIT_ROWS]`.
     pub(crate) chosen: Memory,
+    /// For rows that are drawn: `[LOGIT_ROWS]` f32, `[LOGIT_ROWS]` f64, and tokens with their log-probabilities,
+    /// `[2][LOGIT_ROWS]`.
+    pub(crate) temperatures: Memory,
+    pub(crate) draws: Memory,
+    pub(crate) drawn: Memory,
 }
 
 impl Workspace {
@@ -136,8 +143,21 @@ impl Workspace {
             logits: take(2 * LOGIT_ROWS * spec.vocab, 4)?,
             zeros: device.upload(&vec![0i32; rows], "the workspace of a step")?,
             chosen: take(3 * LOGIT_ROWS, 4)?,
+            temperatures: take(LOGIT_ROWS, 4)?,
+            draws: take(LOGIT_ROWS, 8)?,
+            drawn: take(2 * LOGIT_ROWS, 4)?,
         })
     }
+}
+
+/// Bytes to leave beside the KV of `left` bytes for blending, which goes over a whole context at a time: residual streams of
+/// all its tokens and of those that are recomputed, and their numbers. No context is longer than the pages reach.
+fn blend_bytes(spec: &ModelSpec, shape: KvShape, context: usize, left: u64) -> u64 {
+    /// The driver rounds allocations up.
+    const SLACK: u64 = 4 << 20;
+    let token = (2 * (spec.hidden * 4 + 4)) as u64;
+    let tokens = (left.saturating_sub(SLACK) / (token + shape.token_bytes() as u64)).min(context as u64);
+    (tokens * token + SLACK).min(left)
 }
 
 /// Sizes that a [`CudaModel`] is made for.
@@ -171,7 +191,7 @@ impl CudaModel {
         let device = Device::open(config.ordinal, config.memory_budget_bytes)?;
         // Kernels are read or compiled while weights are copied.
         let (modules, loaded) = std::thread::scope(|scope| {
-            let modules = scope.spawn(|| Modules::load(&device, config.kernel_cache.as_deref()));
+            let modules = scope.spawn(|| Modules::load(&device, config.kernel_cache.as_deref(), config.portable));
             let loaded = device.bind().and_then(|()| DeviceWeights::load(&device, weights, spec));
             let lost = || EngineError::Internal("the thread that loads kernels panicked".into());
             (modules.join().map_err(|_| lost()), loaded)
@@ -184,6 +204,7 @@ impl CudaModel {
         let ops = Ops::new(&device, &modules, spec, shape, rope, limits)?;
         let (budget, used) = device.memory();
         let left = budget.saturating_sub(used);
+        let left = left - blend_bytes(spec, shape, limits.context, left);
         let kv_bytes = if limits.kv_bytes > 0 { limits.kv_bytes.min(left) } else { left };
         let pool = DevicePool::new(&device, shape, kv_bytes)?;
         tracing::info!(
@@ -203,7 +224,7 @@ impl CudaModel {
             workspace,
             pool,
             vector_rows: vector_rows(&device),
-            parts: if config.fast_prefill { 1 } else { 2 },
+            fast_prefill: config.fast_prefill,
             tuning: AtomicBool::new(false),
             head_done: AtomicUsize::new(0),
             banned: AtomicU64::new(0),
@@ -310,16 +331,16 @@ impl CudaModel {
         Ok(())
     }
 
-    /// What follows each of the last forward pass's wanted rows: the likeliest token where `greedy` says so, else logits.
-    pub(crate) fn next(&self, greedy: &[bool]) -> Result<Vec<Next>> {
+    /// What follows each of the last forward pass's wanted rows: a token that is chosen here, or logits.
+    pub(crate) fn next(&self, choices: &[Choice]) -> Result<Vec<Next>> {
         self.device.bind()?;
-        let mut all = Vec::with_capacity(greedy.len());
-        for (i, block) in greedy.chunks(LOGIT_ROWS).enumerate() {
+        let mut all = Vec::with_capacity(choices.len());
+        for (i, block) in choices.chunks(LOGIT_ROWS).enumerate() {
+            let banned = self.banned.load(Ordering::Relaxed) + 4 * (i * LOGIT_ROWS) as u64;
             // A replayed graph has been through the head already.
             let (parts, rows, chosen) = match self.head_done.swap(0, Ordering::Relaxed) {
                 0 => {
                     let parts = self.head(i * LOGIT_ROWS, block.len())?;
-                    let banned = self.banned.load(Ordering::Relaxed) + 4 * (i * LOGIT_ROWS) as u64;
                     self.ops.choose(self, parts, banned, block.len())?;
                     let mut chosen = vec![0; 3 * LOGIT_ROWS];
                     self.workspace.chosen.read(0, &mut chosen)?;
@@ -331,26 +352,53 @@ impl CudaModel {
                     (done & 0xff, done >> 8, graphs.chosen().to_vec())
                 }
             };
-            self.take_block(parts, rows, &chosen, block, &mut all)?;
+            let drawn = self.draw(parts, rows, banned, block)?;
+            self.take_block(parts, rows, &chosen, &drawn, block, &mut all)?;
         }
         Ok(all)
     }
 
-    /// `rows` rows of logits in `parts` parts, of which the first are those of `greedy`.
+    /// Tokens and log-probabilities of the rows that are drawn, `[2][LOGIT_ROWS]`; empty where none is.
+    fn draw(&self, parts: usize, rows: usize, banned: u64, choices: &[Choice]) -> Result<Vec<u32>> {
+        let (mut temperatures, mut draws) = (vec![1.0f32; rows], vec![-1.0f64; rows]);
+        for (i, choice) in choices.iter().enumerate() {
+            if let Choice::Draw { temperature, at } = choice {
+                (temperatures[i], draws[i]) = (*temperature, *at);
+            }
+        }
+        if draws.iter().all(|at| *at < 0.0) {
+            return Ok(Vec::new());
+        }
+        let w = &self.workspace;
+        w.temperatures.write(0, &temperatures)?;
+        w.draws.write(0, &draws)?;
+        self.ops.draw(self, parts, banned, rows)?;
+        let mut drawn = vec![0; 2 * LOGIT_ROWS];
+        w.drawn.read(0, &mut drawn)?;
+        Ok(drawn)
+    }
+
+    /// `rows` rows of logits in `parts` parts, of which the first are those of `choices`.
     fn take_block(
         &self,
         parts: usize,
         rows: usize,
         chosen: &[u32],
-        greedy: &[bool],
+        drawn: &[u32],
+        choices: &[Choice],
         all: &mut Vec<Next>,
     ) -> Result<()> {
-        for (row, greedy) in greedy.iter().enumerate() {
+        for (row, choice) in choices.iter().enumerate() {
             let bad = chosen[2 * LOGIT_ROWS + row] != 0;
             // Bad logits go to the host too, which says what is wrong with them.
-            if *greedy && !bad {
-                let logprob = f32::from_bits(chosen[LOGIT_ROWS + row]);
-                all.push(Next::Token(Sampled { id: chosen[row], logprob }));
+            let from = match choice {
+                Choice::Greedy => Some(chosen),
+                Choice::Draw { .. } => Some(drawn),
+                Choice::Logits => None,
+            };
+            if let (Some(from), false) = (from, bad) {
+                let logprob = f32::from_bits(from[LOGIT_ROWS + row]);
+                all.push(Next::Token(Sampled { id: from[row], logprob }));
             } else {
                 let mut logits = vec![0.0; self.spec.vocab];
                 self.read_logits(parts, rows, row..row + 1, &mut logits)?;

@@ -48,9 +48,9 @@ pub(crate) const PREFILL_HOPPER: &str = "attention_prefill_sm90.cu";
 
 const OPTIONS: [&str; 1] = ["--std=c++17"];
 
-/// The files for a GPU of this compute capability.
-fn sources_for(major: i32) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
-    let other = if major == 9 { PREFILL } else { PREFILL_HOPPER };
+/// The files for a GPU of this compute capability; `portable`: none that is for such GPUs alone.
+fn sources_for(major: i32, portable: bool) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    let other = if major == 9 && !portable { PREFILL } else { PREFILL_HOPPER };
     SOURCES.iter().filter(move |(name, _)| *name != other)
 }
 
@@ -84,11 +84,11 @@ unsafe impl Sync for Modules {}
 
 impl Modules {
     /// Compiles what `cache` does not hold. `None`: nothing is kept.
-    pub(crate) fn load(device: &Arc<Device>, cache: Option<&Path>) -> Result<Modules> {
+    pub(crate) fn load(device: &Arc<Device>, cache: Option<&Path>, portable: bool) -> Result<Modules> {
         let (major, minor) = device.capability;
         let architecture = architecture(major, minor);
         let identity = versions()?;
-        let sources: Vec<_> = sources_for(major).collect();
+        let sources: Vec<_> = sources_for(major, portable).collect();
         let programs: Vec<(&str, Vec<u8>, bool)> = sources
             .into_par_iter()
             .map(|(name, source)| {
@@ -108,6 +108,11 @@ impl Modules {
             modules.compiled += usize::from(!*cached);
         }
         Ok(modules)
+    }
+
+    /// Whether this file was loaded.
+    pub(crate) fn has(&self, file: &str) -> bool {
+        self.loaded.iter().any(|(loaded, _)| *loaded == file)
     }
 
     /// The entry point `name` of the file `file`; `shared`: the most dynamic shared memory a launch will ask for.
@@ -287,7 +292,8 @@ mod tests {
     #[test]
     #[ignore = "needs NVRTC"]
     fn every_kernel_compiles_for_every_architecture() {
-        let jobs = [8, 9, 10].into_iter().flat_map(|major| sources_for(major).map(move |source| (source, (major, 0))));
+        let jobs =
+            [8, 9, 10].into_iter().flat_map(|major| sources_for(major, false).map(move |source| (source, (major, 0))));
         for ((name, source), (major, minor)) in jobs {
             let binary = compile(name, source, &architecture(major, minor)).unwrap();
             assert_eq!(&binary[..4], b"\x7fELF", "{name}");

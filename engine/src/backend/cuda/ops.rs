@@ -28,6 +28,8 @@ const THREADS: usize = 256;
 const BLOCK_HEADS: usize = 8;
 /// Most blocks in a grid's second direction.
 const GRID_ROWS: usize = 65_535;
+/// Threads of a block that draws a token.
+const DRAW_THREADS: usize = 1024;
 /// Blocks that share a row in `sample.cu`.
 const CHOOSE_BLOCKS: usize = 128;
 
@@ -74,7 +76,7 @@ impl Prefill {
     fn new(device: &Arc<Device>, modules: &Modules, spec: &ModelSpec) -> Result<Prefill> {
         let dim = spec.head_dim;
         let name = format!("attention_prefill_d{dim}");
-        let hopper = device.capability.0 == 9;
+        let hopper = modules.has(PREFILL_HOPPER);
         let (file, shared) = if hopper { (PREFILL_HOPPER, 1536 * dim) } else { (PREFILL, 768 * dim) };
         Ok(Prefill {
             kernel: modules.kernel(file, &name, shared)?,
@@ -106,6 +108,7 @@ pub(crate) struct Ops {
     split: Kernel,
     merge: Kernel,
     choose: Kernel,
+    draw: Kernel,
     vectors: Vectors,
     vectors_f32: [Kernel; 3],
     attention_decode: Option<Kernel>,
@@ -168,6 +171,7 @@ impl Ops {
             split: plain("split.cu", "split")?,
             merge: plain("merge.cu", "merge")?,
             choose: plain("sample.cu", "argmax_logprob")?,
+            draw: plain("sample.cu", "draw")?,
             vectors: Vectors { norm: vectors("norm")?, add: vectors("add")?, swiglu: vectors("swiglu")? },
             vectors_f32: [
                 plain("gemv.cu", "gemv_f32w_norm")?,
@@ -383,7 +387,7 @@ impl Ops {
             }
             (Span::Prefill { table, extent, window, .. }, _, Some(kernel)) => {
                 let numbers = rows.len() * heads * dim;
-                let block_rows = kernel.block_rows[model.parts - 1];
+                let block_rows = kernel.block_rows[model.parts_of(batch) - 1];
                 let blocks = kv_heads * (rows.len() * (heads / kv_heads)).div_ceil(block_rows);
                 let parts = kernel.parts(&self.device, blocks, numbers, extent.end - extent.start);
                 let (to_out, to_lse) = match parts {
@@ -403,7 +407,7 @@ impl Ops {
                     kv_heads,
                     *window,
                     model.scale,
-                    i32::from(model.parts == 2),
+                    i32::from(model.parts_of(batch) == 2),
                     to_out,
                     to_lse,
                 ];
@@ -506,6 +510,28 @@ impl Ops {
         ];
         let shape = Shape { grid: (CHOOSE_BLOCKS, rows), ..Shape::new(1, THREADS) };
         self.device.launch(self.choose, shape, arguments)
+    }
+
+    /// Draws tokens of `rows` rows of logits, behind [`choose`](Ops::choose), with the workspace's temperatures and random
+    /// numbers.
+    pub(crate) fn draw(&self, model: &CudaModel, parts: usize, banned: u64, rows: usize) -> Result<()> {
+        let w = &model.workspace;
+        let arguments = arguments![
+            &w.logits,
+            parts,
+            rows,
+            self.spec.vocab,
+            &self.eos,
+            self.spec.eos.len(),
+            banned,
+            w.chosen.at::<u32>(0),
+            w.chosen.at::<u32>(LOGIT_ROWS),
+            &w.temperatures,
+            &w.draws,
+            w.drawn.at::<u32>(0),
+            w.drawn.at::<u32>(LOGIT_ROWS),
+        ];
+        self.device.launch(self.draw, Shape { grid: (rows, 1), ..Shape::new(1, DRAW_THREADS) }, arguments)
     }
 }
 
