@@ -21,7 +21,7 @@ use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::PageKey;
 use crate::request::{AttentionInputs, EventStream, PreparedContext, Prompt, Request};
-use crate::runner::{Command, Load, Runner, ask, out_of_memory};
+use crate::runner::{Command, Load, Runner, ask, never_fits};
 use crate::scheduler::{Bytes, Limits};
 use crate::sequence::Submitted;
 use crate::tokenizer::Tokenizer;
@@ -283,7 +283,7 @@ impl Engine {
 
     fn check_budget(&self, tokens: usize) -> Result<()> {
         let (needed, budget) = (self.inner.limits.bytes(tokens), self.inner.limits.budget);
-        if needed.fits(budget) { Ok(()) } else { Err(out_of_memory(needed, budget)) }
+        if needed.fits(budget) { Ok(()) } else { Err(never_fits(needed, budget)) }
     }
 
     /// KV of `tokens` behind `prefix`, computed in isolation. Blocks.

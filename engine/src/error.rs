@@ -194,6 +194,20 @@ pub enum EngineError {
         budget: u64,
     },
 
+    /// KV that no memory but a larger one will ever hold.
+    #[error(
+        "the request's KV needs {needed} bytes of {memory} memory, more than the budget of {budget}: shorten the prompt \
+         or the answer, or raise the budget"
+    )]
+    NeverFits {
+        /// `host` or `device`.
+        memory: &'static str,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes of the whole budget.
+        budget: u64,
+    },
+
     /// A GPU was asked for, and it or a library that it needs is missing.
     #[error("no usable GPU: {why}. Run `quire doctor` for details, or set the device to `cpu`")]
     NoDevice {

@@ -353,6 +353,15 @@ pub(crate) fn out_of_memory(needed: Bytes, budget: Bytes) -> EngineError {
     EngineError::OutOfMemory { what: format!("the request's KV in {memory} memory"), needed, budget }
 }
 
+/// The error for KV that the whole budget is too small for.
+pub(crate) fn never_fits(needed: Bytes, budget: Bytes) -> EngineError {
+    if needed.host > budget.host {
+        EngineError::NeverFits { memory: "host", needed: needed.host, budget: budget.host }
+    } else {
+        EngineError::NeverFits { memory: "device", needed: needed.device, budget: budget.device }
+    }
+}
+
 /// Asks the engine's thread and waits for the answer.
 pub(crate) fn ask<T>(commands: &Sender<Command>, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
     let stopped = || EngineError::Stopped("its thread takes no more commands".into());

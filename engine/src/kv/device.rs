@@ -8,15 +8,18 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::KvShape;
-use crate::backend::cuda::{Device, Memory};
+use crate::backend::cuda::{Device, Memory, Pinned};
 use crate::error::{EngineError, Result};
 
 /// Tokens of a page.
 pub(crate) const PAGE: usize = 64;
+/// Pages that are read at a time.
+const STAGED: usize = 64;
 
 /// The pages of one device.
 pub(crate) struct DevicePool {
     shape: KvShape,
+    device: Arc<Device>,
     /// One allocation a layer.
     layers: Vec<Memory>,
     pages: usize,
@@ -49,7 +52,7 @@ impl DevicePool {
             .collect::<Result<Vec<_>>>()?;
         // Lowest first.
         let free = Mutex::new((0..pages as u32).rev().collect());
-        Ok(Arc::new(DevicePool { shape, layers, pages, free }))
+        Ok(Arc::new(DevicePool { device: Arc::clone(device), shape, layers, pages, free }))
     }
 
     pub(crate) fn shape(&self) -> &KvShape {
@@ -209,19 +212,31 @@ impl DeviceRun {
         let size = shape.dtype.size();
         let half = PAGE * width * size;
         let mut layers = Vec::with_capacity(shape.layers);
-        let mut page = vec![0u8; 2 * half];
+        let here: Vec<(u32, usize, Range<usize>)> = self
+            .pages
+            .iter()
+            .enumerate()
+            .map(|(number, held)| {
+                let at = self.first + number * PAGE;
+                (held.id, at, range.start.max(at)..range.end.min(at + PAGE))
+            })
+            .filter(|(_, _, part)| !part.is_empty())
+            .collect();
+        // Many pages come over together: one by one, each would be waited for.
+        let mut staging = Pinned::new(&self.pool.device, here.len().min(STAGED) * 2 * half)?;
         for memory in &self.pool.layers {
             let (mut keys, mut values) = (vec![0.0; range.len() * width], vec![0.0; range.len() * width]);
-            for (number, held) in self.pages.iter().enumerate() {
-                let at = self.first + number * PAGE;
-                let (from, to) = (range.start.max(at), range.end.min(at + PAGE));
-                if from >= to {
-                    continue;
+            for here in here.chunks(STAGED) {
+                for ((id, ..), page) in here.iter().zip(staging.bytes_mut().chunks_exact_mut(2 * half)) {
+                    memory.read_later(*id as usize * 2 * half, page)?;
                 }
-                memory.read(held.id as usize * page.len(), &mut page)?;
-                let rows = (from - range.start) * width..(to - range.start) * width;
-                unpack(&shape, &page[..half], from - at..to - at, &mut keys[rows.clone()]);
-                unpack(&shape, &page[half..], from - at..to - at, &mut values[rows]);
+                self.pool.device.synchronize()?;
+                for ((_, at, part), page) in here.iter().zip(staging.bytes().chunks_exact(2 * half)) {
+                    let rows = (part.start - range.start) * width..(part.end - range.start) * width;
+                    let slots = part.start - at..part.end - at;
+                    unpack(&shape, &page[..half], slots.clone(), &mut keys[rows.clone()]);
+                    unpack(&shape, &page[half..], slots, &mut values[rows]);
+                }
             }
             layers.push((keys, values));
         }

@@ -440,7 +440,7 @@ fn the_engine_refuses_what_can_never_fit_and_serves_what_can() {
     let mut rng = ChaCha8Rng::seed_from_u64(10);
     let error = refused(plain(tokens(&mut rng, 700), 120));
     assert!(
-        matches!(&error, EngineError::OutOfMemory { needed, budget, .. } if (*needed, *budget) == (4 * page, 3 * page)),
+        matches!(&error, EngineError::NeverFits { needed, budget, .. } if (*needed, *budget) == (4 * page, 3 * page)),
         "{error}"
     );
     assert!(error.to_string().contains("host memory"), "{error}");

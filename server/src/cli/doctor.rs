@@ -183,6 +183,12 @@ fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
             (checks, Some(engine))
         }
         Err(error) => {
+            use engine::EngineError::{Device, Kernel, NoDevice, OutOfMemory};
+            let on_gpu = matches!(
+                &error,
+                QuireError::Engine(NoDevice { .. } | Device { .. } | Kernel { .. } | OutOfMemory { .. })
+            );
+            let fix = if on_gpu { "free or allow more of its memory, or set --device cpu" } else { fix };
             checks.push(Check::bad("weights", error.to_string(), fix.into()));
             (checks, None)
         }

@@ -30,9 +30,16 @@ pub(super) async fn completions(
     let request = ChatRequest::parse(&body, app.settings(), app.model())?;
     let head = Head::new(app.model());
     let (stream, include_usage) = (request.stream, request.include_usage);
-    // Searching, tokenising and computing missing chunks block. They go on where the client hangs up meanwhile, and count
-    // as a request until they end.
-    let begun = tokio::task::spawn_blocking(move || (begin(&service, request), permit)).await;
+    // Searching, tokenising and computing missing chunks block. Where the client hangs up meanwhile, this function is dropped
+    // here: then they end behind the chunk at hand, and count as a request until that.
+    let waits = Arc::new(());
+    let gone = Arc::downgrade(&waits);
+    let begun = tokio::task::spawn_blocking(move || {
+        let begun = begin(&service, request, &|| gone.strong_count() > 0);
+        (begun, permit)
+    })
+    .await;
+    drop(waits);
     let (answering, permit) = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))?;
     let answering = answering?;
     if stream {
@@ -45,11 +52,13 @@ pub(super) async fn completions(
     Ok(Json(head.whole(&answer)).into_response())
 }
 
-fn begin(service: &Arc<Service>, request: ChatRequest) -> Result<Answering> {
+fn begin(service: &Arc<Service>, request: ChatRequest, wanted: &dyn Fn() -> bool) -> Result<Answering> {
     let query = request.query();
     let ChatRequest { messages, options, collection, top_chunks, .. } = request;
     match collection {
-        Some(collection) => service.answer(&Question { messages, query: query?, collection, top_chunks, options }),
+        Some(collection) => {
+            service.answer_while(&Question { messages, query: query?, collection, top_chunks, options }, wanted)
+        }
         None => service.generate(&messages, &options),
     }
 }

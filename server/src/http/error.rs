@@ -93,6 +93,9 @@ impl From<&QuireError> for ApiError {
             }
             QuireError::Engine(EngineError::InvalidRequest(_)) => invalid(),
             QuireError::Engine(EngineError::ChatTemplate(_)) => invalid().param("messages"),
+            QuireError::Engine(EngineError::NeverFits { .. }) => {
+                invalid().param("messages").code("context_length_exceeded")
+            }
             QuireError::Engine(EngineError::OutOfMemory { .. }) => unavailable().code("out_of_memory").retry_after(5),
             _ => {
                 tracing::error!(%error, "a request failed");

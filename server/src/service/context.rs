@@ -63,6 +63,14 @@ impl Service {
     /// # Errors
     /// An unknown collection, the context limit, a wrong parameter, a full queue, a failing store.
     pub fn answer(&self, question: &Question) -> Result<Answering> {
+        self.answer_while(question, &|| true)
+    }
+
+    /// As [`answer`](Service::answer), given up between two chunks once nobody waits any more, as `wanted` says.
+    ///
+    /// # Errors
+    /// As [`answer`](Service::answer), and [`EngineError::Cancelled`].
+    pub fn answer_while(&self, question: &Question, wanted: &dyn Fn() -> bool) -> Result<Answering> {
         let started = Instant::now();
         let options = &question.options;
         options.blend.validate(self.engine.spec().layers)?;
@@ -81,6 +89,9 @@ impl Service {
         let mut prompt = Prompt { prefix: rendered.prefix, chunks: Vec::new(), suffix: rendered.suffix };
         let mut context = Vec::with_capacity(chosen.len());
         for Candidate { found, tokens } in chosen {
+            if !wanted() {
+                return Err(EngineError::Cancelled.into());
+            }
             let (source, origin) = match options.blend.mode {
                 BlendMode::FullRecompute => (None, None),
                 _ => {

@@ -192,12 +192,12 @@ impl Memory {
         self.device.synchronize()
     }
 
-    /// Copies the first bytes into page-locked memory, in order with other work; they are there once the stream has been
-    /// waited for.
-    pub(crate) fn read_later(&self, data: &mut [u8]) -> Result<()> {
-        debug_assert!(data.len() <= self.bytes);
+    /// Copies from byte `at` on into page-locked memory, in order with other work; the bytes are there once the stream has
+    /// been waited for.
+    pub(crate) fn read_later(&self, at: usize, data: &mut [u8]) -> Result<()> {
+        debug_assert!(at + data.len() <= self.bytes);
         // SAFETY: within the allocation; page-locked memory is freed by its owner, which waits for the device.
-        unsafe { result::memcpy_dtoh_async(data, self.address, self.device.stream) }
+        unsafe { result::memcpy_dtoh_async(data, self.at::<u8>(at), self.device.stream) }
             .map_err(failed("copy from the GPU"))
     }
 

@@ -96,7 +96,7 @@ impl Graphs {
             let ms = 1e3 * Event::record(&model.device)?.seconds_since(&begun)?;
             tracing::trace!(size, ms, "a decode step on the GPU");
         }
-        model.workspace.chosen.read_later(self.chosen.bytes_mut())?;
+        model.workspace.chosen.read_later(0, self.chosen.bytes_mut())?;
         model.head_done.store(size << 8 | parts, Ordering::Relaxed);
         model.banned.store(batch.banned(), Ordering::Relaxed);
         Ok(pieces.len())

@@ -24,7 +24,7 @@ mod weights;
 
 pub(crate) use bench::copy_bandwidth_of;
 pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
-pub(crate) use device::{Device, Memory};
+pub(crate) use device::{Device, Memory, Pinned};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};
 pub use probe::{Library, libraries};
