@@ -162,6 +162,19 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_free_nothing_do_not_count_as_evicted() {
+        let mut cache = PrefixCache::new();
+        let chain = chain(&[1, 2, 3, 4, 5, 6]);
+        let pages: Vec<Arc<usize>> = chain.iter().enumerate().map(|(i, key)| cache.share(*key, Arc::new(i))).collect();
+        cache.release(&chain);
+        // The last page goes first; somebody holds it and the one before it still.
+        let held = pages[1..].to_vec();
+        drop(pages);
+        cache.evict(1, &|page| Arc::strong_count(page) == 1);
+        assert_eq!((cache.len(), held.len()), (0, 2), "it takes all three to free one");
+    }
+
+    #[test]
     fn of_two_equal_pages_one_is_kept() {
         let mut cache = PrefixCache::new();
         let key = chain(&[1, 2])[0];

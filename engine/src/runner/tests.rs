@@ -432,6 +432,44 @@ fn what_grows_beyond_the_memory_fails_by_name_and_the_engine_goes_on() {
 }
 
 #[test]
+fn chunks_are_computed_one_at_a_time_while_others_are_answered() {
+    let mut bench = Bench::new(config(), 64);
+    let (send, commands) = channel();
+    bench.runner.commands = commands;
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    let mut events = bench.submit(&plain(tokens(&mut rng, 20), 30));
+    let replies: Vec<_> = (0..5)
+        .map(|_| {
+            let (reply, answer) = channel();
+            send.send(Command::ChunkKv { prefix: vec![1], tokens: tokens(&mut rng, 9), reply }).unwrap();
+            answer
+        })
+        .collect();
+    for done in 1..=5 {
+        assert!(bench.runner.take_commands(&mut bench.queue));
+        assert_eq!(replies.iter().filter(|reply| reply.try_recv().is_ok()).count(), 1, "chunk {done}");
+        bench.cycle();
+    }
+    assert!(Answer::read(&mut events).tokens.len() >= 4, "an answer goes on in between");
+}
+
+#[test]
+fn whoever_finds_a_free_place_is_not_refused_for_the_queue() {
+    let model_dir = MODEL_DIR.path().to_path_buf();
+    let settings = EngineConfig { model_dir, threads: 2, max_sequences: 4, queue: 1, ..config() };
+    let engine = Engine::load(settings).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(12);
+    // Faster than the engine's thread takes them.
+    let request = plain(tokens(&mut rng, 300), 400);
+    let all: Vec<_> = (0..9).map(|_| engine.submit(request.clone())).collect();
+    let taken = all.iter().filter(|taken| taken.is_ok()).count();
+    assert!((5..=6).contains(&taken), "{taken} of 9: four that run and one that waits");
+    let refused = all.into_iter().find_map(Result::err).unwrap();
+    assert!(matches!(refused, EngineError::QueueFull { limit: 1 }), "{refused}");
+    engine.shutdown();
+}
+
+#[test]
 fn the_engine_refuses_what_can_never_fit_and_serves_what_can() {
     let page = page_bytes(&MODEL.shape);
     let model_dir = MODEL_DIR.path().to_path_buf();

@@ -156,3 +156,30 @@ proptest! {
         prop_assert_eq!(run(), run());
     }
 }
+
+#[test]
+fn what_is_drawn_elsewhere_is_what_would_be_drawn_here() {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let logits: Vec<f32> = (0..50).map(|_| rng.random_range(-3.0..3.0)).collect();
+    let params = SamplingParams { temperature: 0.7, seed: Some(5), ..params() };
+    let (mut here, mut there) = (Sampler::new(params.clone()), Sampler::new(params.clone()));
+    for _ in 0..200 {
+        let Choice::Draw { temperature, at } = there.choice() else { panic!("the temperature alone is set") };
+        assert_eq!(there.choice(), Choice::Draw { temperature, at }, "until it is used");
+        let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weight = |logit: &f32| (f64::from(logit - top) / f64::from(temperature)).exp();
+        let goal = at * logits.iter().map(weight).sum::<f64>();
+        let mut sum = 0.0;
+        let id = logits.iter().position(|logit| {
+            sum += weight(logit);
+            sum > goal
+        });
+        let id = id.unwrap() as u32;
+        there.chosen(id);
+        assert_eq!(here.sample(&mut logits.clone()).unwrap().id, id);
+    }
+    assert_eq!(Sampler::new(SamplingParams { temperature: 0.0, ..params.clone() }).choice(), Choice::Greedy);
+    for other in [SamplingParams { top_k: 5, ..params.clone() }, SamplingParams { presence_penalty: 1.0, ..params }] {
+        assert_eq!(Sampler::new(other).choice(), Choice::Logits);
+    }
+}
