@@ -23,6 +23,7 @@ mod shape;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::bitmap::Bitmap;
@@ -47,6 +48,8 @@ const SETTLED: usize = 4096;
 const STAND_INS: usize = 8192;
 /// Graphs over the keys of a KV head at most.
 pub(crate) const MOST_HEADS: usize = 128;
+/// Walks at most that take turns: each has a set of all keys to itself, and more of them do not find more in the caches.
+const TOGETHER: usize = 32;
 /// Keys at most: the beam marks ids in their highest bit.
 const MOST_KEYS: usize = 1 << 31;
 
@@ -58,6 +61,8 @@ pub(crate) struct GraphIndex<T: Element> {
     graphs: RwLock<Option<Arc<Graphs>>>,
     twins: Twins,
     writer: Mutex<Writer>,
+    /// Numbers of the samples that the writer keeps.
+    kept: AtomicUsize,
 }
 
 /// What only the appending thread needs.
@@ -105,6 +110,7 @@ impl<T: Element> GraphIndex<T> {
             graph_from,
             graphs: RwLock::new(graphs),
             twins,
+            kept: AtomicUsize::new(samples.len()),
             writer: Mutex::new(Writer { distinct: Some(distinct), samples }),
         })
     }
@@ -189,7 +195,12 @@ impl<T: Element> GraphIndex<T> {
         let Some(graphs) = graphs.filter(|_| k > 0 && ef < visible) else {
             return scan_group(&self.rows, len, queries, k, exclude);
         };
-        let mut results = self.walk(&graphs, queries, &SearchParams { k, ef, ..*params }, exclude);
+        let mut results = Vec::with_capacity(queries.len() / self.dim());
+        for (block, queries) in queries.chunks(TOGETHER * self.dim()).enumerate() {
+            let query_head = (params.query_head % self.params.query_heads + block * TOGETHER) % self.params.query_heads;
+            let params = SearchParams { k, ef, query_head, ..*params };
+            results.extend(self.walk(&graphs, queries, &params, exclude));
+        }
         for (query, result) in queries.chunks_exact(self.dim()).zip(&mut results) {
             if result.hits.len() < k {
                 let nodes_visited = result.stats.nodes_visited;
@@ -285,7 +296,8 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
             let graphs = build_graphs(self.dim(), &keys, &distinct.ids, &self.twins, samples, None, &self.params)?;
             *self.graphs.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(graphs));
             if distinct.ids.len() >= SETTLED {
-                samples.clear();
+                *samples = Vec::new();
+                self.kept.store(0, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -324,6 +336,7 @@ impl<T: Element> KeyIndex for GraphIndex<T> {
             + graph_bytes
             + self.twins.memory_bytes()
             + Distinct::memory_bytes(self.len())
+            + self.kept.load(Ordering::Relaxed) * size_of::<f32>()
     }
 
     fn kind(&self) -> IndexKind {
@@ -446,6 +459,69 @@ mod tests {
         let params = IndexParams { kind: IndexKind::Graph, graph: params, ..IndexParams::default() };
         let odd = crate::build(DIM, &keys, &side_by_side[..3 * DIM], &params).unwrap_err().to_string();
         assert!(odd.contains("`sample queries` is 3"), "{odd}");
+    }
+
+    #[test]
+    fn samples_are_counted_and_go_once_the_graph_has_settled() {
+        let (rng, folder) = (&mut ChaCha8Rng::seed_from_u64(8), tempfile::tempdir().unwrap());
+        let (keys, samples) = (rows(rng, 1000, 0.5, 1.0), rows(rng, 2000, 1.0, 0.02));
+        let mut index: Box<dyn KeyIndex> =
+            Box::new(GraphIndex::<bf16>::build(DIM, &keys, &samples, None, &GraphParams::default()).unwrap());
+        let small = GraphIndex::<bf16>::build(DIM, &keys, &samples[..DIM], None, &GraphParams::default()).unwrap();
+        assert!(index.memory_bytes() >= small.memory_bytes() + 4 * 1999 * DIM);
+        let path = folder.path().join("index");
+        let size = |index: &dyn KeyIndex| {
+            index.save(&path).unwrap();
+            std::fs::metadata(&path).unwrap().len() as usize
+        };
+        assert!(size(&*index) > 4 * samples.len());
+        // It comes from a file before it has settled.
+        index = crate::open(&path).unwrap();
+        for _ in 0..8 {
+            index.append(&rows(rng, 500, 0.5, 1.0)).unwrap();
+        }
+        let all = size(&*index);
+        index = crate::open(&path).unwrap();
+        assert_eq!(size(&*index), all);
+        let rows_and_codes = index.len() * (2 * DIM + 64 + 4 + 80);
+        assert!(all < rows_and_codes + 2000 * (DIM + 1) * 4 + 50_000, "{all} bytes: samples are there once, as guides");
+    }
+
+    #[test]
+    fn many_queries_at_once_find_what_each_finds_in_the_graph_of_its_head() {
+        let rng = &mut ChaCha8Rng::seed_from_u64(9);
+        let (keys, samples) = (rows(rng, 3000, 0.5, 1.0), rows(rng, 900, 1.0, 0.02));
+        let params = GraphParams { query_heads: 3, ..GraphParams::default() };
+        let index = GraphIndex::<bf16>::build(DIM, &keys, &samples, None, &params).unwrap();
+        let queries = rows(rng, 71, 1.0, 0.02);
+        for first in 0..3 {
+            let wish = SearchParams { k: 10, ef: 20, query_head: first, ..SearchParams::default() };
+            let together = index.search_group(&queries, &wish, None).unwrap();
+            assert_eq!(together.len(), 71);
+            for (i, (query, found)) in queries.chunks(DIM).zip(&together).enumerate() {
+                let alone = index.search(query, &SearchParams { query_head: (first + i) % 3, ..wish }, None).unwrap();
+                assert_eq!(found.hits, alone.hits, "query {i} from head {first} on");
+            }
+        }
+    }
+
+    #[test]
+    fn an_index_of_the_longest_keys_comes_back_from_its_file() {
+        const WIDE: usize = 512;
+        let (rng, folder) = (&mut ChaCha8Rng::seed_from_u64(10), tempfile::tempdir().unwrap());
+        // Nearly all along one direction, which is also the one that queries vary in: their projections are longest then.
+        let signs: Vec<f32> = rows(rng, WIDE / DIM, 1.0, 1.0).iter().map(|x| x.signum()).collect();
+        let noise = rows(rng, 900 * WIDE / DIM, 0.1, 0.1);
+        let along = |i: usize| if i / WIDE % 2 == 0 { 0.95e17 } else { -0.95e17 };
+        let keys: Vec<f32> =
+            noise.iter().enumerate().map(|(i, x)| along(i) * signs[i % WIDE] * (1.0 + 0.1 * x)).collect();
+        let samples: Vec<f32> = (0..300).flat_map(|i| signs.iter().map(move |x| x * (i as f32 - 150.0))).collect();
+        let index = GraphIndex::<bf16>::build(WIDE, &keys, &samples, None, &GraphParams::default()).unwrap();
+        let path = folder.path().join("index");
+        index.save(&path).unwrap();
+        let (opened, query) = (crate::open(&path).unwrap(), &samples[..WIDE]);
+        let wish = SearchParams { k: 10, ef: 50, ..SearchParams::default() };
+        assert_eq!(opened.search(query, &wish, None).unwrap().hits, index.search(query, &wish, None).unwrap().hits);
     }
 
     #[test]

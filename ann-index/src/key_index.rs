@@ -144,11 +144,13 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
 
     /// Searches for each of the rows of `queries`, the query heads that share these keys (one
     /// group of grouped-query attention), and shares what can be shared; hits are the same as those
-    /// of [`search`](KeyIndex::search), query after query and, with [`SearchParams::query_head`], head after head. `flat` and `clusters` read once what several queries want;
-    /// the walks of `graph` take turns, so that they wait for memory together and find there what another has
-    /// fetched; `hnsw` and `ivf` search one query after the other.
+    /// of [`search`](KeyIndex::search), query after query and, with [`SearchParams::query_head`], head after head. `flat`
+    /// and `clusters` read once what several queries want; the walks of `graph` take turns, 32 at a time, so that they
+    /// wait for memory together and find there what another has fetched; `hnsw` and `ivf` search one query after the
+    /// other.
     ///
-    /// A query's statistics say what was read for it and for no query before it: they add up to what the group
+    /// A query's statistics say what was read for it and for no query before it (of those that walk together): they add up
+    /// to what the group
     /// read. With `hnsw` and `ivf` they are those of single searches.
     ///
     /// # Errors

@@ -128,7 +128,7 @@ pub struct GraphParams {
     pub sample_neighbours: usize,
     /// Query heads with a graph of their own over the same stored keys, 1 to 128. 1, the default: one graph for all
     /// query heads that share the KV head, shaped after the queries of all of them. The size h of the group: one for
-    /// each, as in RetrievalAttention (arXiv 2409.10516); links then take h times the memory. Sample queries are in that
+    /// each, as in RetrievalAttention (arXiv 2409.10516); links and what is kept of the queries then take h times the memory. Sample queries are in that
     /// case `[tokens, h, dim]`, and searches say whose query comes: see [`SearchParams::query_head`]. Without sample
     /// queries all heads are alike, and one graph serves them.
     pub query_heads: usize,

@@ -119,13 +119,16 @@ impl Sections {
         // A name of its own for every save: several may write to one path at the same time, and the last is what stays.
         static SAVES: AtomicU64 = AtomicU64::new(0);
         let save = SAVES.fetch_add(1, Ordering::Relaxed);
-        // A link stays one: what it leads to is written.
+        // A link to a file stays one: the file is written.
         let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let mut beside = path.as_os_str().to_owned();
         beside.push(format!(".{}.{save}.new", std::process::id()));
         let beside = PathBuf::from(beside);
-        let written =
-            self.write_to(&beside).and_then(|()| std::fs::rename(&beside, path)).and_then(|()| sync_folder(path));
+        let written = self
+            .write_to(&beside)
+            .and_then(|()| keep_permissions(path, &beside))
+            .and_then(|()| std::fs::rename(&beside, path))
+            .and_then(|()| sync_folder(path));
         written.map_err(|e| {
             // Nothing can be done about a file that cannot be removed either.
             let _ = std::fs::remove_file(&beside);
@@ -166,6 +169,14 @@ impl Sections {
             at = start + bytes.len();
         }
         out.into_inner().map_err(|e| e.into_error())?.sync_all()
+    }
+}
+
+/// Gives the new file the permissions of the one that it replaces.
+fn keep_permissions(old: &Path, new: &Path) -> std::io::Result<()> {
+    match std::fs::metadata(old) {
+        Ok(old) if old.is_file() => std::fs::set_permissions(new, old.permissions()),
+        _ => Ok(()),
     }
 }
 

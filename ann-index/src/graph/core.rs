@@ -63,8 +63,10 @@ impl Core {
         };
         let links = core.links();
         let points = Points::all(dim, core.shape.project(keys, core.codes.center()));
-        let squares = distinct.iter().map(|&id| f64::from(norm(points.get(id))).powi(2));
-        core.typical = (squares.sum::<f64>() / distinct.len().max(1) as f64).sqrt() as f32;
+        // Keys may be so long that their squares overflow f32.
+        let square = |&id: &u32| points.get(id).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+        let mean = distinct.iter().map(square).sum::<f64>() / distinct.len().max(1) as f64;
+        core.typical = mean.sqrt().min(f64::from(f32::MAX)) as f32;
         core.add_entries(&core.outliers(&points, distinct));
         let incidences = Incidences::new(count, neighbours);
         let chosen = choose(&links, &points, distinct, |i, out| incidences.candidates(neighbours, distinct[i], out));

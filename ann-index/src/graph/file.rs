@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::core::Core;
@@ -10,7 +10,7 @@ use super::graphs::Graphs;
 use super::guides::Guides;
 use super::links::{ID_BITS, Links};
 use super::shape::Shape;
-use super::{GRAPH_FROM, GraphIndex, MOST_HEADS, MOST_KEYS, Writer};
+use super::{GRAPH_FROM, GraphIndex, MOST_HEADS, MOST_KEYS, SETTLED, Writer};
 use crate::blocks::Blocks;
 use crate::check::check_rows;
 use crate::codes::{Codes, code_stride};
@@ -69,7 +69,14 @@ impl<T: Element> GraphIndex<T> {
         }
         let graphs = match bits {
             0 => None,
-            _ => Some(Arc::new(Graphs::read(parts, &params, bits, &typical, &twins)?)),
+            _ => {
+                let mut graphs = Graphs::read(parts, &params, bits, &typical, &twins)?;
+                if !samples.is_empty() {
+                    // Samples are kept until the graphs have settled.
+                    graphs.built = graphs.built.min(SETTLED - 1);
+                }
+                Some(Arc::new(graphs))
+            }
         };
         Ok(Self {
             rows,
@@ -77,6 +84,7 @@ impl<T: Element> GraphIndex<T> {
             graph_from: GRAPH_FROM,
             graphs: RwLock::new(graphs),
             twins,
+            kept: AtomicUsize::new(samples.len()),
             writer: Mutex::new(Writer { distinct: None, samples }),
         })
     }

@@ -125,7 +125,7 @@ impl Graphs {
         let probes: Vec<Probe> = queries.chunks_exact(self.codes.center().len()).map(|q| self.codes.probe(q)).collect();
         let held: Vec<_> = self.of_heads.iter().map(|graph| (graph.links(), graph.entries())).collect();
         let fields: Vec<Field<'_>> = held.iter().map(|(links, _)| Field::new(self.codes.view(), links)).collect();
-        let graph_of = |walk: usize| (first + walk) % held.len();
+        let graph_of = |walk: usize| (first % held.len() + walk) % held.len();
         let starts: Vec<Start<'_>> = (0..)
             .zip(&probes)
             .map(|(walk, probe)| Start { field: &fields[graph_of(walk)], probe, entries: &held[graph_of(walk)].1 })

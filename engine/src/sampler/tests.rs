@@ -2,6 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
+use rand::Rng;
 
 fn params() -> SamplingParams {
     SamplingParams { temperature: 1.0, seed: Some(7), ..SamplingParams::default() }

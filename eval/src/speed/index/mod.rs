@@ -177,6 +177,9 @@ pub fn bench_index(
         // Before anything is built: that takes minutes, and only then are they asked.
         Process::start(&options.python, NEEDS, SCRIPT, &[])?;
     }
+    if let Some(folder) = &options.figures {
+        fs::create_dir_all(folder).map_err(EvalError::io("create", folder))?;
+    }
     let sides = options.kinds.len() + if options.peers { PEERS.len() } else { 0 };
     let steps = options.data.len() * (2 * sides + 1);
     let mut meter = Meter::new(steps, steps as f64, progress);
