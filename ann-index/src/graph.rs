@@ -512,7 +512,7 @@ mod tests {
         // Nearly all along one direction, which is also the one that queries vary in: their projections are longest then.
         let signs: Vec<f32> = rows(rng, WIDE / DIM, 1.0, 1.0).iter().map(|x| x.signum()).collect();
         let noise = rows(rng, 900 * WIDE / DIM, 0.1, 0.1);
-        let along = |i: usize| if i / WIDE % 2 == 0 { 0.95e17 } else { -0.95e17 };
+        let along = |i: usize| if (i / WIDE).is_multiple_of(2) { 0.95e17 } else { -0.95e17 };
         let keys: Vec<f32> =
             noise.iter().enumerate().map(|(i, x)| along(i) * signs[i % WIDE] * (1.0 + 0.1 * x)).collect();
         let samples: Vec<f32> = (0..300).flat_map(|i| signs.iter().map(move |x| x * (i as f32 - 150.0))).collect();
