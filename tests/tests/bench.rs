@@ -40,7 +40,7 @@ fn load_is_measured_on_a_model_that_was_written_for_it() {
         command
     };
     succeed(&mut checkpoint());
-    fail(&mut checkpoint(), 1, &["expected a folder without a model", "choose another"]);
+    fail(&mut checkpoint(), 2, &["expected a folder without a model", "choose another"]);
 
     let batch = ["--batch", "1,3", "--lengths", "64", "--tokens", "8", "--repeats", "1", "--no-peer"];
     succeed(bench(dir, "decode").args(batch));

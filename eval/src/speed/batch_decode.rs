@@ -205,10 +205,12 @@ impl Case<'_> {
     }
 
     /// Tokens of an answer: those that are timed, those before them, and what a sequence writes while the others are
-    /// read. How long that takes is the scheduler's choice: a quarter of a reading step a token is allowed for.
+    /// read. How long that takes is the scheduler's choice: a quarter of a reading step a token is allowed for. The first of
+    /// several may write some more before the others are handed in, where a step takes less than a millisecond.
     fn answer_tokens(&self) -> usize {
         let step = (self.options.prefill_chunk / 4).max(1);
-        self.options.tokens + WARM_UP + 2 + (self.batch - 1) * (self.length.div_ceil(step) + 1)
+        let handing_in = if self.batch > 1 { 64 } else { 0 };
+        self.options.tokens + WARM_UP + 2 + handing_in + (self.batch - 1) * (self.length.div_ceil(step) + 1)
     }
 
     fn measure(&self, meter: &mut Meter<'_>) -> Result<Measured> {
