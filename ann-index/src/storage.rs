@@ -119,8 +119,7 @@ impl Sections {
         // A name of its own for every save: several may write to one path at the same time, and the last is what stays.
         static SAVES: AtomicU64 = AtomicU64::new(0);
         let save = SAVES.fetch_add(1, Ordering::Relaxed);
-        // A link to a file stays one: the file is written.
-        let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let path = &behind_links(path);
         let mut beside = path.as_os_str().to_owned();
         beside.push(format!(".{}.{save}.new", std::process::id()));
         let beside = PathBuf::from(beside);
@@ -170,6 +169,18 @@ impl Sections {
         }
         out.into_inner().map_err(|e| e.into_error())?.sync_all()
     }
+}
+
+/// Where a path leads: a link stays one, and what it names is written, whether that is there already or not.
+fn behind_links(path: &Path) -> PathBuf {
+    /// As many as Linux follows.
+    const LINKS: usize = 40;
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        let Ok(target) = std::fs::read_link(&path) else { break };
+        path = path.parent().map_or_else(|| target.clone(), |folder| folder.join(&target));
+    }
+    path
 }
 
 /// Gives the new file the permissions of the one that it replaces.

@@ -62,6 +62,12 @@ fn a_link_to_a_file_stays_one() {
     all[1].save(&link).unwrap();
     assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
     assert_eq!(format!("{:?}", open(&file).unwrap()), format!("{:?}", open(&link).unwrap()));
+    // Also where nothing is yet.
+    let (early, later) = (folder.path().join("early"), folder.path().join("later"));
+    std::os::unix::fs::symlink("later", &early).unwrap();
+    all[1].save(&early).unwrap();
+    assert!(std::fs::symlink_metadata(&early).unwrap().is_symlink());
+    assert_eq!(std::fs::read(&later).unwrap(), std::fs::read(&file).unwrap());
     let mut key = [0.0; DIM];
     all[1].key(3, &mut key).unwrap();
     let mut found = [0.0; DIM];

@@ -137,7 +137,8 @@ impl Default for IndexBenchOptions {
 }
 
 impl IndexBenchOptions {
-    fn check(&self) -> Result<()> {
+    /// `context`: tokens of the model's, where there is one.
+    fn check(&self, context: Option<usize>) -> Result<()> {
         let least = |what, found: usize, least: usize| {
             let expected = format!("at least {least}");
             if found < least { Err(EvalError::BadOption { what, found: found.to_string(), expected }) } else { Ok(()) }
@@ -148,6 +149,15 @@ impl IndexBenchOptions {
         least("the number of queries", self.queries, 1)?;
         least("the number of data sets", self.data.len(), 1)?;
         least("the number of texts", self.heads.texts, 1)?;
+        let lengths = self.heads.lengths.iter().filter(|_| self.data.contains(&IndexData::Model));
+        if let (Some(context), Some(longest)) = (context, lengths.max().filter(|length| Some(**length) > context)) {
+            let (found, expected) = (format!("{longest} tokens"), format!("at most the model's {context}"));
+            return Err(EvalError::BadOption { what: "the longest text", found, expected });
+        }
+        if let Some(twice) = self.kinds.iter().enumerate().find(|(i, kind)| self.kinds[..*i].contains(kind)) {
+            let (found, expected) = (twice.1.name().to_owned(), "each once".into());
+            return Err(EvalError::BadOption { what: "a kind of index that comes twice", found, expected });
+        }
         self.kinds.iter().try_for_each(|kind| Ok(kind.check_built_in()?))
     }
 
@@ -172,7 +182,7 @@ pub fn bench_index(
     options: &IndexBenchOptions,
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<SpeedReport> {
-    options.check()?;
+    options.check(engine.map(Engine::max_context))?;
     if options.peers {
         // Before anything is built: that takes minutes, and only then are they asked.
         Process::start(&options.python, NEEDS, SCRIPT, &[])?;

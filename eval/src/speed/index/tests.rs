@@ -98,9 +98,17 @@ fn senseless_options_are_refused() {
         IndexBenchOptions { repeats: 0, ..small(dir.path()) },
         IndexBenchOptions { keys: 5, ..small(dir.path()) },
         IndexBenchOptions { data: vec![], ..small(dir.path()) },
+        IndexBenchOptions { kinds: vec![IndexKind::Flat, IndexKind::Flat], ..small(dir.path()) },
         IndexBenchOptions { data: vec![IndexData::Model], ..small(dir.path()) },
         IndexBenchOptions { peers: true, python: "no-such-python".into(), kinds: vec![], ..small(dir.path()) },
     ] {
         assert!(bench_index(None, &options, &mut |_| {}).is_err());
     }
+    // Before anything is read: that takes minutes.
+    let heads = HeadOptions { lengths: vec![100, 9000, 200], ..HeadOptions::default() };
+    let options = IndexBenchOptions { data: vec![IndexData::Model], heads, ..small(dir.path()) };
+    assert_eq!(
+        options.check(Some(8192)).unwrap_err().to_string(),
+        "the longest text is 9000 tokens, expected at most the model's 8192"
+    );
 }
