@@ -25,10 +25,12 @@ pub struct EngineConfig {
     pub max_context: Option<usize>,
     /// Sequences that run at the same time.
     pub max_sequences: usize,
-    /// Tokens of a step over all sequences: one for each that decodes, the rest for parts of prompts. Fewer: an answer
-    /// goes on more evenly while prompts are read; more: prompts are read faster. Decoding is never held back, and a
-    /// prompt reads one token a step at least.
+    /// Tokens of a step over all sequences: one for each that decodes, the rest for parts of prompts. Decoding is never
+    /// held back, and a prompt reads one token a step at least.
     pub step_tokens: usize,
+    /// Tokens of prompts in a step in which some sequence decodes at most. Fewer: an answer goes on more evenly while prompts
+    /// are read; more: prompts are read faster.
+    pub mixed_prefill_tokens: usize,
     /// Tokens of one prompt that are read in a step at most; also those of a step of computing a chunk.
     pub prefill_chunk: usize,
     /// Bytes of KV that all running sequences and the prefix cache may hold; 0: half of the machine's memory.
@@ -50,6 +52,7 @@ impl Default for EngineConfig {
             max_context: None,
             max_sequences: 8,
             step_tokens: 512,
+            mixed_prefill_tokens: 128,
             prefill_chunk: 512,
             kv_budget_bytes: 0,
             prefix_cache: true,

@@ -21,7 +21,7 @@ use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::PageKey;
 use crate::request::{AttentionInputs, EventStream, PreparedContext, Prompt, Request};
-use crate::runner::{Command, Load, Runner, ask, never_fits};
+use crate::runner::{Command, Computation, Load, Runner, ask, never_fits};
 use crate::scheduler::{Bytes, Limits};
 use crate::sequence::Submitted;
 use crate::tokenizer::Tokenizer;
@@ -297,7 +297,7 @@ impl Engine {
         self.check_length(prefix.len() + tokens.len())?;
         self.check_budget(prefix.len() + tokens.len())?;
         let (prefix, tokens) = (prefix.to_vec(), tokens.to_vec());
-        ask(&self.inner.commands, |reply| Command::ChunkKv { prefix, tokens, reply })
+        ask(&self.inner.commands, |reply| Computation::Chunk { prefix, tokens, reply })
     }
 
     /// Queries and keys of every layer for a text that is read alone, for measurements of what attention looks at.
@@ -312,7 +312,7 @@ impl Engine {
         self.check_length(tokens.len())?;
         self.check_budget(tokens.len())?;
         let tokens = tokens.to_vec();
-        ask(&self.inner.commands, |reply| Command::AttentionInputs { tokens, reply })
+        ask(&self.inner.commands, |reply| Computation::AttentionInputs { tokens, reply })
     }
 
     /// KV of a context that many questions share. Blocks.
@@ -330,7 +330,7 @@ impl Engine {
         let tokens = prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>();
         self.check_length(tokens + 2)?;
         self.check_budget(tokens)?;
-        ask(&self.inner.commands, |reply| Command::Prepare { prefix, chunks, blend, reply }).map(Arc::new)
+        ask(&self.inner.commands, |reply| Computation::Context { prefix, chunks, blend, reply }).map(Arc::new)
     }
 
     /// Whether the engine's thread runs, so that requests can be answered.
@@ -395,6 +395,7 @@ fn limits(model: &Transformer, config: &EngineConfig) -> Limits {
     let device = model.device().map(|device| device.kv_bytes());
     Limits {
         step_tokens: config.step_tokens,
+        mixed_prefill_tokens: config.mixed_prefill_tokens,
         max_sequences: config.max_sequences.max(1),
         page_tokens,
         page_bytes,

@@ -1,5 +1,6 @@
 //! The engine's thread: takes commands and executes the steps that the scheduler plans.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
@@ -21,10 +22,28 @@ use crate::tokenizer::Tokenizer;
 /// What the engine's thread is told.
 pub(crate) enum Command {
     Submit(Submitted),
-    ChunkKv { prefix: Vec<u32>, tokens: Vec<u32>, reply: Sender<Result<ChunkKv>> },
-    AttentionInputs { tokens: Vec<u32>, reply: Sender<Result<Vec<AttentionInputs>>> },
-    Prepare { prefix: Vec<u32>, chunks: Vec<PromptChunk>, blend: BlendConfig, reply: Sender<Result<PreparedContext>> },
+    Compute(Computation),
     Shutdown,
+}
+
+/// KV to compute that is no request's.
+pub(crate) enum Computation {
+    Chunk { prefix: Vec<u32>, tokens: Vec<u32>, reply: Sender<Result<ChunkKv>> },
+    AttentionInputs { tokens: Vec<u32>, reply: Sender<Result<Vec<AttentionInputs>>> },
+    Context { prefix: Vec<u32>, chunks: Vec<PromptChunk>, blend: BlendConfig, reply: Sender<Result<PreparedContext>> },
+}
+
+impl Computation {
+    /// Tokens whose KV it holds while it runs.
+    fn tokens(&self) -> usize {
+        match self {
+            Computation::Chunk { prefix, tokens, .. } => prefix.len() + tokens.len(),
+            Computation::AttentionInputs { tokens, .. } => tokens.len(),
+            Computation::Context { prefix, chunks, .. } => {
+                prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>()
+            }
+        }
+    }
 }
 
 /// What other threads may read of the engine's state.
@@ -51,11 +70,17 @@ pub(crate) struct Queue {
     sequences: Vec<Sequence>,
     running: usize,
     cache: PrefixCache<SharedPage>,
+    /// In the order in which they came.
+    computations: VecDeque<Computation>,
 }
 
 impl Queue {
     pub(crate) fn new() -> Queue {
-        Queue { sequences: Vec::new(), running: 0, cache: PrefixCache::new() }
+        Queue { sequences: Vec::new(), running: 0, cache: PrefixCache::new(), computations: VecDeque::new() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sequences.is_empty() && self.computations.is_empty()
     }
 
     /// Bytes that those that run hold.
@@ -84,9 +109,10 @@ impl Runner {
     pub(crate) fn run(self) {
         let mut queue = Queue::new();
         let mut open = true;
-        while open || !queue.sequences.is_empty() {
+        while open || !queue.is_empty() {
             // Shutdown comes once: nothing may be waited for behind it.
             open = open && self.take_commands(&mut queue);
+            self.compute(&mut queue);
             self.cycle(&mut queue);
             if self.load.lost.load(Ordering::Relaxed) {
                 tracing::error!("the GPU does not work any more: the engine stops, start the program again");
@@ -113,12 +139,12 @@ impl Runner {
         self.remove_ended(queue);
         if !queue.sequences.is_empty() {
             let entries = self.entries(queue);
-            let step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
+            let mut step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
             self.arrange(queue, step.tokens.len());
             if let Some(needed) = step.out_of_memory {
                 queue.sequences[0].fail(out_of_memory(needed, self.limits.budget));
             } else {
-                self.make_room(queue, &step.tokens);
+                self.make_room(queue, &mut step.tokens);
                 self.execute(queue, &step.tokens);
             }
             self.remove_ended(queue);
@@ -126,24 +152,22 @@ impl Runner {
         self.report(queue);
     }
 
-    /// What the scheduler sees: no more than may run.
+    /// What the scheduler sees: no more than may run. While a computation waits for memory, nobody is admitted before it.
     fn entries(&self, queue: &mut Queue) -> Vec<Entry> {
         let (chunk, page) = (self.config.prefill_chunk.max(1), self.limits.page_bytes);
-        let Queue { sequences, running, cache } = queue;
+        let waits = queue.running > 0 && queue.computations.front().is_some_and(|first| !self.fits(queue, first));
+        let Queue { sequences, running, cache, .. } = queue;
         let (run, wait) = sequences.split_at_mut(*running);
-        let wait = wait.iter_mut().take(self.limits.max_sequences - run.len());
+        let free = if waits { 0 } else { self.limits.max_sequences - run.len() };
+        let wait = wait.iter_mut().take(free);
         let run = run.iter().map(|s| s.running_entry(cache, chunk, page));
         run.chain(wait.map(|s| s.waiting_entry(cache, chunk))).collect()
     }
 
     /// Takes what has been sent, waiting for it when there is nothing to do. False once shutdown was.
-    ///
-    /// While requests run, at most one piece of work that is no request's own comes between two of their steps: whoever
-    /// asks for such work may ask again at once.
     fn take_commands(&self, queue: &mut Queue) -> bool {
-        let mut idle = queue.sequences.is_empty();
-        let mut worked = false;
-        while !worked || queue.sequences.is_empty() {
+        let mut idle = queue.is_empty();
+        loop {
             let command = if std::mem::take(&mut idle) {
                 self.commands.recv().map_err(|_| TryRecvError::Disconnected)
             } else {
@@ -151,24 +175,7 @@ impl Runner {
             };
             match command {
                 Ok(Command::Submit(submitted)) => queue.sequences.push(self.sequence(submitted)),
-                // Whoever asked may have gone away: then the reply is dropped.
-                Ok(Command::ChunkKv { prefix, tokens, reply }) => {
-                    self.make_room_for(queue, prefix.len() + tokens.len());
-                    let step = self.config.prefill_chunk.max(1);
-                    drop(reply.send(self.watched(ChunkKv::compute(&self.model, &prefix, &tokens, step))));
-                    worked = true;
-                }
-                Ok(Command::AttentionInputs { tokens, reply }) => {
-                    self.make_room_for(queue, tokens.len());
-                    drop(reply.send(self.attention_inputs(&tokens)));
-                    worked = true;
-                }
-                Ok(Command::Prepare { prefix, chunks, blend, reply }) => {
-                    let tokens = prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>();
-                    self.make_room_for(queue, tokens);
-                    drop(reply.send(self.watched(self.prepare(&prefix, &chunks, &blend))));
-                    worked = true;
-                }
+                Ok(Command::Compute(computation)) => queue.computations.push_back(computation),
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => {
                     self.load.stopping.store(true, Ordering::Release);
@@ -176,7 +183,44 @@ impl Runner {
                 }
             }
         }
-        true
+    }
+
+    /// Runs the first of the computations that wait, if there is room for its KV: at most one between two steps, as
+    /// whoever asks for one may ask again at once. Where nothing runs, nothing else will make room.
+    fn compute(&self, queue: &mut Queue) {
+        let Some(first) = queue.computations.front() else { return };
+        if queue.running > 0 && !self.fits(queue, first) {
+            return;
+        }
+        let Some(first) = queue.computations.pop_front() else { return };
+        self.make_room_for(queue, first.tokens());
+        // Whoever asked may have gone away: then the reply is dropped.
+        match first {
+            Computation::Chunk { prefix, tokens, reply } => {
+                let step = self.config.prefill_chunk.max(1);
+                drop(reply.send(self.watched(ChunkKv::compute(&self.model, &prefix, &tokens, step))));
+            }
+            Computation::AttentionInputs { tokens, reply } => {
+                drop(reply.send(self.watched(self.attention_inputs(&tokens))));
+            }
+            Computation::Context { prefix, chunks, blend, reply } => {
+                drop(reply.send(self.watched(self.prepare(&prefix, &chunks, &blend))));
+            }
+        }
+    }
+
+    /// Whether there is room for a computation's KV beside what the running requests hold.
+    fn fits(&self, queue: &Queue, computation: &Computation) -> bool {
+        let (cache, page) = (&queue.cache, self.limits.page_bytes);
+        let unused = cache.len() - cache.in_use();
+        let pages = self.pages(computation.tokens());
+        (queue.used(page) + page.times(pages)).fits(self.limits.budget)
+            && self.model.device().is_none_or(|device| pages <= device.pool.pages().1 + unused)
+    }
+
+    /// Pages of KV that no request accounts for; one more for where a page is copied.
+    fn pages(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.limits.page_tokens) + 1
     }
 
     fn sequence(&self, submitted: Submitted) -> Sequence {
@@ -222,29 +266,41 @@ impl Runner {
         settle(queue);
     }
 
-    /// Pages that nobody uses give way to those that a step of so many tokens takes.
-    fn make_room(&self, queue: &mut Queue, tokens: &[usize]) {
+    /// Pages that nobody uses give way to those that a step of so many tokens takes. Where a GPU has too few even so, as
+    /// some are taken that no request accounts for (by prepared contexts), the youngest give way too.
+    fn make_room(&self, queue: &mut Queue, tokens: &mut Vec<usize>) {
+        let growth = queue.sequences.iter().zip(&*tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
+        let growth = growth.sum();
+        self.evict_for(queue, growth);
+        let missing = |queue: &Queue, tokens: &[usize]| -> usize {
+            queue.sequences.iter().zip(tokens).map(|(s, n)| s.missing_on_device(*n)).sum()
+        };
+        while !self.make_free(queue, missing(queue, tokens)) && tokens.len() > 1 {
+            tokens.pop();
+            self.arrange(queue, tokens.len());
+        }
+    }
+
+    /// Pages that nobody uses give way to KV of so many tokens that no request accounts for.
+    fn make_room_for(&self, queue: &mut Queue, tokens: usize) {
+        let pages = self.pages(tokens);
+        self.evict_for(queue, self.limits.page_bytes.times(pages));
+        self.make_free(queue, pages);
+    }
+
+    /// Pages that nobody uses give way until so many bytes fit into the budget.
+    fn evict_for(&self, queue: &mut Queue, bytes: Bytes) {
         let page = self.limits.page_bytes;
         let unused = page.times(queue.cache.len() - queue.cache.in_use());
-        let growth = queue.sequences.iter().zip(tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
-        let held = queue.used(page) + unused + growth.sum();
+        let held = queue.used(page) + unused + bytes;
         queue.cache.evict(self.limits.pages_over(held), &|_| true);
-        // A GPU's pages are all there is, and some are taken that no request accounts for: by prepared contexts, and for
-        // the copy of a page that forks share.
-        let missing: usize = queue.sequences.iter().zip(tokens).map(|(s, n)| s.missing_on_device(*n)).sum();
-        self.make_free(queue, missing);
     }
 
-    /// Cached pages give way to KV of so many tokens that no request accounts for.
-    fn make_room_for(&self, queue: &mut Queue, tokens: usize) {
-        self.make_free(queue, tokens.div_ceil(self.limits.page_tokens) + 1);
-    }
-
-    /// On a GPU: cached pages give way until so many are free, or none is left that nobody uses.
-    fn make_free(&self, queue: &mut Queue, pages: usize) {
-        if let Some(device) = self.model.device() {
-            queue.cache.evict(pages.saturating_sub(device.pool.pages().1), &SharedPage::is_last);
-        }
+    /// On a GPU: cached pages give way until so many are free, or none is left that nobody uses. Whether so many are free.
+    fn make_free(&self, queue: &mut Queue, pages: usize) -> bool {
+        let Some(device) = self.model.device() else { return true };
+        queue.cache.evict(pages.saturating_sub(device.pool.pages().1), &SharedPage::is_last);
+        pages <= device.pool.pages().1
     }
 
     /// Blends contexts, and reads the tokens of all others in one batch.
@@ -363,10 +419,13 @@ pub(crate) fn never_fits(needed: Bytes, budget: Bytes) -> EngineError {
 }
 
 /// Asks the engine's thread and waits for the answer.
-pub(crate) fn ask<T>(commands: &Sender<Command>, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
+pub(crate) fn ask<T>(
+    commands: &Sender<Command>,
+    computation: impl FnOnce(Sender<Result<T>>) -> Computation,
+) -> Result<T> {
     let stopped = || EngineError::Stopped("its thread takes no more commands".into());
     let (reply, answer) = mpsc::channel();
-    commands.send(command(reply)).map_err(|_| stopped())?;
+    commands.send(Command::Compute(computation(reply))).map_err(|_| stopped())?;
     answer.recv().map_err(|_| stopped())?
 }
 

@@ -5,7 +5,8 @@
 //!
 //! * **Every step decodes all that decode**, one token each; what the budget of tokens leaves is filled with parts of
 //!   prompts, oldest first (stall-free batching, Sarathi-Serve, arXiv 2403.02310, algorithm 3). Tokens between two
-//!   tokens of an answer are thus bounded by the budget, whatever else is read. A context that is blended is one
+//!   tokens of an answer are thus bounded, whatever else is read; more tightly than where nobody waits for one, and prompts
+//!   are read faster in larger steps. A context that is blended is one
 //!   unit: it takes what is left of a step's budget, and no more than one is blended in a step.
 //! * **A prompt is admitted when there is room for all of it** and a page for its answer, beside what the prompts before
 //!   it still need: the length of a prompt is known. That of an answer is not, so nothing is reserved for it: pages
@@ -57,6 +58,8 @@ impl std::iter::Sum for Bytes {
 pub(crate) struct Limits {
     /// Tokens of a step, over all sequences. Decoding is never held back by it, and a prompt reads one token at least.
     pub(crate) step_tokens: usize,
+    /// Tokens of prompts in a step in which some sequence decodes at most, one at least.
+    pub(crate) mixed_prefill_tokens: usize,
     /// Sequences that run at the same time.
     pub(crate) max_sequences: usize,
     /// Tokens of a page of KV, and its bytes over all layers.
@@ -142,7 +145,8 @@ struct Share {
 impl Share {
     fn new(limits: &Limits, running: &[Entry]) -> Share {
         let decoding = running.iter().filter(|e| e.work == Work::Decode).count();
-        Share { left: limits.step_tokens.saturating_sub(decoding).max(1), taken: false }
+        let most = if decoding > 0 { limits.mixed_prefill_tokens } else { usize::MAX };
+        Share { left: limits.step_tokens.saturating_sub(decoding).min(most).max(1), taken: false }
     }
 
     /// The tokens that a running sequence reads. What is whole may exceed the budget when it is the first.

@@ -156,6 +156,8 @@ settings! {
         queue: usize = 64, "64";
         /// Tokens of a step over all requests: one for each that is answered, the rest for prompts
         step_tokens: usize = 512, "512";
+        /// Tokens of prompts in a step in which some request is answered at most
+        mixed_prefill_tokens: usize = 128, "128";
         /// Tokens of one prompt that a step reads at most
         prefill_chunk: usize = 512, "512";
         /// Bytes of KV in memory over all running requests and the prefix cache; 0: half of the memory
@@ -385,6 +387,7 @@ impl Settings {
         let at_least_one = [
             ("max_sequences", self.max_sequences),
             ("step_tokens", self.step_tokens),
+            ("mixed_prefill_tokens", self.mixed_prefill_tokens),
             ("prefill_chunk", self.prefill_chunk),
             ("top_chunks", self.top_chunks),
             ("max_tokens", self.max_tokens),
@@ -472,6 +475,7 @@ impl Settings {
             max_context: (self.max_context > 0).then_some(self.max_context),
             max_sequences: self.max_sequences,
             step_tokens: self.step_tokens,
+            mixed_prefill_tokens: self.mixed_prefill_tokens,
             prefill_chunk: self.prefill_chunk,
             kv_budget_bytes: self.kv_budget_bytes,
             prefix_cache: self.prefix_cache,

@@ -80,6 +80,7 @@ impl Bench {
         let page = Bytes { device: 0, host: page_bytes(&model.shape) };
         let limits = Limits {
             step_tokens: config.step_tokens,
+            mixed_prefill_tokens: config.mixed_prefill_tokens,
             max_sequences: config.max_sequences,
             page_tokens: PAGE,
             page_bytes: page,
@@ -366,7 +367,8 @@ fn requests_that_run_together_hold_their_common_beginning_once() {
     // Each needs nine pages; all begin alike, so that one page each is enough behind the first eight.
     let requests: Vec<Request> = (0..6).map(|_| plain([start.clone(), tokens(&mut rng, 40)].concat(), 30)).collect();
     let want: Vec<Answer> = requests.iter().map(alone).collect();
-    let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 16);
+    let together = EngineConfig { prefix_cache: true, mixed_prefill_tokens: 512, ..config() };
+    let mut bench = Bench::new(together, 16);
     let mut streams = vec![bench.submit(&requests[0])];
     (0..6).for_each(|_| bench.cycle());
     streams.extend(requests[1..].iter().map(|r| bench.submit(r)));
@@ -441,16 +443,53 @@ fn chunks_are_computed_one_at_a_time_while_others_are_answered() {
     let replies: Vec<_> = (0..5)
         .map(|_| {
             let (reply, answer) = channel();
-            send.send(Command::ChunkKv { prefix: vec![1], tokens: tokens(&mut rng, 9), reply }).unwrap();
+            send.send(chunk(tokens(&mut rng, 9), reply)).unwrap();
             answer
         })
         .collect();
     for done in 1..=5 {
         assert!(bench.runner.take_commands(&mut bench.queue));
+        bench.runner.compute(&mut bench.queue);
         assert_eq!(replies.iter().filter(|reply| reply.try_recv().is_ok()).count(), 1, "chunk {done}");
         bench.cycle();
     }
     assert!(Answer::read(&mut events).tokens.len() >= 4, "an answer goes on in between");
+}
+
+#[test]
+fn a_chunk_waits_for_room_and_whoever_comes_behind_it_waits_too() {
+    // Of three pages, one has room for the request's prompt and one for its answer; the chunk takes two.
+    let mut bench = Bench::new(config(), 3);
+    let mut rng = ChaCha8Rng::seed_from_u64(13);
+    let first = plain(tokens(&mut rng, PAGE - 10), 20);
+    let mut before = bench.submit(&first);
+    bench.cycle();
+    let (send, commands) = channel();
+    bench.runner.commands = commands;
+    let (reply, answer) = channel();
+    send.send(chunk(tokens(&mut rng, PAGE), reply)).unwrap();
+    assert!(bench.runner.take_commands(&mut bench.queue));
+    let mut behind = bench.submit(&plain(tokens(&mut rng, 9), 3));
+    let mut text = Answer::default();
+    while text.finished.is_none() {
+        bench.runner.compute(&mut bench.queue);
+        assert!(answer.try_recv().is_err(), "its KV and the request's are more than the budget");
+        bench.cycle();
+        let Answer { tokens, finished, .. } = Answer::read(&mut before);
+        text.tokens.extend(tokens);
+        text.finished = finished;
+    }
+    assert!(behind.try_recv().is_err(), "it came later");
+    assert_eq!(text.tokens, alone(&first).tokens);
+    bench.runner.compute(&mut bench.queue);
+    assert_eq!(answer.try_recv().unwrap().unwrap().tokens, PAGE);
+    bench.run();
+    assert!(Answer::read(&mut behind).finished.is_some());
+}
+
+/// The command to compute a chunk.
+fn chunk(tokens: Vec<u32>, reply: Sender<Result<ChunkKv>>) -> Command {
+    Command::Compute(Computation::Chunk { prefix: vec![1], tokens, reply })
 }
 
 #[test]

@@ -9,7 +9,14 @@ const PAGE_BYTES: Bytes = Bytes { device: 3, host: 2 };
 
 fn limits(step_tokens: usize, max_sequences: usize, pages: usize) -> Limits {
     let budget = PAGE_BYTES.times(pages);
-    Limits { step_tokens, max_sequences, page_tokens: PAGE, page_bytes: PAGE_BYTES, budget }
+    Limits {
+        step_tokens,
+        mixed_prefill_tokens: step_tokens,
+        max_sequences,
+        page_tokens: PAGE,
+        page_bytes: PAGE_BYTES,
+        budget,
+    }
 }
 
 fn waiting(tokens: usize) -> Entry {
@@ -40,6 +47,14 @@ fn decodes_come_first_and_prompts_share_the_rest() {
     assert_eq!(tokens(&limits(128, 8, 100), &queue, 4), [1, 50, 1, 70, 5]);
     assert_eq!(tokens(&limits(128, 4, 100), &queue, 4), [1, 50, 1, 70], "as many as may run");
     assert_eq!(tokens(&limits(1, 8, 100), &queue, 4), [1, 1, 1, 0], "a prompt reads one token at least");
+}
+
+#[test]
+fn prompts_take_larger_steps_while_nobody_decodes() {
+    let limits = Limits { mixed_prefill_tokens: 16, ..limits(64, 8, 100) };
+    assert_eq!(tokens(&limits, &[waiting(50), waiting(70)], 0), [50, 14]);
+    assert_eq!(tokens(&limits, &[waiting(50), decoding(20), waiting(70)], 2), [16, 1]);
+    assert_eq!(tokens(&Limits { step_tokens: 8, ..limits }, &[waiting(50), decoding(20)], 2), [7, 1]);
 }
 
 #[test]
@@ -241,7 +256,8 @@ fn check(limits: &Limits, queue: &[Simulated], entries: &[Entry], running: usize
     let units: Vec<usize> =
         entries.iter().zip(&step.tokens).filter(|(e, n)| **n > 0 && e.work != Work::Decode).map(|(_, n)| *n).collect();
     let before = entries[..running].iter().filter(decoding).count();
-    let left = limits.step_tokens.saturating_sub(before).max(1);
+    let most = if before > 0 { limits.mixed_prefill_tokens } else { usize::MAX };
+    let left = limits.step_tokens.saturating_sub(before).min(most).max(1);
     assert!(units.len() == 1 || units.iter().sum::<usize>() <= left, "{units:?} in {left}");
     if let [one] = units[..] {
         let cut = |(e, n): (&Entry, &usize)| *n == one && matches!(e.work, Work::Read { whole: false, .. });
@@ -274,10 +290,11 @@ proptest! {
     fn every_request_ends_once_and_no_budget_is_exceeded(
         asks in prop::collection::vec(ask(), 1..25),
         step_tokens in 1usize..100,
+        mixed_prefill_tokens in 1usize..100,
         max_sequences in 1usize..10,
         pages in 1usize..60,
     ) {
-        simulate(&limits(step_tokens, max_sequences, pages), &asks);
+        simulate(&Limits { mixed_prefill_tokens, ..limits(step_tokens, max_sequences, pages) }, &asks);
     }
 
     #[test]

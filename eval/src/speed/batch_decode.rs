@@ -54,6 +54,8 @@ pub struct BatchDecodeOptions {
     pub prefill_chunk: usize,
     /// Tokens of one step in all, as the engine was told.
     pub step_tokens: usize,
+    /// Tokens of prompts in a step in which some sequence decodes, as the engine was told.
+    pub mixed_prefill_tokens: usize,
     /// The model's name in the cases of records.
     pub model_label: String,
     /// Where records go.
@@ -208,7 +210,7 @@ impl Case<'_> {
     /// read. How long that takes is the scheduler's choice: a quarter of a reading step a token is allowed for. The first of
     /// several may write some more before the others are handed in, where a step takes less than a millisecond.
     fn answer_tokens(&self) -> usize {
-        let step = (self.options.prefill_chunk / 4).max(1);
+        let step = (self.options.prefill_chunk.min(self.options.mixed_prefill_tokens) / 4).max(1);
         let handing_in = if self.batch > 1 { 64 } else { 0 };
         self.options.tokens + WARM_UP + 2 + handing_in + (self.batch - 1) * (self.length.div_ceil(step) + 1)
     }
@@ -293,6 +295,7 @@ impl Case<'_> {
         let mut config = json!({
             "batch": self.batch, "prompt_tokens": measured.prompt_tokens, "prompt": prompt, "strategy": self.strategy,
             "timed_steps": options.tokens, "rounds": options.repeats, "prefill_chunk": options.prefill_chunk, "step_tokens": options.step_tokens,
+            "mixed_prefill_tokens": options.mixed_prefill_tokens,
             "kv": format!("{:?}", self.engine.kv_shape().dtype).to_lowercase(),
             "kv_tokens_mid": measured.kv_tokens.round(), "floor_bytes": measured.floor_bytes.round(),
             "read_gb_s": round(measured.rate.gb_s), "read_rate": measured.rate.measured, "threads": self.engine.threads(),

@@ -41,6 +41,8 @@ pub struct MixedLoadOptions {
     pub prefill_chunk: usize,
     /// Tokens of one step in all, as the engine was told.
     pub step_tokens: usize,
+    /// Tokens of prompts in a step in which some sequence decodes, as the engine was told.
+    pub mixed_prefill_tokens: usize,
     /// The model's name in the cases of records.
     pub model_label: String,
     /// Where records go.
@@ -61,6 +63,7 @@ impl Default for MixedLoadOptions {
             seed: 1,
             prefill_chunk: 512,
             step_tokens: 512,
+            mixed_prefill_tokens: 128,
             model_label: "ref".into(),
             output: Output::default(),
         }
@@ -99,7 +102,8 @@ impl MixedLoadOptions {
             "arrivals": self.arrivals, "arrival_tokens": self.arrival_tokens, "arrivals_per_second": self.rate,
             "arrival": if self.rate.is_some() { "at a fixed rate" } else { "when the one before has its first token" },
             "strategy": self.strategy, "prompt": format!("random tokens, seed {}", self.seed),
-            "prefill_chunk": self.prefill_chunk, "step_tokens": self.step_tokens, "threads": engine.threads(),
+            "prefill_chunk": self.prefill_chunk, "step_tokens": self.step_tokens,
+            "mixed_prefill_tokens": self.mixed_prefill_tokens, "threads": engine.threads(),
             "kv": format!("{:?}", engine.kv_shape().dtype).to_lowercase(),
         })
     }

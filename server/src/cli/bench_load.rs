@@ -38,6 +38,7 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
         },
         prefill_chunk: config.prefill_chunk,
         step_tokens: config.step_tokens,
+        mixed_prefill_tokens: config.mixed_prefill_tokens,
         model_label: speed.label,
         output: output(&speed.records),
     };
@@ -69,6 +70,7 @@ pub(super) fn mixed_load(settings: &Settings, args: &ServeBenchArgs, out: &Out) 
         seed: args.seed,
         prefill_chunk: config.prefill_chunk,
         step_tokens: config.step_tokens,
+        mixed_prefill_tokens: config.mixed_prefill_tokens,
         model_label: args.label.clone(),
         output: output(&args.records),
     };
