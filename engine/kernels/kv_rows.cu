@@ -2,11 +2,11 @@
 //
 // CPU: Transformer::write_kv.
 //
-//   keys, values f32 [n][kv_heads][dim], keys not rotated
+//   keys, values [n][kv_heads][dim] of bf16 or f32, keys not rotated
 //   cos, sin     f32 [positions][dim / 2]
 //   pos          int [n], below 0: the row is left out
 //   page_table   int []: the sequence's pages; first: position of slot 0 of the first
-//   kv           [pages][2][kv_heads][64][dim] of bf16 or f32
+//   kv           [pages][2][kv_heads][64][dim] of the same format
 //
 // One warp a head; dim even, at most 256. Launch: block (256), grid (ceil(kv_heads / 8), min(n, 65535)).
 #include "rotate.cuh"
@@ -14,7 +14,7 @@
 __device__ __forceinline__ int warp_head() { return blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP; }
 
 template <typename T>
-__device__ __forceinline__ void write_rows(const float* keys, const float* values, const float* cos, const float* sin,
+__device__ __forceinline__ void write_rows(const T* keys, const T* values, const float* cos, const float* sin,
                                            const int* pos, const int* page_table, int first, T* kv, int n,
                                            int kv_heads, int dim) {
     pdl_launch();
@@ -35,7 +35,7 @@ __device__ __forceinline__ void write_rows(const float* keys, const float* value
 
 #define KV_ROWS(SUFFIX, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
-        write_rows_##SUFFIX(const float* keys, const float* values, const float* cos, const float* sin,                \
+        write_rows_##SUFFIX(const T* keys, const T* values, const float* cos, const float* sin,                \
                             const int* pos, const int* page_table, int first, void* kv, int n, int kv_heads,           \
                             int dim) {                                                                                 \
         write_rows(keys, values, cos, sin, pos, page_table, first, (T*)kv, n, kv_heads, dim);                          \

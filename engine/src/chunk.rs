@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::backend::cpu::pool::Shards;
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
 use crate::model::transformer::{Piece, Transformer, Want};
@@ -49,18 +50,24 @@ impl ChunkKv {
             let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, part, Want::Nothing) }];
             model.forward(&mut pieces)?;
         }
-        let finite = |(keys, values): &(Vec<f32>, Vec<f32>)| keys.iter().chain(values).all(|x| x.is_finite());
-        if let Some(layer) = tap.iter().position(|layer| !finite(layer)) {
+        let skip = prefix.len() * shape.width();
+        let mut layers: Vec<Option<ChunkLayer>> = vec![None; tap.len()];
+        let parts = Shards::new(&mut layers);
+        model.cpu.pool.run(tap.len(), |layer| {
+            let (keys, values) = &tap[layer];
+            if keys.iter().chain(values).all(|x| x.is_finite()) {
+                let mut encoded = ChunkLayer { keys: Vec::new(), values: Vec::new() };
+                shape.dtype.encode(&keys[skip..], &mut encoded.keys);
+                shape.dtype.encode(&values[skip..], &mut encoded.values);
+                // SAFETY: one part a layer.
+                let part = unsafe { parts.part(layer..layer + 1) };
+                part[0] = Some(encoded);
+            }
+        });
+        if let Some(layer) = layers.iter().position(Option::is_none) {
             return Err(EngineError::NotFinite { layer });
         }
-        let skip = prefix.len() * shape.width();
-        let layers = tap.iter().map(|(keys, values)| {
-            let mut layer = ChunkLayer { keys: Vec::new(), values: Vec::new() };
-            shape.dtype.encode(&keys[skip..], &mut layer.keys);
-            shape.dtype.encode(&values[skip..], &mut layer.values);
-            layer
-        });
-        Ok(ChunkKv { tokens: tokens.len(), layers: layers.collect() })
+        Ok(ChunkKv { tokens: tokens.len(), layers: layers.into_iter().flatten().collect() })
     }
 }
 
@@ -88,12 +95,7 @@ pub struct PromptChunk {
 }
 
 /// Reads one layer of a chunk and checks that it has the expected size.
-pub(crate) fn read_layer(
-    source: &dyn ChunkSource,
-    shape: &KvShape,
-    tokens: usize,
-    layer: usize,
-) -> Result<(Vec<f32>, Vec<f32>)> {
+pub(crate) fn read_layer(source: &dyn ChunkSource, shape: &KvShape, tokens: usize, layer: usize) -> Result<ChunkLayer> {
     let found = source.layer(layer)?;
     let expected = tokens * shape.width() * shape.dtype.size();
     for (what, bytes) in [("keys", &found.keys), ("values", &found.values)] {
@@ -104,5 +106,5 @@ pub(crate) fn read_layer(
             )));
         }
     }
-    Ok((shape.dtype.decode(&found.keys), shape.dtype.decode(&found.values)))
+    Ok(found)
 }

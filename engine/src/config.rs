@@ -52,7 +52,7 @@ impl Default for EngineConfig {
             max_context: None,
             max_sequences: 8,
             step_tokens: 512,
-            mixed_prefill_tokens: 128,
+            mixed_prefill_tokens: 112,
             prefill_chunk: 512,
             kv_budget_bytes: 0,
             prefix_cache: true,

@@ -157,7 +157,7 @@ settings! {
         /// Tokens of a step over all requests: one for each that is answered, the rest for prompts
         step_tokens: usize = 512, "512";
         /// Tokens of prompts in a step in which some request is answered at most
-        mixed_prefill_tokens: usize = 128, "128";
+        mixed_prefill_tokens: usize = 112, "112";
         /// Tokens of one prompt that a step reads at most
         prefill_chunk: usize = 512, "512";
         /// Bytes of KV in memory over all running requests and the prefix cache; 0: half of the memory

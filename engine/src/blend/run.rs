@@ -3,12 +3,15 @@
 //! Rows that are computed may lie anywhere in the context. Each sees exactly the tokens up to its own
 //! *position*: attention masks by position, not by row.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
+
+use rayon::prelude::*;
 
 use super::plan::{BlendPlan, Span, Treatment};
 use super::select::most_deviating;
 use super::stream::{Stream, write_cached};
-use crate::chunk::{PromptChunk, read_layer};
+use crate::chunk::{ChunkLayer, ChunkSource, PromptChunk, read_layer};
 use crate::config::BlendConfig;
 use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
@@ -24,14 +27,8 @@ pub(crate) struct Blended {
     pub(crate) stats: PrefillStats,
 }
 
-/// Cached rows of one span in one layer.
-struct CachedRows {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
-
 /// One layer's cached rows, one entry per cached span; or the chunk whose source failed.
-type LoadedLayer = std::result::Result<Vec<CachedRows>, (usize, EngineError)>;
+type LoadedLayer = std::result::Result<Vec<ChunkLayer>, (usize, EngineError)>;
 
 /// Computes the KV of `prefix` and `chunks`. A chunk whose source fails is computed instead.
 ///
@@ -110,15 +107,17 @@ fn attempt(
     })
 }
 
+/// Reads one layer of all cached spans, several at a time: each waits for a disk, or checks and copies what it was given.
 fn load_layer(model: &Transformer, spans: &[Span], chunks: &[PromptChunk], layer: usize) -> LoadedLayer {
-    let mut rows = Vec::with_capacity(spans.len());
-    for span in spans {
-        let Some((i, source)) = span.chunk.and_then(|i| Some((i, chunks[i].source.as_ref()?))) else { continue };
-        let (keys, values) =
-            read_layer(source.as_ref(), &model.shape, span.positions.len(), layer).map_err(|e| (i, e))?;
-        rows.push(CachedRows { keys, values });
-    }
-    Ok(rows)
+    let sources = spans.iter().filter_map(|span| {
+        let chunk = span.chunk?;
+        Some((chunk, chunks[chunk].source.as_ref()?, span.positions.len()))
+    });
+    let sources: Vec<_> = sources.collect();
+    let read = |&(chunk, source, tokens): &(usize, &Arc<dyn ChunkSource>, usize)| {
+        read_layer(source.as_ref(), &model.shape, tokens, layer).map_err(|error| (chunk, error))
+    };
+    sources.par_iter().map(read).collect()
 }
 
 struct Run<'a> {
@@ -193,18 +192,18 @@ impl<'a> Run<'a> {
     }
 
     /// Writes what stays cached. Rows that are computed overwrite theirs afterwards.
-    fn write_cached(&mut self, layer: usize, cached: &[CachedRows]) -> Result<()> {
+    fn write_cached(&mut self, layer: usize, cached: &[ChunkLayer]) -> Result<()> {
         let checked = self.plan.check.is_none_or(|(check, _)| layer >= check);
         for ((span, rows), cached) in self.spans.iter().zip(&self.span_rows).zip(cached) {
             if checked || span.treatment == Treatment::Exact {
-                write_cached(self.model, &mut self.kv, layer, rows, &cached.keys, &cached.values)?;
+                write_cached(self.model, &mut self.kv, layer, rows, cached)?;
             }
         }
         Ok(())
     }
 
     /// Narrows the active rows to the fresh ones and the most deviating of the cached ones.
-    fn select(&mut self, layer: usize, ratio: f32, cached: &[CachedRows]) -> Result<()> {
+    fn select(&mut self, layer: usize, ratio: f32, cached: &[ChunkLayer]) -> Result<()> {
         let width = self.model.shape.width();
         let mut candidates = Vec::new();
         let mut deviation = Vec::new();
@@ -215,8 +214,8 @@ impl<'a> Run<'a> {
                 let position = self.active.position(block.start + i);
                 let Some((keys, values)) = self.cached_row(position, cached) else { continue };
                 let row = i * width..(i + 1) * width;
-                let (k, size_k) = distance(&fresh_keys[row.clone()], keys);
-                let (v, size_v) = distance(&fresh_values[row], values);
+                let (k, size_k) = distance(&fresh_keys[row.clone()], &keys);
+                let (v, size_v) = distance(&fresh_values[row], &values);
                 candidates.push(block.start + i);
                 deviation.push(k + v);
                 relative += (k + v) / (size_k + size_v).max(f32::MIN_POSITIVE);
@@ -232,15 +231,16 @@ impl<'a> Run<'a> {
     }
 
     /// The cached keys and values of a position whose span is `Cached`.
-    fn cached_row<'c>(&self, position: usize, cached: &'c [CachedRows]) -> Option<(&'c [f32], &'c [f32])> {
+    fn cached_row(&self, position: usize, cached: &[ChunkLayer]) -> Option<(Vec<f32>, Vec<f32>)> {
         let after = self.spans.partition_point(|s| s.positions.end <= position);
         let span = self.spans.get(after)?;
         if !span.positions.contains(&position) || span.treatment != Treatment::Cached {
             return None;
         }
-        let width = self.model.shape.width();
-        let row = (position - span.positions.start) * width..(position - span.positions.start + 1) * width;
-        Some((&cached[after].keys[row.clone()], &cached[after].values[row]))
+        let (dtype, width) = (self.model.shape.dtype, self.model.shape.width());
+        let at = (position - span.positions.start) * width * dtype.size();
+        let row = at..at + width * dtype.size();
+        Some((dtype.decode(&cached[after].keys[row.clone()]), dtype.decode(&cached[after].values[row])))
     }
 
     /// Runs the layer for the active rows, in order of position: a row needs those before it.

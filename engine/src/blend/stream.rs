@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::backend::cuda::Memory;
+use crate::chunk::ChunkLayer;
 use crate::error::Result;
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Rows, Transformer, gather};
@@ -99,15 +100,15 @@ pub(super) fn write_cached(
     kv: &mut SequenceKv,
     layer: usize,
     rows: &Rows,
-    keys: &[f32],
-    values: &[f32],
+    cached: &ChunkLayer,
 ) -> Result<()> {
     match model.device() {
         None => {
-            model.write_kv(kv.recent_mut(layer), rows, keys, values);
+            let dtype = model.shape.dtype;
+            model.write_kv(kv.recent_mut(layer), rows, &dtype.decode(&cached.keys), &dtype.decode(&cached.values));
             Ok(())
         }
-        Some(device) => device.write_cached(layer, &rows.positions, keys, values, kv),
+        Some(device) => device.write_cached(layer, &rows.positions, cached, kv),
     }
 }
 

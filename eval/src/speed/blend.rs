@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::prompt::{EqualChunks, equal_chunks};
-use super::{Side, length_name, round};
+use super::{Side, length_name, place, round};
 use crate::ask::{Material, ask};
 use crate::error::{EvalError, Result};
 use crate::progress::{Meter, Progress};
@@ -195,7 +195,8 @@ fn bench_length(
         }
         meter.advance(1, length as f64, format!("blend {length}: {}", if round == 0 { "warm-up" } else { "timed" }));
     }
-    Ok(figures(info, &format!("{}/{}/cpu", options.model_label, length_name(length)), &variants))
+    let case = format!("{}/{}/{}", options.model_label, length_name(length), place(engine));
+    Ok(figures(info, &case, &variants))
 }
 
 fn failed(provider: &dyn SourceProvider, error: &(dyn std::error::Error + Send + Sync)) -> EvalError {

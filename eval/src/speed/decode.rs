@@ -7,7 +7,7 @@ use super::membw::FloorRate;
 use super::peer::{CACHES, DTYPES, Peer};
 use super::prefill::{same, start_peer};
 use super::prompt::prompt;
-use super::{Side, SpeedOptions, SpeedReport, fastest_ms, length_name, round, with_peers};
+use super::{Side, SpeedOptions, SpeedReport, fastest_ms, length_name, place, round, with_peers};
 use crate::ask::{Answer, ask};
 use crate::error::Result;
 use crate::progress::{Meter, Progress};
@@ -72,7 +72,7 @@ impl Bench<'_> {
         let measured = self.measure(length, strategy, peer, meter)?;
         let config = self.options.config(self.engine, self.config(peer.as_ref(), strategy, &measured));
         let info = self.info.clone().with_config(config);
-        let case = format!("{}/{}/cpu/{strategy}", self.options.model_label, length_name(length));
+        let case = format!("{}/{}/{}/{strategy}", self.options.model_label, length_name(length), place(self.engine));
         self.records.extend(figures(&info, &case, &measured));
         Ok(())
     }

@@ -63,7 +63,7 @@ impl Default for MixedLoadOptions {
             seed: 1,
             prefill_chunk: 512,
             step_tokens: 512,
-            mixed_prefill_tokens: 128,
+            mixed_prefill_tokens: 112,
             model_label: "ref".into(),
             output: Output::default(),
         }

@@ -132,6 +132,11 @@ impl SpeedReport {
     }
 }
 
+/// Where the engine computes, as records' cases name it.
+fn place(engine: &Engine) -> &'static str {
+    if engine.gpu().is_some() { "gpu" } else { "cpu" }
+}
+
 /// `2k` for 2048.
 fn length_name(tokens: usize) -> String {
     if tokens.is_multiple_of(1024) { format!("{}k", tokens / 1024) } else { tokens.to_string() }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::peer::{DTYPES, Peer};
 use super::prompt::prompt;
-use super::{Side, SpeedOptions, SpeedReport, fastest_ms, length_name, round, with_peers};
+use super::{Side, SpeedOptions, SpeedReport, fastest_ms, length_name, place, round, with_peers};
 use crate::ask::ask;
 use crate::error::{EvalError, Result};
 use crate::progress::{Meter, Progress};
@@ -55,7 +55,7 @@ pub fn bench_prefill(
             let state = if warm_up { "warm-up, tokens agree" } else { "timed" };
             meter.advance(1, length as f64, format!("prefill {length}: {state}, {:.0} ms", answer.first_seconds * 1e3));
         }
-        let case = format!("{}/{}/cpu", options.model_label, length_name(length));
+        let case = format!("{}/{}/{}", options.model_label, length_name(length), place(engine));
         records.extend(figures(&info, &case, length, &ours, &theirs));
     }
     info.write(&records)?;

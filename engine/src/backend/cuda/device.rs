@@ -14,8 +14,8 @@ const DEFAULT_SHARE: f64 = 0.92;
 /// Shared memory that kernels have beside the dynamic part, at most.
 const STATIC_SHARED: usize = 8 << 10;
 
-/// A GPU. All work goes to one stream, in order; it is used from one thread at a time, on which
-/// [`bind`](Device::bind) has been called.
+/// A GPU. All kernels go to one stream, in order, and all copies but those that go on beside them (`copies.rs`, `weights.rs`);
+/// it is used from one thread at a time, on which [`bind`](Device::bind) has been called.
 pub(crate) struct Device {
     context: Arc<CudaContext>,
     stream: sys::CUstream,
@@ -195,10 +195,25 @@ impl Memory {
     /// Copies from byte `at` on into page-locked memory, in order with other work; the bytes are there once the stream has
     /// been waited for.
     pub(crate) fn read_later(&self, at: usize, data: &mut [u8]) -> Result<()> {
+        self.read_part_on(self.device.stream, at, data)
+    }
+
+    /// Copies the first bytes into page-locked memory, in order with the work of `stream`.
+    pub(crate) fn read_on(&self, stream: sys::CUstream, data: &mut [u8]) -> Result<()> {
+        self.read_part_on(stream, 0, data)
+    }
+
+    fn read_part_on(&self, stream: sys::CUstream, at: usize, data: &mut [u8]) -> Result<()> {
         debug_assert!(at + data.len() <= self.bytes);
-        // SAFETY: within the allocation; page-locked memory is freed by its owner, which waits for the device.
-        unsafe { result::memcpy_dtoh_async(data, self.at::<u8>(at), self.device.stream) }
-            .map_err(failed("copy from the GPU"))
+        // SAFETY: within the allocation; page-locked memory is freed by its owner, which waits for the stream.
+        unsafe { result::memcpy_dtoh_async(data, self.at::<u8>(at), stream) }.map_err(failed("copy from the GPU"))
+    }
+
+    /// Copies page-locked memory to byte `at` on, in order with the work of `stream`; it must not be touched until then.
+    pub(crate) fn write_on(&self, stream: sys::CUstream, at: usize, data: &[u8]) -> Result<()> {
+        debug_assert!(at + data.len() <= self.bytes);
+        // SAFETY: within the allocation.
+        unsafe { result::memcpy_htod_async(self.at::<u8>(at), data, stream) }.map_err(failed("copy to the GPU"))
     }
 
     /// Copies `bytes` bytes from byte `from` to byte `to` of this memory; the ranges must not overlap.

@@ -66,11 +66,15 @@ impl CudaModel {
             self.ops.rope_append(self, index, batch, parts)?;
             self.attend(index, batch)?;
             if let Some(host) = &mut host {
-                host.after_attention(self, index, batch)?;
+                host.after_attention(index, batch)?;
             }
             pending = self.finish(path, layer, n)?;
+            if let Some(host) = &mut host {
+                host.after_layer()?;
+            }
         }
-        self.final_states(batch, pending)
+        self.final_states(batch, pending)?;
+        host.map_or(Ok(()), HostWork::end)
     }
 
     /// Queries, keys and values in `layer` of the rows in the workspace, which are a batch of their own.

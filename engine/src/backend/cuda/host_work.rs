@@ -1,8 +1,11 @@
 //! What a layer leaves to the host: taps of keys, values and queries, and attention over cold tokens.
 
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::MutexGuard;
 
 use super::batch::Batch;
+use super::copies::Copies;
 use super::device::Memory;
 use super::model::CudaModel;
 use crate::attention::dense::Queries;
@@ -10,22 +13,67 @@ use crate::backend::cpu::Cpu;
 use crate::error::Result;
 use crate::model::transformer::Piece;
 
-/// Runs behind every layer's attention. While it works on the host the GPU waits: strategies that need it run launch by launch.
+/// Runs behind every layer's attention. While it searches on the host the GPU waits: strategies that need it run launch by launch.
+/// Keys and values that are tapped leave beside the kernels, and are taken two layers later.
 pub(crate) struct HostWork<'a, 'b> {
+    model: &'a CudaModel,
     cpu: &'a Cpu,
     pieces: &'a mut [Piece<'b>],
+    /// Held while keys and values leave.
+    copies: Option<MutexGuard<'a, Copies>>,
+    /// What is under way: layer, and first row of each piece.
+    leaving: VecDeque<(usize, Vec<usize>)>,
 }
 
 impl<'a, 'b> HostWork<'a, 'b> {
-    pub(crate) fn new(cpu: &'a Cpu, pieces: &'a mut [Piece<'b>]) -> Self {
-        HostWork { cpu, pieces }
+    pub(crate) fn new(model: &'a CudaModel, cpu: &'a Cpu, pieces: &'a mut [Piece<'b>]) -> Self {
+        let copies = pieces.iter().any(|piece| piece.tap.is_some()).then(|| model.copies());
+        HostWork { model, cpu, pieces, copies, leaving: VecDeque::new() }
     }
 
-    pub(crate) fn after_attention(&mut self, model: &CudaModel, layer: usize, batch: &Batch) -> Result<()> {
+    pub(crate) fn after_attention(&mut self, layer: usize, batch: &Batch) -> Result<()> {
+        if self.leaving.len() == 2 {
+            self.take()?;
+        }
+        let (w, model) = (&self.model.workspace, self.model);
+        if let Some(copies) = &mut self.copies {
+            copies.leave(layer, &w.keys, &w.values, batch.rows * model.shape.width() * size_of::<f32>())?;
+            self.leaving.push_back((layer, batch.starts.clone()));
+        }
         for (piece, start) in self.pieces.iter_mut().zip(&batch.starts) {
             let rows = *start..start + piece.tokens.len();
-            taps(piece, model, layer, &rows)?;
+            tap_queries(piece, model, layer, &rows)?;
             cold(self.cpu, piece, model, layer, &rows)?;
+        }
+        Ok(())
+    }
+
+    /// The next layer writes its keys and values where this one's are.
+    pub(crate) fn after_layer(&mut self) -> Result<()> {
+        self.copies.as_ref().map_or(Ok(()), |copies| copies.hold_kernels())
+    }
+
+    /// Takes what is still under way.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        while !self.leaving.is_empty() {
+            self.take()?;
+        }
+        Ok(())
+    }
+
+    /// Takes the keys and values of the first of the layers that are under way.
+    fn take(&mut self) -> Result<()> {
+        let (Some(copies), Some((layer, starts))) = (&self.copies, self.leaving.pop_front()) else { return Ok(()) };
+        let (keys, values) = copies.left(layer)?;
+        let width = self.model.shape.width();
+        for (piece, start) in self.pieces.iter_mut().zip(starts) {
+            let rows = start * width..(start + piece.tokens.len()) * width;
+            let Some(tap) = &mut piece.tap else { continue };
+            if tap.len() <= layer {
+                tap.resize_with(layer + 1, Default::default);
+            }
+            tap[layer].0.extend_from_slice(&keys[rows.clone()]);
+            tap[layer].1.extend_from_slice(&values[rows]);
         }
         Ok(())
     }
@@ -38,20 +86,12 @@ fn rows_of(memory: &Memory, rows: &Range<usize>, width: usize) -> Result<Vec<f32
     Ok(out)
 }
 
-fn taps(piece: &mut Piece<'_>, model: &CudaModel, layer: usize, rows: &Range<usize>) -> Result<()> {
-    let (w, width) = (&model.workspace, model.shape.width());
-    if let Some(tap) = &mut piece.tap {
-        if tap.len() <= layer {
-            tap.resize_with(layer + 1, Default::default);
-        }
-        tap[layer].0.extend(rows_of(&w.keys, rows, width)?);
-        tap[layer].1.extend(rows_of(&w.values, rows, width)?);
-    }
+fn tap_queries(piece: &mut Piece<'_>, model: &CudaModel, layer: usize, rows: &Range<usize>) -> Result<()> {
     if let Some(tap) = &mut piece.query_tap {
         if tap.len() <= layer {
             tap.resize_with(layer + 1, Default::default);
         }
-        tap[layer].extend(rows_of(&w.q, rows, model.spec.heads * model.spec.head_dim)?);
+        tap[layer].extend(rows_of(&model.workspace.q, rows, model.spec.heads * model.spec.head_dim)?);
     }
     Ok(())
 }

@@ -1,12 +1,13 @@
 //! The engine on an NVIDIA GPU.
 //!
-//! `probe` finds the libraries, `device` holds context, stream and memory, `module` compiles and loads the kernels of
+//! `probe` finds the libraries, `device` holds context, stream and memory, `copies` brings keys and values over beside the kernels, `module` compiles and loads the kernels of
 //! `engine/kernels`, `launch` starts them, `ops` knows each kernel's arguments and shape, `gemm` multiplies matrices,
 //! `weights` brings a model over, `batch` lays out a step's inputs, `forward` is the pass over the layers, `graph` replays
 //! decode steps, `host_work` does what strategies leave to the CPU, `model` ties them together.
 
 mod batch;
 mod bench;
+mod copies;
 mod device;
 mod forward;
 mod gemm;

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::batch::{self, Batch, lay_out, tables_of};
+use super::copies::Copies;
 use super::device::{Device, Memory};
 use super::gemm::Gemm;
 use super::graph::{Graphs, rounded};
@@ -64,6 +65,7 @@ pub(crate) struct CudaModel {
     /// Where the last batch's bans lie.
     pub(crate) banned: AtomicU64,
     graphs: Mutex<Graphs>,
+    copies: Mutex<Copies>,
 }
 
 /// Memory for intermediate results, for at most `rows` rows.
@@ -84,6 +86,8 @@ pub(crate) struct Workspace {
     /// `[rows][kv_heads][head_dim]`, not rotated, rounded to the KV format.
     pub(crate) keys: Memory,
     pub(crate) values: Memory,
+    /// Cached keys and values on their way to the pages, in the KV format: room for `[2][rows][kv_heads][head_dim]` f32 each.
+    pub(crate) cached: [Memory; 2],
     /// `[rows][heads][head_dim]` and `[rows][heads]`.
     pub(crate) attention: Memory,
     pub(crate) lse: Memory,
@@ -130,6 +134,7 @@ impl Workspace {
             q: take(rows * q, 4)?,
             keys: take(rows * kv, 4)?,
             values: take(rows * kv, 4)?,
+            cached: [take(2 * rows * kv, 4)?, take(2 * rows * kv, 4)?],
             attention: take(rows * q, 4)?,
             lse: take(rows * spec.heads, 4)?,
             other: take(rows * q, 4)?,
@@ -201,6 +206,7 @@ impl CudaModel {
         let rows = limits.rows.max(limits.sequences).max(LOGIT_ROWS);
         let workspace = Workspace::new(&device, spec, rows, limits.sequences, limits.context)?;
         let graphs = Graphs::new(&device, batch::integers(limits.sequences, limits.sequences, workspace.stride))?;
+        let copies = Copies::new(&device, rows * shape.width() * size_of::<f32>())?;
         let ops = Ops::new(&device, &modules, spec, shape, rope, limits)?;
         let (budget, used) = device.memory();
         let left = budget.saturating_sub(used);
@@ -229,6 +235,7 @@ impl CudaModel {
             head_done: AtomicUsize::new(0),
             banned: AtomicU64::new(0),
             graphs: Mutex::new(graphs),
+            copies: Mutex::new(copies),
             device,
         })
     }
@@ -248,9 +255,14 @@ impl CudaModel {
         let batch = self.lay_out(pieces, 0);
         batch.upload(&self.workspace.inputs)?;
         self.head_done.store(0, Ordering::Relaxed);
-        self.layers(&batch, Some(&mut HostWork::new(cpu, pieces)))?;
+        self.layers(&batch, Some(&mut HostWork::new(self, cpu, pieces)))?;
         self.banned.store(batch.banned(), Ordering::Relaxed);
         Ok(batch.wanted)
+    }
+
+    /// What goes on beside the kernels.
+    pub(crate) fn copies(&self) -> MutexGuard<'_, Copies> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `padded`: rows to fill up to; 0: none.

@@ -467,15 +467,21 @@ impl Ops {
     }
 
     /// Writes the workspace's keys (not rotated) and values to the pages of a batch's only table.
-    pub(crate) fn write_rows(&self, model: &CudaModel, layer: usize, batch: &Batch) -> Result<()> {
-        let (spec, w) = (&self.spec, &model.workspace);
+    pub(crate) fn write_rows(
+        &self,
+        model: &CudaModel,
+        layer: usize,
+        batch: &Batch,
+        (keys, values): (u64, u64),
+    ) -> Result<()> {
+        let spec = &self.spec;
         let first = match &batch.spans[..] {
             [Span::Prefill { extent, .. }] => extent.first,
             _ => return Err(EngineError::Internal("cached rows of several sequences".into())),
         };
         let arguments = arguments![
-            &w.keys,
-            &w.values,
+            keys,
+            values,
             &self.cos,
             &self.sin,
             batch.positions(),

@@ -3,6 +3,7 @@
 use super::batch::{Batch, at_positions};
 use super::device::Memory;
 use super::model::CudaModel;
+use crate::chunk::ChunkLayer;
 use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
 
@@ -68,23 +69,23 @@ impl CudaModel {
         self.workspace.x.copy_to(0, x, first * row, positions.len() * row)
     }
 
-    /// Writes cached rows (keys not rotated), `[positions, kv_heads, head_dim]`.
+    /// Writes cached rows to these positions.
     pub(crate) fn write_cached(
         &self,
         layer: usize,
         positions: &[usize],
-        keys: &[f32],
-        values: &[f32],
+        cached: &ChunkLayer,
         kv: &SequenceKv,
     ) -> Result<()> {
-        let width = self.shape.width();
         let rows = self.workspace.rows;
-        let parts = keys.chunks(rows * width).zip(values.chunks(rows * width));
+        let bytes = rows * self.shape.width() * self.shape.dtype.size();
+        let parts = cached.keys.chunks(bytes).zip(cached.values.chunks(bytes));
+        let mut copies = self.copies();
         for (positions, (keys, values)) in positions.chunks(rows).zip(parts) {
+            let here = copies.bring(keys, values, &self.workspace.cached)?;
             let batch = self.positions(positions, kv)?;
-            self.workspace.keys.write(0, keys)?;
-            self.workspace.values.write(0, values)?;
-            self.ops.write_rows(self, layer, &batch)?;
+            self.ops.write_rows(self, layer, &batch, here)?;
+            copies.used()?;
         }
         Ok(())
     }

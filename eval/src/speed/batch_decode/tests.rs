@@ -13,7 +13,7 @@ fn options() -> BatchDecodeOptions {
         prompt: PromptSource::Random { seed: 1 },
         prefill_chunk: 32,
         step_tokens: 512,
-        mixed_prefill_tokens: 128,
+        mixed_prefill_tokens: 112,
         model_label: "ref".into(),
         output: Output { results_dir: None, ..Output::default() },
     }

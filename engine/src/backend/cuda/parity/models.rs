@@ -157,6 +157,8 @@ fn poison(model: &CudaModel) {
         &w.q,
         &w.keys,
         &w.values,
+        &w.cached[0],
+        &w.cached[1],
         &w.attention,
         &w.lse,
         &w.other,
