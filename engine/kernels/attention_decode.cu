@@ -25,6 +25,10 @@
 // an item that others share goes to scratch; whoever comes last merges it all. So a block writes at most two partial
 // states: of the item in which its share begins and of the one in which it ends.
 //
+// page_table, first, start, end, pos and the KV before `pos` are read before the kernels ahead of this one have ended: none of
+// these may write them. Only the KV at `pos`, the queries and what is written wait (`pdl_wait`). So the memory is busy while
+// the queries are still made, and the three reads that hang on each other (lengths, page, keys) are over by then.
+//
 // Each warp reads its own 16 keys of every tile through its own ring of asynchronous copies: the main loop has no
 // barrier. The 8 heads' queries are split into bf16 hi + lo, rows 0-7 and 8-15 of the matrix unit's 16; so are the
 // weights. Products with bf16 keys and values are then exact to about 2^-16, at no extra matrix instruction.
@@ -192,6 +196,9 @@ template <int DIM> struct Fetcher {
     unsigned left;
 
     __device__ int key() const { return at.tile * TILE + (int)(threadIdx.x / 32) * STEP; }
+
+    // Whether the warp's next keys were there before this step, whose tokens are the last.
+    __device__ bool settled() const { return key() + STEP < at.keys.end; }
 
     // The page is read one tile ahead of its use.
     __device__ void read_page(const Problem &p) {
@@ -536,10 +543,10 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     // The next kernel's blocks are to find a block of this one on every SM, with or without work: where some SMs are empty
     // they take two, and a static division of work is then off by a factor of two (`gemv.cu`).
     pdl_launch();
-    pdl_wait();
     unsigned tiles = count_tiles(p);
     unsigned blocks = min(working_blocks(), tiles);
     if (blockIdx.x >= blocks) {
+        pdl_wait();
         write_empty_rows<DIM>(p);
         return;
     }
@@ -552,8 +559,12 @@ template <int DIM> DEVICE void decode(const Problem &p) {
     Fetcher<DIM> fetcher = {c, 0, count};
     fetcher.read_page(p);
     for (int s = 0; s < L::STAGES - 1; ++s) {
+        if (!fetcher.settled()) {
+            pdl_wait();
+        }
         fetcher.fetch(p, ring + s * L::STAGE_BYTES);
     }
+    pdl_wait();
     Query<DIM> query;
     query.read(p, c);
     write_empty_rows<DIM>(p);

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
-use crate::config::{AttentionConfig, BlendMode, Strategy};
+use crate::config::{AttentionConfig, BlendMode, DeviceChoice, Strategy};
 use crate::engine::Engine;
 use crate::kv::page::PAGE;
 use crate::kv::prefix::page_bytes;
@@ -505,6 +505,45 @@ fn whoever_finds_a_free_place_is_not_refused_for_the_queue() {
     assert!((5..=6).contains(&taken), "{taken} of 9: four that run and one that waits");
     let refused = all.into_iter().find_map(Result::err).unwrap();
     assert!(matches!(refused, EngineError::QueueFull { limit: 1 }), "{refused}");
+    engine.shutdown();
+}
+
+/// Pages of a prepared context are no request's: the scheduler does not know of them.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_the_youngest_gives_way_where_a_context_leaves_too_few_pages() {
+    let page = (MODEL.shape.token_bytes() * 64) as u64;
+    let model_dir = MODEL_DIR.path().to_path_buf();
+    let settings = EngineConfig { device: DeviceChoice::Cuda, kv_budget_bytes: 20 * page, ..config() };
+    let engine = Engine::load(EngineConfig { model_dir, max_sequences: 4, ..settings }).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(14);
+    let answers = |requests: &[Request]| -> Vec<usize> {
+        let mut streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+        let read = |stream: &mut crate::request::EventStream| {
+            let mut tokens = 0;
+            while let Some(event) = stream.blocking_next() {
+                match event {
+                    Event::Token(_) => tokens += 1,
+                    Event::Failed(error) => panic!("{error}"),
+                    Event::Started(_) | Event::Finished(_) => {}
+                }
+            }
+            tokens
+        };
+        streams.iter_mut().map(read).collect()
+    };
+    // Of twenty pages the context takes twelve; each request grows to seven.
+    let context = engine.prepare_context(tokens(&mut rng, 12 * 64), vec![], BlendConfig::default()).unwrap();
+    let requests: Vec<Request> = (0..3)
+        .map(|_| {
+            let request = plain(tokens(&mut rng, 200), 240);
+            Request { ignore_eos: true, ..request }
+        })
+        .collect();
+    assert_eq!(answers(&requests), [240; 3]);
+    assert!(engine.load_report().preemptions > 0, "the budgets are too large for this test to mean anything");
+    let asks = Request { context: Some(Arc::clone(&context)), ..requests[0].clone() };
+    assert_eq!(answers(&[asks.clone(), asks]), [240; 2]);
     engine.shutdown();
 }
 

@@ -11,6 +11,7 @@ mod models;
 
 use std::sync::Arc;
 
+use ann_index::IndexKind;
 use half::bf16;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -261,12 +262,19 @@ fn parity_of_a_mixed_batch() {
 fn parity_of_window_and_retrieval() {
     for tiny in [PLAIN, SHAPES[2], SHAPES[6], SHAPES[8]] {
         let (host, device) = tiny.pair(11);
-        for strategy in [Strategy::Window, Strategy::Retrieval] {
+        // With all keys found, only sums differ. Else a key at the edge of the k best may be another, at some head and layer: that
+        // is what its weight is worth.
+        for (strategy, index, k, limit) in [
+            (Strategy::Window, IndexKind::Flat, 40, 1e-2),
+            (Strategy::Retrieval, IndexKind::Flat, 4000, 1e-2),
+            (Strategy::Retrieval, IndexKind::Clusters, 40, 8e-2),
+        ] {
             let attention = AttentionConfig {
                 strategy,
+                index,
                 sinks: 5,
                 window: 70,
-                k: 40,
+                k,
                 wait_for_index: true,
                 ..AttentionConfig::default()
             };
@@ -282,8 +290,7 @@ fn parity_of_window_and_retrieval() {
             };
             let ((there, cold), (here, _)) = (run(&device), run(&host));
             assert_eq!(cold, strategy == Strategy::Retrieval);
-            // A key at the edge of the k best may be another: that is what its weight is worth.
-            assert_close(&there, &here, 2e-2, &format!("{tiny:?} {strategy}"));
+            assert_close(&there, &here, limit, &format!("{tiny:?} {strategy} {index}"));
         }
     }
 }
