@@ -325,8 +325,9 @@ impl Runner {
         let mut pieces: Vec<Piece<'_>> = batch.iter_mut().map(|(s, tokens)| s.piece(*tokens)).collect();
         let states = self.model.forward(&mut pieces);
         let read: Vec<_> = pieces.iter().map(|p| (p.stats, p.want == Want::Last)).collect();
-        let choices: Vec<Choice> =
-            batch.iter_mut().zip(&read).filter(|(_, (_, last))| *last).map(|((s, _), _)| s.choice()).collect();
+        let on_gpu = self.model.device().is_some();
+        let wanted = batch.iter_mut().zip(&read).filter(|(_, (_, last))| *last);
+        let choices: Vec<Choice> = wanted.map(|((s, _), _)| if on_gpu { s.choice() } else { Choice::Logits }).collect();
         let nexts = match self.watched(states.and_then(|states| self.model.next(&states, &choices))) {
             Ok(nexts) => nexts,
             // One step, one fate: which sequence was at fault is not known.

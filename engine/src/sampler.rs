@@ -13,7 +13,7 @@
 //!    reaches p; then `min_p`: of these, the ones at least `min_p` times as probable as the most probable one;
 //! 7. one token is drawn from the softmax of what is left.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -70,6 +70,11 @@ impl SamplingParams {
             && self.logit_bias.is_empty()
     }
 
+    /// Whether a random number runs over the tokens from the likeliest on, not in the order of their ids.
+    pub(crate) fn is_ordered(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0
+    }
+
     /// Checks every parameter's range, for a vocabulary of `vocab` tokens.
     ///
     /// # Errors
@@ -117,14 +122,36 @@ pub struct Sampled {
 }
 
 /// What the choice of a token needs: little enough to be made where the logits are, or the logits.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Choice {
     /// The likeliest token.
     Greedy,
     /// The first token, in the order of ids, up to which the probabilities at this temperature sum up to more than `at`.
     Draw { temperature: f32, at: f64 },
+    /// Logits are adjusted first, or only some tokens may be drawn.
+    Filtered(Box<Filtered>),
     /// All logits.
     Logits,
+}
+
+/// A choice by all parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Filtered {
+    pub(crate) params: SamplingParams,
+    /// The random number of the draw, below 1.
+    pub(crate) at: f64,
+    /// Tokens whose logits are adjusted, each once.
+    pub(crate) adjusted: Vec<Adjusted>,
+}
+
+/// What the adjustment of a token's logit depends on, beside the parameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Adjusted {
+    pub(crate) id: u32,
+    /// Of `logit_bias`, 0 where it names the token not.
+    pub(crate) bias: f32,
+    /// How often it occurs in the answer; `None`: neither there nor in the prompt.
+    pub(crate) count: Option<u32>,
 }
 
 /// Chooses the tokens of one answer and remembers what it has chosen.
@@ -165,8 +192,25 @@ impl Sampler {
             let rng = &mut self.rng;
             Choice::Draw { temperature: plain.temperature, at: *self.at.get_or_insert_with(|| rng.random()) }
         } else {
-            Choice::Logits
+            let rng = &mut self.rng;
+            // The likeliest is not drawn.
+            let at = if params.temperature == 0.0 { 0.0 } else { *self.at.get_or_insert_with(|| rng.random()) };
+            let params = self.params.clone();
+            Choice::Filtered(Box::new(Filtered { adjusted: self.adjusted(), at, params }))
         }
+    }
+
+    /// The tokens whose logits are adjusted, in the order of their ids.
+    fn adjusted(&self) -> Vec<Adjusted> {
+        let params = &self.params;
+        let mut all: BTreeMap<u32, Adjusted> = BTreeMap::new();
+        if params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
+            all.extend(self.seen.iter().map(|(&id, &count)| (id, Adjusted { id, bias: 0.0, count: Some(count) })));
+        }
+        for &(id, bias) in &params.logit_bias {
+            all.entry(id).or_insert(Adjusted { id, bias: 0.0, count: None }).bias += bias;
+        }
+        all.into_values().collect()
     }
 
     /// Remembers a token that was chosen elsewhere, as [`choice`](Sampler::choice) said.
@@ -180,13 +224,27 @@ impl Sampler {
     /// # Errors
     /// [`EngineError::BadLogits`] if a logit is NaN or plus infinity, or all are minus infinity.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
+        self.sample_without(logits, &[])
+    }
+
+    /// As [`sample`](Sampler::sample), but none of the tokens `banned`, which count in the log-probability all the same.
+    ///
+    /// # Errors
+    /// As [`sample`](Sampler::sample).
+    pub fn sample_without(&mut self, logits: &mut [f32], banned: &[u32]) -> Result<Sampled> {
         let log_sum = log_sum_exp(logits)?;
         let raw = |id: u32, logits: &[f32]| logits[id as usize] - log_sum;
-        let sampled = if self.params == (SamplingParams { seed: self.params.seed, ..SamplingParams::default() }) {
+        let plain = self.params == (SamplingParams { seed: self.params.seed, ..SamplingParams::default() });
+        let unadjusted = if plain { Vec::new() } else { logits.to_vec() };
+        for &id in banned {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        let sampled = if plain {
             let id = largest(logits);
             Sampled { id, logprob: raw(id, logits) }
         } else {
-            let unadjusted = logits.to_vec();
             self.adjust(logits);
             let id = if self.params.temperature == 0.0 { largest(logits) } else { self.draw(logits) };
             Sampled { id, logprob: raw(id, &unadjusted) }
@@ -239,7 +297,7 @@ impl Sampler {
         }
         // The order also decides which token a random number means, so that equal seeds give equal choices: the likeliest
         // first where the least likely are left out, else as they are numbered.
-        if params.top_k > 0 || params.top_p < 1.0 {
+        if params.is_ordered() {
             kept.sort_unstable_by(descending);
         }
         let top = kept.iter().fold(f32::NEG_INFINITY, |top, (_, logit)| top.max(*logit));

@@ -338,14 +338,8 @@ impl Sequence {
             }
             Next::Logits(logits) => logits,
         };
-        if self.request.ignore_eos {
-            self.eos.iter().for_each(|&id| {
-                if let Some(logit) = logits.get_mut(id as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
-            });
-        }
-        self.sampler.sample(&mut logits)
+        let banned = if self.request.ignore_eos { &self.eos[..] } else { &[] };
+        self.sampler.sample_without(&mut logits, banned)
     }
 
     /// Takes what follows the last token, chooses where that is still to be done, and reports it.

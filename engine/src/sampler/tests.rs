@@ -180,7 +180,41 @@ fn what_is_drawn_elsewhere_is_what_would_be_drawn_here() {
         assert_eq!(here.sample(&mut logits.clone()).unwrap().id, id);
     }
     assert_eq!(Sampler::new(SamplingParams { temperature: 0.0, ..params.clone() }).choice(), Choice::Greedy);
-    for other in [SamplingParams { top_k: 5, ..params.clone() }, SamplingParams { presence_penalty: 1.0, ..params }] {
-        assert_eq!(Sampler::new(other).choice(), Choice::Logits);
+}
+
+#[test]
+fn a_filtered_choice_says_all_that_it_depends_on() {
+    let params =
+        SamplingParams { repetition_penalty: 1.2, logit_bias: vec![(4, 1.0), (9, -2.0), (4, 0.5)], ..params() };
+    let mut sampler = Sampler::new(params.clone());
+    sampler.observe(&[7, 4]);
+    sampler.chosen(7);
+    let Choice::Filtered(choice) = sampler.choice() else { panic!("a penalty is set") };
+    assert_eq!(sampler.choice(), Choice::Filtered(choice.clone()), "until it is used");
+    let entry = |id, bias, count| Adjusted { id, bias, count };
+    assert_eq!(choice.adjusted, [entry(4, 1.5, Some(0)), entry(7, 0.0, Some(1)), entry(9, -2.0, None)]);
+    assert!((0.0..1.0).contains(&choice.at) && choice.params == params);
+    for (other, seen) in [
+        (SamplingParams { top_k: 5, ..self::params() }, 0),
+        (SamplingParams { presence_penalty: 1.0, ..self::params() }, 1),
+    ] {
+        let mut sampler = Sampler::new(other);
+        sampler.chosen(3);
+        let Choice::Filtered(choice) = sampler.choice() else { panic!("not plain") };
+        assert_eq!(choice.adjusted.len(), seen);
     }
+}
+
+#[test]
+fn banned_tokens_are_not_chosen_and_count_in_the_log_probability() {
+    let logits = [1.0f32, 3.0, 2.0];
+    let log_sum = logits.iter().map(|x| x.exp()).sum::<f32>().ln();
+    for temperature in [0.0, 0.01] {
+        let mut sampler = Sampler::new(SamplingParams { temperature, top_k: 2, ..params() });
+        let sampled = sampler.sample_without(&mut logits.clone(), &[1, 77]).unwrap();
+        assert_eq!(sampled.id, 2);
+        assert!((sampled.logprob - (2.0 - log_sum)).abs() < 1e-6);
+    }
+    let sampled = Sampler::new(SamplingParams::default()).sample_without(&mut logits.clone(), &[1]).unwrap();
+    assert!(sampled.id == 2 && (sampled.logprob - (2.0 - log_sum)).abs() < 1e-6);
 }

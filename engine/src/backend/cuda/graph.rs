@@ -28,7 +28,7 @@ pub(crate) fn rounded(sequences: usize) -> usize {
 pub(crate) struct Graphs {
     captured: HashMap<usize, Captured>,
     inputs: Pinned,
-    /// As `workspace.chosen`.
+    /// As `sampling.chosen`.
     chosen: Pinned,
 }
 
@@ -96,7 +96,7 @@ impl Graphs {
             let ms = 1e3 * Event::record(&model.device)?.seconds_since(&begun)?;
             tracing::trace!(size, ms, "a decode step on the GPU");
         }
-        model.workspace.chosen.read_later(0, self.chosen.bytes_mut())?;
+        model.sampling.chosen.read_later(0, self.chosen.bytes_mut())?;
         model.head_done.store(size << 8 | parts, Ordering::Relaxed);
         model.banned.store(batch.banned(), Ordering::Relaxed);
         Ok(pieces.len())
@@ -107,7 +107,7 @@ impl Graphs {
 fn run(model: &CudaModel, batch: &Batch) -> Result<usize> {
     model.layers(batch, None)?;
     let parts = model.head(0, batch.rows)?;
-    model.ops.choose(model, parts, batch.banned(), batch.rows)?;
+    model.sampling.choose(model.last_logits(parts, batch.rows, batch.banned()))?;
     Ok(parts)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! `probe` finds the libraries, `device` holds context, stream and memory, `copies` brings keys and values over beside the kernels, `module` compiles and loads the kernels of
 //! `engine/kernels`, `launch` starts them, `ops` knows each kernel's arguments and shape, `gemm` multiplies matrices,
-//! `weights` brings a model over, `batch` lays out a step's inputs, `forward` is the pass over the layers, `graph` replays
+//! `weights` brings a model over, `batch` lays out a step's inputs, `sample` chooses tokens, `forward` is the pass over the layers, `graph` replays
 //! decode steps, `host_work` does what strategies leave to the CPU, `model` ties them together.
 
 mod batch;
@@ -20,6 +20,7 @@ mod ops;
 #[cfg(test)]
 mod parity;
 mod probe;
+mod sample;
 mod stream;
 mod weights;
 

@@ -12,6 +12,7 @@ use super::graph::{Graphs, rounded};
 use super::host_work::HostWork;
 use super::module::Modules;
 use super::ops::{Ops, vector_rows};
+use super::sample::{Rows, Sampling};
 use super::weights::DeviceWeights;
 use crate::backend::cpu::Cpu;
 use crate::error::{EngineError, Result};
@@ -52,6 +53,7 @@ pub(crate) struct CudaModel {
     pub(crate) weights: DeviceWeights,
     pub(crate) ops: Ops,
     pub(crate) gemm: Gemm,
+    pub(crate) sampling: Sampling,
     pub(crate) workspace: Workspace,
     pub(crate) pool: Arc<DevicePool>,
     /// Rows up to which the matrix-vector kernels are used.
@@ -110,13 +112,6 @@ pub(crate) struct Workspace {
     pub(crate) logits: Memory,
     /// `[rows]` zeros.
     pub(crate) zeros: Memory,
-    /// Chosen tokens, their log-probabilities, and whether logits were bad: `[3][LOGIT_ROWS]`.
-    pub(crate) chosen: Memory,
-    /// For rows that are drawn: `[LOGIT_ROWS]` f32, `[LOGIT_ROWS]` f64, and tokens with their log-probabilities,
-    /// `[2][LOGIT_ROWS]`.
-    pub(crate) temperatures: Memory,
-    pub(crate) draws: Memory,
-    pub(crate) drawn: Memory,
 }
 
 impl Workspace {
@@ -147,10 +142,6 @@ impl Workspace {
             finals: take(rows * spec.hidden, 4)?,
             logits: take(2 * LOGIT_ROWS * spec.vocab, 4)?,
             zeros: device.upload(&vec![0i32; rows], "the workspace of a step")?,
-            chosen: take(3 * LOGIT_ROWS, 4)?,
-            temperatures: take(LOGIT_ROWS, 4)?,
-            draws: take(LOGIT_ROWS, 8)?,
-            drawn: take(2 * LOGIT_ROWS, 4)?,
         })
     }
 }
@@ -208,6 +199,7 @@ impl CudaModel {
         let graphs = Graphs::new(&device, batch::integers(limits.sequences, limits.sequences, workspace.stride))?;
         let copies = Copies::new(&device, rows * shape.width() * size_of::<f32>())?;
         let ops = Ops::new(&device, &modules, spec, shape, rope, limits)?;
+        let sampling = Sampling::new(&device, &modules, spec)?;
         let (budget, used) = device.memory();
         let left = budget.saturating_sub(used);
         let left = left - blend_bytes(spec, shape, limits.context, left);
@@ -227,6 +219,7 @@ impl CudaModel {
             weights,
             ops,
             gemm,
+            sampling,
             workspace,
             pool,
             vector_rows: vector_rows(&device),
@@ -353,9 +346,9 @@ impl CudaModel {
             let (parts, rows, chosen) = match self.head_done.swap(0, Ordering::Relaxed) {
                 0 => {
                     let parts = self.head(i * LOGIT_ROWS, block.len())?;
-                    self.ops.choose(self, parts, banned, block.len())?;
+                    self.sampling.choose(self.last_logits(parts, block.len(), banned))?;
                     let mut chosen = vec![0; 3 * LOGIT_ROWS];
-                    self.workspace.chosen.read(0, &mut chosen)?;
+                    self.sampling.chosen.read(0, &mut chosen)?;
                     (parts, block.len(), chosen)
                 }
                 done => {
@@ -364,30 +357,15 @@ impl CudaModel {
                     (done & 0xff, done >> 8, graphs.chosen().to_vec())
                 }
             };
-            let drawn = self.draw(parts, rows, banned, block)?;
+            let drawn = self.sampling.draw(self.last_logits(parts, rows, banned), block)?;
             self.take_block(parts, rows, &chosen, &drawn, block, &mut all)?;
         }
         Ok(all)
     }
 
-    /// Tokens and log-probabilities of the rows that are drawn, `[2][LOGIT_ROWS]`; empty where none is.
-    fn draw(&self, parts: usize, rows: usize, banned: u64, choices: &[Choice]) -> Result<Vec<u32>> {
-        let (mut temperatures, mut draws) = (vec![1.0f32; rows], vec![-1.0f64; rows]);
-        for (i, choice) in choices.iter().enumerate() {
-            if let Choice::Draw { temperature, at } = choice {
-                (temperatures[i], draws[i]) = (*temperature, *at);
-            }
-        }
-        if draws.iter().all(|at| *at < 0.0) {
-            return Ok(Vec::new());
-        }
-        let w = &self.workspace;
-        w.temperatures.write(0, &temperatures)?;
-        w.draws.write(0, &draws)?;
-        self.ops.draw(self, parts, banned, rows)?;
-        let mut drawn = vec![0; 2 * LOGIT_ROWS];
-        w.drawn.read(0, &mut drawn)?;
-        Ok(drawn)
+    /// Logits that the head was last run for.
+    pub(crate) fn last_logits(&self, parts: usize, rows: usize, banned: u64) -> Rows<'_> {
+        Rows { logits: &self.workspace.logits, parts, rows, banned }
     }
 
     /// `rows` rows of logits in `parts` parts, of which the first are those of `choices`.
@@ -405,7 +383,7 @@ impl CudaModel {
             // Bad logits go to the host too, which says what is wrong with them.
             let from = match choice {
                 Choice::Greedy => Some(chosen),
-                Choice::Draw { .. } => Some(drawn),
+                Choice::Draw { .. } | Choice::Filtered(_) => Some(drawn),
                 Choice::Logits => None,
             };
             if let (Some(from), false) = (from, bad) {

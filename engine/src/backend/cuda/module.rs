@@ -21,7 +21,7 @@ macro_rules! sources {
 }
 
 /// The files that are compiled, one program each.
-const SOURCES: [(&str, &str); 15] = sources![
+const SOURCES: [(&str, &str); 16] = sources![
     "embed.cu",
     "norm.cu",
     "rope_append.cu",
@@ -30,6 +30,7 @@ const SOURCES: [(&str, &str); 15] = sources![
     "split.cu",
     "merge.cu",
     "sample.cu",
+    "sample_filtered.cu",
     "gemv.cu",
     "fill.cu",
     "attention_decode.cu",

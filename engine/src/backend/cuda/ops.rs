@@ -7,7 +7,7 @@ use super::batch::{Batch, Span};
 use super::device::{Device, Memory};
 use super::forward::{Pending, VECTOR_ROWS};
 use super::launch::{Shape, arguments};
-use super::model::{CudaModel, LOGIT_ROWS, Limits};
+use super::model::{CudaModel, Limits};
 use super::module::{Kernel, Modules, PREFILL, PREFILL_HOPPER};
 use super::weights::{Format, Matrix};
 use crate::error::{EngineError, Result};
@@ -28,10 +28,6 @@ const THREADS: usize = 256;
 const BLOCK_HEADS: usize = 8;
 /// Most blocks in a grid's second direction.
 const GRID_ROWS: usize = 65_535;
-/// Threads of a block that draws a token.
-const DRAW_THREADS: usize = 1024;
-/// Blocks that share a row in `sample.cu`.
-const CHOOSE_BLOCKS: usize = 128;
 
 /// The residual stream with what is still to be added, or some of its rows.
 pub(crate) struct Residual<'a> {
@@ -107,8 +103,6 @@ pub(crate) struct Ops {
     swiglu: Kernel,
     split: Kernel,
     merge: Kernel,
-    choose: Kernel,
-    draw: Kernel,
     vectors: Vectors,
     vectors_f32: [Kernel; 3],
     attention_decode: Option<Kernel>,
@@ -121,11 +115,6 @@ pub(crate) struct Ops {
     /// Partial states of `attention_decode.cu`, and its counters.
     partial: Memory,
     counters: Memory,
-    /// Scratch of `sample.cu`, and its counters.
-    choosing: Memory,
-    chosen_blocks: Memory,
-    /// End-of-text tokens.
-    eos: Memory,
 }
 
 impl Ops {
@@ -157,9 +146,6 @@ impl Ops {
         let group_blocks = shape.kv_heads * (spec.heads / shape.kv_heads).div_ceil(DECODE_HEADS);
         let counters = device.allocate(2 * limits.sequences * group_blocks * 4, "counters of attention")?;
         counters.fill(0)?;
-        let choosing = device.allocate(LOGIT_ROWS * CHOOSE_BLOCKS * 16, "scratch of sampling")?;
-        let chosen_blocks = device.allocate(LOGIT_ROWS * 4, "counters of sampling")?;
-        chosen_blocks.fill(0)?;
         Ok(Ops {
             spec: spec.clone(),
             embed_bf16: plain("embed.cu", "embed_bf16")?,
@@ -170,8 +156,6 @@ impl Ops {
             swiglu: plain("swiglu.cu", "swiglu")?,
             split: plain("split.cu", "split")?,
             merge: plain("merge.cu", "merge")?,
-            choose: plain("sample.cu", "argmax_logprob")?,
-            draw: plain("sample.cu", "draw")?,
             vectors: Vectors { norm: vectors("norm")?, add: vectors("add")?, swiglu: vectors("swiglu")? },
             vectors_f32: [
                 plain("gemv.cu", "gemv_f32w_norm")?,
@@ -188,10 +172,6 @@ impl Ops {
             sin: device.upload(&sin, "the table of rotations")?,
             partial: device.allocate(blocks * 16 * (dim + 2) * 4, "partial states of attention")?,
             counters,
-            choosing,
-            chosen_blocks,
-            eos: device
-                .upload(&spec.eos.iter().map(|t| *t as i32).chain([-1]).collect::<Vec<_>>(), "end-of-text tokens")?,
             device: Arc::clone(device),
         })
     }
@@ -495,49 +475,6 @@ impl Ops {
         let shape =
             Shape { grid: (spec.kv_heads.div_ceil(BLOCK_HEADS), batch.rows.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
         self.device.launch(self.write_rows, shape, arguments)
-    }
-
-    /// The likeliest tokens of `rows` rows of logits, to `workspace.chosen`; `banned` is the address of the rows' flags.
-    pub(crate) fn choose(&self, model: &CudaModel, parts: usize, banned: u64, rows: usize) -> Result<()> {
-        let chosen = |array: usize| model.workspace.chosen.at::<u32>(array * LOGIT_ROWS);
-        let arguments = arguments![
-            &model.workspace.logits,
-            parts,
-            rows,
-            self.spec.vocab,
-            &self.eos,
-            self.spec.eos.len(),
-            banned,
-            chosen(0),
-            chosen(1),
-            chosen(2),
-            &self.choosing,
-            &self.chosen_blocks,
-        ];
-        let shape = Shape { grid: (CHOOSE_BLOCKS, rows), ..Shape::new(1, THREADS) };
-        self.device.launch(self.choose, shape, arguments)
-    }
-
-    /// Draws tokens of `rows` rows of logits, behind [`choose`](Ops::choose), with the workspace's temperatures and random
-    /// numbers.
-    pub(crate) fn draw(&self, model: &CudaModel, parts: usize, banned: u64, rows: usize) -> Result<()> {
-        let w = &model.workspace;
-        let arguments = arguments![
-            &w.logits,
-            parts,
-            rows,
-            self.spec.vocab,
-            &self.eos,
-            self.spec.eos.len(),
-            banned,
-            w.chosen.at::<u32>(0),
-            w.chosen.at::<u32>(LOGIT_ROWS),
-            &w.temperatures,
-            &w.draws,
-            w.drawn.at::<u32>(0),
-            w.drawn.at::<u32>(LOGIT_ROWS),
-        ];
-        self.device.launch(self.draw, Shape { grid: (rows, 1), ..Shape::new(1, DRAW_THREADS) }, arguments)
     }
 }
 

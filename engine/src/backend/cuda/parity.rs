@@ -3,10 +3,12 @@
 //! Ignored by default; `cargo test -p engine --release -- --ignored parity` runs them and fails where there is no GPU.
 //! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
 //! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
-//! swiglu.cu, split.cu, gemv.cu, sample.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
+//! swiglu.cu, split.cu, gemv.cu, sample.cu, sample_filtered.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
 //! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending) and merge.cu (sinks, cold tokens); products and single
 //! kernels are also compared alone, in double precision. fill.cu only makes inputs of benches.
 
+mod alone;
+mod filtered;
 mod models;
 
 use std::sync::Arc;
@@ -151,7 +153,7 @@ fn parity_of_batched_decoding_and_its_graphs() {
                 let choices: Vec<Choice> = (0..batch).map(choice).collect();
                 let nexts = device.next(&states, &choices).unwrap();
                 for (i, (next, expected)) in nexts.iter().zip(expected.chunks_exact(VOCAB)).enumerate() {
-                    check_next(next, expected, choices[i], tolerance(tiny), &format!("{tiny:?} {batch} {step} {i}"));
+                    check_next(next, expected, &choices[i], tolerance(tiny), &format!("{tiny:?} {batch} {step} {i}"));
                 }
             }
         }
@@ -159,7 +161,7 @@ fn parity_of_batched_decoding_and_its_graphs() {
 }
 
 /// A chosen token must be the likeliest one, or as good as it, or the one that was drawn, with its log-probability.
-fn check_next(next: &Next, expected: &[f32], choice: Choice, limit: f64, what: &str) {
+fn check_next(next: &Next, expected: &[f32], choice: &Choice, limit: f64, what: &str) {
     let top = expected.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum = |temperature: f32, to: usize| -> f64 {
         expected[..to].iter().map(|x| (f64::from(x - top) / f64::from(temperature)).exp()).sum()
@@ -174,7 +176,7 @@ fn check_next(next: &Next, expected: &[f32], choice: Choice, limit: f64, what: &
             assert!(top - found < 1e-2, "{what}: chose {found} where {top} was there");
             check_logprob(sampled);
         }
-        (Next::Token(sampled), Choice::Draw { temperature, at }) => {
+        (Next::Token(sampled), &Choice::Draw { temperature, at }) => {
             let (goal, id) = (at * sum(temperature, VOCAB), sampled.id as usize);
             let (before, upto) = (sum(temperature, id), sum(temperature, id + 1));
             // As far as logits differ: those of the GPU move the borders between tokens a little.
@@ -371,7 +373,7 @@ fn steps_that_only_decode_do_not_depend_on_fast_prefill() {
             let mut pieces: Vec<Piece<'_>> =
                 kvs.iter_mut().zip(&next).map(|(kv, t)| Piece::exact(kv, t, Want::Last)).collect();
             let states = model.forward(&mut pieces).unwrap();
-            for next in model.next(&states, &[Choice::Logits; 12]).unwrap() {
+            for next in model.next(&states, &vec![Choice::Logits; 12]).unwrap() {
                 let Next::Logits(row) = next else { panic!("a token where logits were asked for") };
                 all.extend(row);
             }

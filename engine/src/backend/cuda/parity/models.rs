@@ -170,7 +170,7 @@ fn poison(model: &CudaModel) {
         &w.hidden,
         &w.finals,
         &w.logits,
-        &w.chosen,
+        &model.sampling.chosen,
     ] {
         memory.fill(0xff).unwrap();
     }
