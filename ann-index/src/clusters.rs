@@ -27,6 +27,8 @@ use segment::Segment;
 
 /// Keys of a tail that become a segment, or as many as a segment has at most if that is fewer.
 const TAIL: usize = 1024;
+/// Queries of a group at most that read together: each ranks all clusters.
+const TOGETHER: usize = 64;
 
 /// See the module.
 pub(crate) struct ClustersIndex<T: Element> {
@@ -336,7 +338,11 @@ impl<T: Element> KeyIndex for ClustersIndex<T> {
         exclude: Option<&Bitmap>,
     ) -> Result<Vec<SearchResult>, IndexError> {
         check_rows("queries", self.dim, queries)?;
-        Ok(self.state().search(queries, params, self.params.keys_per_cluster, exclude))
+        let (state, mut results) = (self.state(), Vec::with_capacity(queries.len() / self.dim));
+        for queries in queries.chunks(TOGETHER * self.dim) {
+            results.extend(state.search(queries, params, self.params.keys_per_cluster, exclude));
+        }
+        Ok(results)
     }
 
     fn search_zones(

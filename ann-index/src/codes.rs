@@ -41,6 +41,11 @@ pub(crate) struct Probe {
     scale: f32,
 }
 
+/// What numbers are divided by a scale with; 0 for no scale. A scale may be too small for its inverse to be an f32.
+fn inverse(scale: f32) -> f64 {
+    if scale > 0.0 { f64::from(scale).recip() } else { 0.0 }
+}
+
 impl Codes {
     /// No keys yet.
     pub(crate) fn new(center: Vec<f32>, expected: usize) -> Self {
@@ -79,10 +84,10 @@ impl Codes {
             let row = &rows[i * dim..(i + 1) * dim];
             let largest = row.iter().zip(&self.center).fold(0.0f32, |m, (x, c)| m.max((x - c).abs()));
             let scale = largest / 127.0;
-            let inverse = if scale.is_normal() { scale.recip() } else { 0.0 };
+            let inverse = inverse(scale);
             out.fill(BIAS as u8);
             for ((to, x), c) in out.iter_mut().zip(row).zip(&self.center) {
-                *to = (((x - c) * inverse).round_ties_even() as i32 + BIAS) as u8;
+                *to = ((f64::from(x - c) * inverse).round_ties_even().clamp(-127.0, 127.0) as i32 + BIAS) as u8;
             }
             scales.push(scale);
         })?;
@@ -97,10 +102,10 @@ impl Codes {
         let most = QUERY_MAX.min((i64::from(i32::MAX) / (255 * stride as i64)) as i32);
         let largest = query.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         let scale = largest / most as f32;
-        let inverse = if scale.is_normal() { scale.recip() } else { 0.0 };
+        let inverse = inverse(scale);
         let (mut high, mut low, mut sum) = (vec![0; stride], vec![0; stride], 0);
         for (i, x) in query.iter().enumerate() {
-            let number = (x * inverse).round_ties_even() as i32;
+            let number = ((f64::from(*x) * inverse).round_ties_even() as i32).clamp(-most, most);
             let upper = (number + 64) >> 7;
             high[i] = upper as i8;
             low[i] = (number - (upper << 7)) as i8;

@@ -87,7 +87,8 @@ pub struct Zones {
 /// and keys below it can be read.
 ///
 /// **How many hits.** A search returns exactly `min(k, keys not hidden)` hits, without repetition;
-/// among keys that are bitwise equal the ones with lower ids come first.
+/// among keys that are bitwise equal the ones with lower ids come first. With `clusters` this holds among the keys that were
+/// read: equal keys that came at different times may be in different clusters, of which one was not.
 ///
 /// **What is refused.** NaN, infinities and rows with a norm above 2<sup>61</sup> are refused, so
 /// that no inner product overflows. A refused call has changed nothing.
@@ -149,7 +150,8 @@ pub trait KeyIndex: Send + Sync + fmt::Debug {
     /// wait for memory together and find there what another has fetched; `hnsw` and `ivf` search one query after the
     /// other.
     ///
-    /// A query's statistics say what was read for it and for no query before it (of those that walk together): they add up
+    /// A query's statistics say what was read for it and for no query before it (of those that read together, 32 over a
+    /// `graph`, 64 over `clusters`): they add up
     /// to what the group
     /// read. With `hnsw` and `ivf` they are those of single searches.
     ///

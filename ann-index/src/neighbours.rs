@@ -28,7 +28,7 @@ impl Neighbours {
     /// Refuses what cannot be the neighbours of that many queries among that many keys.
     pub(crate) fn check(&self, keys: usize, queries: usize) -> Result<(), IndexError> {
         let wrong = |what: String| Err(IndexError::BadNeighbours { what });
-        if self.ids.len() != self.k * queries {
+        if Some(self.ids.len()) != self.k.checked_mul(queries) {
             return wrong(format!("{} ids, expected {} for each of {queries} queries", self.ids.len(), self.k));
         }
         match self.ids.iter().find(|&&id| id as usize >= keys) {

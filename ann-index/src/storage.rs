@@ -119,7 +119,7 @@ impl Sections {
         // A name of its own for every save: several may write to one path at the same time, and the last is what stays.
         static SAVES: AtomicU64 = AtomicU64::new(0);
         let save = SAVES.fetch_add(1, Ordering::Relaxed);
-        let path = &behind_links(path);
+        let path = &behind_links(path).map_err(failed)?;
         let mut beside = path.as_os_str().to_owned();
         beside.push(format!(".{}.{save}.new", std::process::id()));
         let beside = PathBuf::from(beside);
@@ -171,16 +171,22 @@ impl Sections {
     }
 }
 
-/// Where a path leads: a link stays one, and what it names is written, whether that is there already or not.
-fn behind_links(path: &Path) -> PathBuf {
+/// Where a path leads: a link stays one, and what it names is written, whether that is there already or not. What is there
+/// must be a file.
+fn behind_links(path: &Path) -> std::io::Result<PathBuf> {
     /// As many as Linux follows.
     const LINKS: usize = 40;
     let mut path = path.to_owned();
     for _ in 0..LINKS {
-        let Ok(target) = std::fs::read_link(&path) else { break };
+        let Ok(target) = std::fs::read_link(&path) else {
+            return match std::fs::metadata(&path) {
+                Ok(found) if !found.is_file() => Err(std::io::Error::other("expected a file or nothing there")),
+                _ => Ok(path),
+            };
+        };
         path = path.parent().map_or_else(|| target.clone(), |folder| folder.join(&target));
     }
-    path
+    Err(std::io::Error::other("too many links lead to each other"))
 }
 
 /// Gives the new file the permissions of the one that it replaces.

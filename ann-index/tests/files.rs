@@ -68,6 +68,21 @@ fn a_link_to_a_file_stays_one() {
     all[1].save(&early).unwrap();
     assert!(std::fs::symlink_metadata(&early).unwrap().is_symlink());
     assert_eq!(std::fs::read(&later).unwrap(), std::fs::read(&file).unwrap());
+    // Links that lead to each other, and what is no file, are left as they are.
+    let (a, b, socket) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("socket"));
+    std::os::unix::fs::symlink(&b, &a).unwrap();
+    std::os::unix::fs::symlink(&a, &b).unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for path in [&a, &socket] {
+        let error = all[1].save(path).unwrap_err();
+        assert!(matches!(error, IndexError::Io { action: "writing", .. }), "{error}");
+        assert!(!std::fs::symlink_metadata(path).unwrap().is_file());
+    }
+    // A file that is replaced keeps its permissions.
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+    all[1].save(&file).unwrap();
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o640);
     let mut key = [0.0; DIM];
     all[1].key(3, &mut key).unwrap();
     let mut found = [0.0; DIM];

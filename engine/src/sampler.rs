@@ -13,7 +13,7 @@
 //!    reaches p; then `min_p`: of these, the ones at least `min_p` times as probable as the most probable one;
 //! 7. one token is drawn from the softmax of what is left.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -200,17 +200,18 @@ impl Sampler {
         }
     }
 
-    /// The tokens whose logits are adjusted, in the order of their ids.
+    /// The tokens whose logits are adjusted, each once.
     fn adjusted(&self) -> Vec<Adjusted> {
         let params = &self.params;
-        let mut all: BTreeMap<u32, Adjusted> = BTreeMap::new();
+        let mut biases: HashMap<u32, f32> = HashMap::new();
+        params.logit_bias.iter().for_each(|&(id, bias)| *biases.entry(id).or_default() += bias);
+        let mut all = Vec::new();
         if params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
-            all.extend(self.seen.iter().map(|(&id, &count)| (id, Adjusted { id, bias: 0.0, count: Some(count) })));
+            let seen = |(&id, &count)| Adjusted { id, bias: biases.remove(&id).unwrap_or(0.0), count: Some(count) };
+            all.extend(self.seen.iter().map(seen));
         }
-        for &(id, bias) in &params.logit_bias {
-            all.entry(id).or_insert(Adjusted { id, bias: 0.0, count: None }).bias += bias;
-        }
-        all.into_values().collect()
+        all.extend(biases.into_iter().map(|(id, bias)| Adjusted { id, bias, count: None }));
+        all
     }
 
     /// Remembers a token that was chosen elsewhere, as [`choice`](Sampler::choice) said.

@@ -156,6 +156,20 @@ pub struct RecordLog {
     dir: PathBuf,
 }
 
+impl Output {
+    /// Makes the folder of the records, if there is to be one, and looks whether files can be written there: before
+    /// something is measured for minutes.
+    ///
+    /// # Errors
+    /// [`EvalError::Io`].
+    pub fn prepare(&self) -> Result<()> {
+        let Some(dir) = &self.results_dir else { return Ok(()) };
+        fs::create_dir_all(dir).map_err(EvalError::io("create", dir))?;
+        let probe = dir.join(format!(".writable.{}", std::process::id()));
+        fs::write(&probe, "").and_then(|()| fs::remove_file(&probe)).map_err(EvalError::io("write", &probe))
+    }
+}
+
 impl RecordLog {
     /// The log in this folder, which need not exist.
     #[must_use]

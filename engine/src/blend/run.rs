@@ -3,8 +3,9 @@
 //! Rows that are computed may lie anywhere in the context. Each sees exactly the tokens up to its own
 //! *position*: attention masks by position, not by row.
 
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use rayon::prelude::*;
 
@@ -117,8 +118,16 @@ fn load_layer(model: &Transformer, spans: &[Span], chunks: &[PromptChunk], layer
     let read = |&(chunk, source, tokens): &(usize, &Arc<dyn ChunkSource>, usize)| {
         read_layer(source.as_ref(), &model.shape, tokens, layer).map_err(|error| (chunk, error))
     };
-    sources.par_iter().map(read).collect()
+    let all = || sources.par_iter().map(read).collect();
+    READERS.as_ref().map_or_else(|| sources.iter().map(read).collect(), |readers| readers.install(all))
 }
+
+/// Threads that read chunks; `None` where the system gives none. Of their own: those of rayon's own pool build indexes for
+/// seconds, and the engine would wait for them.
+static READERS: LazyLock<Option<rayon::ThreadPool>> = LazyLock::new(|| {
+    let named = rayon::ThreadPoolBuilder::new().thread_name(|i| format!("quire-read-{i}"));
+    named.build().inspect_err(|error| tracing::warn!(%error, "chunks are read one by one")).ok()
+});
 
 struct Run<'a> {
     model: &'a Transformer,
@@ -168,10 +177,7 @@ impl<'a> Run<'a> {
 
     fn layers(mut self, cancelled: &dyn Fn() -> bool) -> std::result::Result<Blended, Attempt> {
         for layer in 0..self.model.spec.layers {
-            let cached = self.loaded.recv().map_err(|_| {
-                Attempt::Failed(EngineError::Internal("the thread that reads cached chunks ended early".into()))
-            })?;
-            let cached = cached.map_err(|(chunk, error)| Attempt::ChunkLost(chunk, error))?;
+            let cached = self.next_layer(cancelled)?.map_err(|(chunk, error)| Attempt::ChunkLost(chunk, error))?;
             if let Some((check, ratio)) = self.plan.check
                 && check == layer
             {
@@ -189,6 +195,21 @@ impl<'a> Run<'a> {
             ..PrefillStats::default()
         };
         Ok(Blended { kv: self.kv, stats })
+    }
+
+    /// Waits for a layer's cached rows, as long as somebody wants them.
+    fn next_layer(&self, cancelled: &dyn Fn() -> bool) -> Result<LoadedLayer> {
+        const LOOK: Duration = Duration::from_millis(50);
+        loop {
+            match self.loaded.recv_timeout(LOOK) {
+                Ok(layer) => return Ok(layer),
+                Err(RecvTimeoutError::Timeout) if cancelled() => return Err(EngineError::Cancelled),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(EngineError::Internal("the thread that reads cached chunks ended early".into()));
+                }
+            }
+        }
     }
 
     /// Writes what stays cached. Rows that are computed overwrite theirs afterwards.

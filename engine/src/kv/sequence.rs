@@ -54,6 +54,8 @@ struct Building {
     built: Option<Mutex<Receiver<Result<Segment>>>>,
     /// Segments at the end of `cold` which the new one replaces.
     absorbs: usize,
+    /// Held, as long as somebody waits.
+    _wanted: Arc<()>,
 }
 
 impl Clone for Building {
@@ -253,16 +255,20 @@ impl SequenceKv {
             params: IndexParams { kind: config.index, ..IndexParams::default() },
         };
         let (send, built) = channel();
+        let wanted = Arc::new(());
+        let alive = Arc::downgrade(&wanted);
         let job = move || {
-            // Nobody waits any more when the sequence has ended: then the result is dropped.
-            let _ = send.send(source.build());
+            // Nobody waits any more when the sequence has ended: then it is not begun, or its result is dropped.
+            if alive.strong_count() > 0 {
+                let _ = send.send(source.build());
+            }
         };
         if config.wait_for_index {
             job();
         } else {
             rayon::spawn(job);
         }
-        self.building = Building { built: Some(Mutex::new(built)), absorbs };
+        self.building = Building { built: Some(Mutex::new(built)), absorbs, _wanted: wanted };
         Ok(())
     }
 

@@ -338,7 +338,7 @@ impl Transformer {
         }
     }
 
-    /// What follows each row of `states`: where `greedy` says so and a GPU computes, the likeliest token; else logits.
+    /// What follows each row of `states`: the chosen token where a GPU computes, else logits.
     pub(crate) fn next(&self, states: &States, choices: &[Choice]) -> Result<Vec<Next>> {
         if let (Body::Device(model), States::Device(_)) = (&self.body, states) {
             return model.next(choices);

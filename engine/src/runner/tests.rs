@@ -487,6 +487,39 @@ fn a_chunk_waits_for_room_and_whoever_comes_behind_it_waits_too() {
     assert!(Answer::read(&mut behind).finished.is_some());
 }
 
+#[test]
+fn chunks_are_read_while_every_thread_of_the_pool_builds_an_index() {
+    let mut rng = ChaCha8Rng::seed_from_u64(15);
+    let chunks: Vec<PromptChunk> = (0..3)
+        .map(|_| {
+            let text = tokens(&mut rng, 40);
+            let kv = ChunkKv::compute(&MODEL, &[1], &text, 64).unwrap();
+            PromptChunk { tokens: text.as_slice().into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
+        })
+        .collect();
+    // Each takes a thread of rayon's own pool until the blend is over, or for half a minute.
+    let over = Arc::new((std::sync::Mutex::new(false), std::sync::Condvar::new()));
+    let (began, begun) = channel();
+    let given_up = Arc::new(AtomicUsize::new(0));
+    for _ in 0..rayon::current_num_threads() {
+        let (over, began, given_up) = (Arc::clone(&over), began.clone(), Arc::clone(&given_up));
+        rayon::spawn(move || {
+            began.send(()).unwrap();
+            let wait = std::time::Duration::from_secs(30);
+            let (guard, timed_out) = over.1.wait_timeout_while(over.0.lock().unwrap(), wait, |over| !*over).unwrap();
+            drop(guard);
+            given_up.fetch_add(usize::from(timed_out.timed_out()), Ordering::Relaxed);
+        });
+    }
+    (0..rayon::current_num_threads()).for_each(|_| begun.recv().unwrap());
+    let blended =
+        blend(&MODEL, &[1], &chunks, &BlendConfig { mode: BlendMode::Reuse, ..BlendConfig::default() }, &|| false);
+    *over.0.lock().unwrap() = true;
+    over.1.notify_all();
+    assert_eq!(blended.unwrap().stats.reused_tokens, 120);
+    assert_eq!(given_up.load(Ordering::Relaxed), 0, "the blend has waited for them");
+}
+
 /// The command to compute a chunk.
 fn chunk(tokens: Vec<u32>, reply: Sender<Result<ChunkKv>>) -> Command {
     Command::Compute(Computation::Chunk { prefix: vec![1], tokens, reply })

@@ -29,7 +29,11 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
         BenchCommand::Serve(args) => bench_load::mixed_load(settings, &args, out),
         BenchCommand::Start { repeats, limit, label, records } => {
             let limit = Duration::from_secs(limit);
-            let options = StartOptions { repeats: repeats.max(1), limit, label, output: output(&records) };
+            if repeats == 0 {
+                let (found, expected) = ("0".into(), "at least 1".into());
+                return Err(eval::EvalError::BadOption { what: "the number of starts", found, expected }.into());
+            }
+            let options = StartOptions { repeats, limit, label, output: output(&records)? };
             let report = start_bench(settings, &program()?, &options, &mut |news| out.note(news))?;
             print(&report, &report.table(), out);
             Ok(())
@@ -42,7 +46,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 rounds,
                 peer: GpuPeerOptions { python, enabled: !no_peer, ..GpuPeerOptions::default() },
                 model_label: label,
-                output: output(&records),
+                output: output(&records)?,
             };
             bench_load::attention_decode(settings, &options, out)
         }
@@ -67,7 +71,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 repeats,
                 text: data_source(&data)?,
                 model_label: label,
-                output: output(&records),
+                output: output(&records)?,
             };
             blend(settings, &options, out)
         }
@@ -76,7 +80,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             let options = MembwOptions {
                 threads: settings.threads,
                 repeats,
-                output: output(&records),
+                output: output(&records)?,
                 ..MembwOptions::default()
             };
             let report = with_progress(out, |progress| Ok(bench_membw(&options, progress)?))?;
@@ -84,7 +88,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             Ok(())
         }
         BenchCommand::Crash { kills, documents, seed, records } => {
-            let options = CrashOptions { kills, documents, seed, output: output(&records) };
+            let options = CrashOptions { kills, documents, seed, output: output(&records)? };
             let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
             print(&report, &report.table(), out);
             report.check()
@@ -123,7 +127,7 @@ fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<
         text: data_source(&args.data)?,
         model_label: args.label,
         peer: PeerOptions { python: args.python, model_dir: config.model_dir.clone(), enabled: !args.no_peer },
-        output: output(&args.records),
+        output: output(&args.records)?,
     };
     let engine = Engine::load(config)?;
     let report = with_progress(out, |progress| {
@@ -165,7 +169,7 @@ fn index(settings: &Settings, args: IndexArgs, out: &Out) -> Result<()> {
         },
         model_label: args.label,
         figures: args.figures,
-        output: output(&args.records),
+        output: output(&args.records)?,
         ..IndexBenchOptions::default()
     };
     let wanted = options.data.contains(&IndexData::Model);

@@ -40,7 +40,7 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
         step_tokens: config.step_tokens,
         mixed_prefill_tokens: config.mixed_prefill_tokens,
         model_label: speed.label,
-        output: output(&speed.records),
+        output: output(&speed.records)?,
     };
     let peer = GpuPeerOptions {
         python: speed.python,
@@ -72,7 +72,7 @@ pub(super) fn mixed_load(settings: &Settings, args: &ServeBenchArgs, out: &Out) 
         step_tokens: config.step_tokens,
         mixed_prefill_tokens: config.mixed_prefill_tokens,
         model_label: args.label.clone(),
-        output: output(&args.records),
+        output: output(&args.records)?,
     };
     let engine = Engine::load(config)?;
     let report = with_progress(out, |progress| Ok(bench_mixed_load(&engine, &options, progress)?))?;

@@ -25,7 +25,7 @@ pub(super) fn run(settings: &Settings, args: EvalArgs, out: &Out) -> Result<()> 
         window: settings.window,
         ef: settings.ef,
         answers: args.answers,
-        output: output(&args.records),
+        output: output(&args.records)?,
     };
     let engine = Engine::load(settings.engine()?)?;
     let report = with_progress(out, |progress| Ok(run_quality(&engine, &options, progress)?))?;
@@ -44,7 +44,7 @@ pub(super) fn data_source(text: &str) -> Result<eval::DataSource> {
 }
 
 /// Where records go, and which command they name as theirs.
-pub(super) fn output(args: &RecordArgs) -> Output {
+pub(super) fn output(args: &RecordArgs) -> Result<Output> {
     let command = std::env::args().skip(1).map(quoted);
     let command = std::iter::once("quire".to_string()).chain(command).collect::<Vec<_>>().join(" ");
     let mut output =
@@ -54,7 +54,8 @@ pub(super) fn output(args: &RecordArgs) -> Output {
     } else if let Some(dir) = &args.results {
         output.results_dir = Some(dir.clone());
     }
-    output
+    output.prepare()?;
+    Ok(output)
 }
 
 fn quoted(word: String) -> String {

@@ -1,6 +1,6 @@
 //! Kernels and passes on a GPU against the CPU's operations, on fresh random inputs.
 //!
-//! Ignored by default; `cargo test -p engine --release -- --ignored parity` runs them and fails where there is no GPU.
+//! Ignored by default; `cargo test -p engine --lib --release -- --ignored parity` runs them and fails where there is no GPU.
 //! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
 //! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
 //! swiglu.cu, split.cu, gemv.cu, sample.cu, sample_filtered.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu

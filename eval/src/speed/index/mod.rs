@@ -32,6 +32,9 @@ use crate::record::{Output, Record, RunInfo};
 use crate::stats::mean;
 use crate::tasks::DataSource;
 
+/// Keys of made-up data at most.
+const MOST_KEYS: usize = 1 << 27;
+
 /// What is searched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IndexData {
@@ -153,6 +156,14 @@ impl IndexBenchOptions {
         if let (Some(context), Some(longest)) = (context, lengths.max().filter(|length| Some(**length) > context)) {
             let (found, expected) = (format!("{longest} tokens"), format!("at most the model's {context}"));
             return Err(EvalError::BadOption { what: "the longest text", found, expected });
+        }
+        if self.keys > MOST_KEYS {
+            let (found, expected) = (self.keys.to_string(), format!("at most {MOST_KEYS}"));
+            return Err(EvalError::BadOption { what: "the number of keys", found, expected });
+        }
+        if (1..self.data.len()).any(|i| self.data[..i].contains(&self.data[i])) {
+            let (found, expected) = ("one that comes twice".into(), "each once".into());
+            return Err(EvalError::BadOption { what: "a set of data", found, expected });
         }
         if let Some(twice) = self.kinds.iter().enumerate().find(|(i, kind)| self.kinds[..*i].contains(kind)) {
             let (found, expected) = (twice.1.name().to_owned(), "each once".into());

@@ -15,13 +15,13 @@ pub(super) struct Point {
     pub(super) pass: Pass,
 }
 
-/// Searches with rising settings until nearly everything is found.
-pub(super) fn sweep(side: &mut dyn Side, queries: &Queries<'_>) -> Result<Vec<Point>> {
+/// Searches with rising settings until nearly everything is found, and so many keys are read where that is told.
+pub(super) fn sweep(side: &mut dyn Side, queries: &Queries<'_>, keys: f64) -> Result<Vec<Point>> {
     let mut points = Vec::new();
     for knob in side.grid() {
         let pass = side.search(knob, queries, false)?;
         points.push(Point { knob, pass });
-        if pass.recall.mean >= ENOUGH {
+        if pass.recall.mean >= ENOUGH && pass.touched.is_none_or(|touched| touched >= keys) {
             break;
         }
     }

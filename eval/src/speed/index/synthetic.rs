@@ -83,7 +83,9 @@ fn one_side(
 ) -> Result<Option<Timed>> {
     meter.say(format!("{}: sweeping {}", data.name, side.name()));
     let peer = side.is_peer();
-    let curve = sweep(side, tuning)?;
+    // What is recorded of ours for a budget needs a curve that reaches to it.
+    let widest = BUDGETS.into_iter().fold(0.0, f64::max) * data.len() as f64;
+    let curve = sweep(side, tuning, if peer { 0.0 } else { widest })?;
     meter.say(format!("{}: {}: {}", data.name, side.name(), shown(&curve)));
     let Some((knob, reaches)) = operating_point(&curve, peer) else { return Ok(None) };
     let at = side.search(knob, test, false)?;

@@ -83,7 +83,7 @@ fn lists_of_near_keys_are_no_help_out_of_distribution() {
         let judge = data::Judge::new(DIM, &data.keys, &data.test, 20).unwrap();
         let mut side = side::Ours { index, built: side::Built { seconds: 0.0, bytes: 0.0, settings: String::new() } };
         let queries = side::Queries { judge, file: PathBuf::new() };
-        let curve = sweep::sweep(&mut side, &queries).unwrap();
+        let curve = sweep::sweep(&mut side, &queries, 0.0).unwrap();
         sweep::touched_at_target(&curve).unwrap() / data.len() as f64
     };
     let data = character.out_of_distribution(&sizes);
@@ -99,6 +99,8 @@ fn senseless_options_are_refused() {
         IndexBenchOptions { keys: 5, ..small(dir.path()) },
         IndexBenchOptions { data: vec![], ..small(dir.path()) },
         IndexBenchOptions { kinds: vec![IndexKind::Flat, IndexKind::Flat], ..small(dir.path()) },
+        IndexBenchOptions { data: vec![IndexData::InDistribution; 2], ..small(dir.path()) },
+        IndexBenchOptions { keys: 1 << 60, ..small(dir.path()) },
         IndexBenchOptions { data: vec![IndexData::Model], ..small(dir.path()) },
         IndexBenchOptions { peers: true, python: "no-such-python".into(), kinds: vec![], ..small(dir.path()) },
     ] {
