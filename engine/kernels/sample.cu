@@ -7,14 +7,14 @@
 //   ban     int [n] or null: the rows that `banned` holds for; null: all
 //   token   int [n]: id of the largest logit, the lowest among equals
 //   logprob f32 [n]: its natural log-probability under the softmax of all logits
-//   bad     int [n]: 1 if a logit is NaN or plus infinity, or all are minus infinity
+//   bad     int [n]: 1 if a logit is NaN or plus infinity, or all that may be chosen are minus infinity
 //   scratch float4 [n][gridDim.x]
 //   counter unsigned [n]: zero before the first launch; left at zero
 //
 // Every block reduces a part of a row; the last one of the row to finish combines them in a fixed order.
 // Launch: block (256), grid (blocks a row, n); 128 blocks a row are meant for a large vocabulary and one row.
 //
-// draw comes behind argmax_logprob and reads its token and logprob:
+// draw comes behind argmax_logprob and reads its token, logprob and bad; bad rows are left alone:
 //
 //   temperature f32 [n]: above 0
 //   at          double [n]: below 1; below 0: nothing is drawn for the row
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     mine = block_part(mine);
     if (threadIdx.x == 0) {
-        bool broken = !(mine.sum > 0.0f);
+        bool broken = !(mine.sum > 0.0f) || mine.best == -INFINITY_F;
         token[row] = max(mine.id, 0);
         logprob[row] = broken ? NAN_F : mine.best - mine.peak - logf(mine.sum);
         bad[row] = broken;
@@ -121,13 +121,13 @@ __device__ __forceinline__ double warp_total(double x) {
 // Each warp sums a run of ids; the one that `at` falls into goes over its run again.
 extern "C" __global__ void __launch_bounds__(1024)
     draw(const float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban,
-         const int* token, const float* logprob, const float* temperature, const double* at, int* drawn,
-         float* drawn_logprob) {
+         const int* token, const float* logprob, const int* bad, const float* temperature, const double* at,
+         int* drawn, float* drawn_logprob) {
     __shared__ double sums[32];
     pdl_launch();
     pdl_wait();
     long long row = blockIdx.x, all = (long long)n * vocab;
-    if (at[row] < 0.0) return;
+    if (at[row] < 0.0 || bad[row] != 0) return;
     if (ban != nullptr && ban[row] == 0) n_banned = 0;
     auto value = [&](int id) {
         float sum = 0.0f;

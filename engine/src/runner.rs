@@ -72,11 +72,20 @@ pub(crate) struct Queue {
     cache: PrefixCache<SharedPage>,
     /// In the order in which they came.
     computations: VecDeque<Computation>,
+    /// Pages of a GPU that could be had when the scheduler, which does not know of all pages, had let in one too many:
+    /// nobody is let in until there are more, or one of those that run has ended.
+    full_at: Option<usize>,
 }
 
 impl Queue {
     pub(crate) fn new() -> Queue {
-        Queue { sequences: Vec::new(), running: 0, cache: PrefixCache::new(), computations: VecDeque::new() }
+        Queue {
+            sequences: Vec::new(),
+            running: 0,
+            cache: PrefixCache::new(),
+            computations: VecDeque::new(),
+            full_at: None,
+        }
     }
 
     fn is_empty(&self) -> bool {
@@ -152,10 +161,13 @@ impl Runner {
         self.report(queue);
     }
 
-    /// What the scheduler sees: no more than may run. While a computation waits for memory, nobody is admitted before it.
+    /// What the scheduler sees: no more than may run. While a computation waits for memory, nobody is admitted before it,
+    /// and nobody where one more was too many before.
     fn entries(&self, queue: &mut Queue) -> Vec<Entry> {
         let (chunk, page) = (self.config.prefill_chunk.max(1), self.limits.page_bytes);
-        let waits = queue.running > 0 && queue.computations.front().is_some_and(|first| !self.fits(queue, first));
+        let full = queue.full_at.is_some_and(|then| self.pages_to_be_had(queue) <= then);
+        let waits =
+            queue.running > 0 && (full || queue.computations.front().is_some_and(|first| !self.fits(queue, first)));
         let Queue { sequences, running, cache, .. } = queue;
         let (run, wait) = sequences.split_at_mut(*running);
         let free = if waits { 0 } else { self.limits.max_sequences - run.len() };
@@ -211,11 +223,14 @@ impl Runner {
 
     /// Whether there is room for a computation's KV beside what the running requests hold.
     fn fits(&self, queue: &Queue, computation: &Computation) -> bool {
-        let (cache, page) = (&queue.cache, self.limits.page_bytes);
-        let unused = cache.len() - cache.in_use();
-        let pages = self.pages(computation.tokens());
-        (queue.used(page) + page.times(pages)).fits(self.limits.budget)
-            && self.model.device().is_none_or(|device| pages <= device.pool.pages().1 + unused)
+        let (page, pages) = (self.limits.page_bytes, self.pages(computation.tokens()));
+        (queue.used(page) + page.times(pages)).fits(self.limits.budget) && pages <= self.pages_to_be_had(queue)
+    }
+
+    /// Pages of a GPU that are free, or would be without those that nobody uses.
+    fn pages_to_be_had(&self, queue: &Queue) -> usize {
+        let unused = queue.cache.len() - queue.cache.in_use();
+        self.model.device().map_or(usize::MAX, |device| device.pool.pages().1 + unused)
     }
 
     /// Pages of KV that no request accounts for; one more for where a page is copied.
@@ -239,6 +254,7 @@ impl Runner {
             let ended = sequence.phase == Phase::Done || sequence.is_cancelled();
             if ended && ran {
                 sequence.release(&mut queue.cache);
+                queue.full_at = None;
                 running -= 1;
             } else if ended {
                 self.load.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -278,6 +294,7 @@ impl Runner {
         while !self.make_free(queue, missing(queue, tokens)) && tokens.len() > 1 {
             tokens.pop();
             self.arrange(queue, tokens.len());
+            queue.full_at = Some(self.pages_to_be_had(queue));
         }
     }
 

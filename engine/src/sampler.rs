@@ -223,7 +223,7 @@ impl Sampler {
     /// Chooses a token, remembers it as part of the answer, and leaves the adjusted logits in `logits` (`[vocab]`).
     ///
     /// # Errors
-    /// [`EngineError::BadLogits`] if a logit is NaN or plus infinity, or all are minus infinity.
+    /// [`EngineError::BadLogits`] if a logit is NaN or plus infinity, or all that may be chosen are minus infinity.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled> {
         self.sample_without(logits, &[])
     }
@@ -234,7 +234,6 @@ impl Sampler {
     /// As [`sample`](Sampler::sample).
     pub fn sample_without(&mut self, logits: &mut [f32], banned: &[u32]) -> Result<Sampled> {
         let log_sum = log_sum_exp(logits)?;
-        let raw = |id: u32, logits: &[f32]| logits[id as usize] - log_sum;
         let plain = self.params == (SamplingParams { seed: self.params.seed, ..SamplingParams::default() });
         let unadjusted = if plain { Vec::new() } else { logits.to_vec() };
         for &id in banned {
@@ -242,18 +241,21 @@ impl Sampler {
                 *logit = f32::NEG_INFINITY;
             }
         }
-        let sampled = if plain {
-            let id = largest(logits);
-            Sampled { id, logprob: raw(id, logits) }
-        } else {
+        if !plain {
             self.adjust(logits);
-            let id = if self.params.temperature == 0.0 { largest(logits) } else { self.draw(logits) };
-            Sampled { id, logprob: raw(id, &unadjusted) }
-        };
+        }
+        let likeliest = largest(logits);
+        if logits[likeliest as usize] == f32::NEG_INFINITY {
+            return Err(EngineError::BadLogits { token: likeliest as usize, value: f32::NEG_INFINITY });
+        }
+        let id = if self.params.temperature == 0.0 { likeliest } else { self.draw(logits) };
+        let raw = if plain { logits[id as usize] } else { unadjusted[id as usize] };
+        let sampled = Sampled { id, logprob: raw - log_sum };
         self.chosen(sampled.id);
         Ok(sampled)
     }
 
+    /// No logit becomes plus infinity: a small penalty divides a large one at most to the largest number.
     fn adjust(&self, logits: &mut [f32]) {
         let params = &self.params;
         for &(token, bias) in &params.logit_bias {
@@ -266,7 +268,7 @@ impl Sampler {
                 continue;
             };
             let penalty = params.repetition_penalty;
-            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            *logit = if *logit > 0.0 { (*logit / penalty).min(f32::MAX) } else { *logit * penalty };
             if count > 0 {
                 *logit -= params.frequency_penalty * count as f32 + params.presence_penalty;
             }

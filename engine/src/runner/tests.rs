@@ -574,7 +574,9 @@ fn on_a_gpu_the_youngest_gives_way_where_a_context_leaves_too_few_pages() {
         })
         .collect();
     assert_eq!(answers(&requests), [240; 3]);
-    assert!(engine.load_report().preemptions > 0, "the budgets are too large for this test to mean anything");
+    // Who had to give way is not let in again at once.
+    let preemptions = engine.load_report().preemptions;
+    assert!((1..=8).contains(&preemptions), "{preemptions} gave way");
     let asks = Request { context: Some(Arc::clone(&context)), ..requests[0].clone() };
     assert_eq!(answers(&[asks.clone(), asks]), [240; 2]);
     engine.shutdown();

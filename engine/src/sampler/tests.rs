@@ -62,6 +62,26 @@ fn what_is_not_a_number_is_an_error() {
 }
 
 #[test]
+fn where_no_token_is_left_there_is_an_error_and_no_banned_token() {
+    let mut logits = [f32::NEG_INFINITY, 1.0, 2.0];
+    for params in [SamplingParams::default(), params(), SamplingParams { top_p: 0.5, ..params() }] {
+        let error = Sampler::new(params.clone()).sample_without(&mut logits.clone(), &[1, 2]).unwrap_err();
+        assert!(matches!(error, EngineError::BadLogits { value: f32::NEG_INFINITY, .. }), "{error}");
+        assert_eq!(Sampler::new(params).sample_without(&mut logits, &[2]).unwrap().id, 1);
+        logits[2] = 2.0;
+    }
+}
+
+#[test]
+fn a_penalty_that_overflows_leaves_the_choice_to_the_logits() {
+    for (penalty, expected) in [(1e-38, 1), (f32::MAX, 2)] {
+        let mut sampler = Sampler::new(SamplingParams { repetition_penalty: penalty, ..params() });
+        sampler.observe(&[0, 1]);
+        assert_eq!(sampler.sample(&mut [-30.0, 5.0, 2.0]).unwrap().id, expected);
+    }
+}
+
+#[test]
 fn draws_follow_the_softmax() {
     let logits = [0.0, 1.0, -1.0, 2.0, 0.5];
     for temperature in [0.5, 1.0, 2.0] {

@@ -1,7 +1,7 @@
 //! Many answers at once: the time between tokens when every sequence of a batch decodes, and its distance from the
 //! floor of bytes.
 
-use engine::{Engine, Prompt, Request, Strategy};
+use engine::{Engine, Prompt, Request, SamplingParams, Strategy};
 use serde_json::{Value, json};
 
 use super::gpu_peer::{GpuPeer, GpuPeerOptions};
@@ -48,6 +48,8 @@ pub struct BatchDecodeOptions {
     pub repeats: usize,
     /// How decoding attends.
     pub strategies: Vec<Strategy>,
+    /// How tokens are chosen; the peer is measured beside greedy choices alone.
+    pub sampling: SamplingParams,
     /// What prompts are made of.
     pub prompt: PromptSource,
     /// Tokens of one step of reading, as the engine was told: how long earlier sequences decode before the last begins.
@@ -78,6 +80,17 @@ impl BatchDecodeOptions {
             return Err(EvalError::BadOption { what: "the name of the length", found, expected });
         }
         Ok(())
+    }
+
+    /// What stands behind the strategy in a case: `/t0.7-k50-p0.9`; nothing for greedy choices.
+    fn sampling_name(&self) -> String {
+        let SamplingParams { temperature, top_k, top_p, .. } = &self.sampling;
+        if *temperature == 0.0 {
+            return String::new();
+        }
+        let top_k = if *top_k > 0 { format!("-k{top_k}") } else { String::new() };
+        let top_p = if *top_p < 1.0 { format!("-p{top_p}") } else { String::new() };
+        format!("/t{temperature}{top_k}{top_p}")
     }
 
     fn name_of(&self, length: usize) -> String {
@@ -118,6 +131,9 @@ pub fn time_decode_peers(
 ) -> Result<DecodePeers> {
     options.check()?;
     let mut peers = DecodePeers::default();
+    if !options.sampling.is_greedy() {
+        return Ok(peers);
+    }
     let mut meter = Meter::new(0, 0.0, progress);
     let Some(mut process) = GpuPeer::start(peer)? else { return Ok(peers) };
     peers.version = Some(process.version.clone());
@@ -162,6 +178,7 @@ pub fn bench_batch_decode(
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<SpeedReport> {
     options.check()?;
+    options.sampling.validate(engine.spec().vocab)?;
     let rounds = options.lengths.len() * options.batches.len() * options.strategies.len() * options.repeats;
     let tokens = options.lengths.iter().sum::<usize>() * options.batches.iter().sum::<usize>();
     let mut meter = Meter::new(rounds, (tokens * options.strategies.len() * options.repeats) as f64, progress);
@@ -203,7 +220,8 @@ struct Measured {
 impl Case<'_> {
     fn name(&self) -> String {
         let Case { options, length, batch, strategy, .. } = self;
-        format!("{}/{}/b{batch}/{strategy}", options.model_label, options.name_of(*length))
+        let (length, sampling) = (options.name_of(*length), options.sampling_name());
+        format!("{}/{length}/b{batch}/{strategy}{sampling}", options.model_label)
     }
 
     /// Tokens of an answer: those that are timed, those before them, and what a sequence writes while the others are
@@ -260,6 +278,7 @@ impl Case<'_> {
         for tokens in prompts {
             let mut request = Request::new(Prompt::plain(tokens.clone()), answer);
             request.ignore_eos = true;
+            request.sampling = self.options.sampling.clone();
             request.attention.strategy = self.strategy;
             request.attention.wait_for_index = true;
             streams.submit(self.engine, request)?;
@@ -294,6 +313,7 @@ impl Case<'_> {
         };
         let mut config = json!({
             "batch": self.batch, "prompt_tokens": measured.prompt_tokens, "prompt": prompt, "strategy": self.strategy,
+            "temperature": options.sampling.temperature, "top_k": options.sampling.top_k, "top_p": options.sampling.top_p,
             "timed_steps": options.tokens, "rounds": options.repeats, "prefill_chunk": options.prefill_chunk, "step_tokens": options.step_tokens,
             "mixed_prefill_tokens": options.mixed_prefill_tokens,
             "kv": format!("{:?}", self.engine.kv_shape().dtype).to_lowercase(),

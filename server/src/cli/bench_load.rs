@@ -1,6 +1,6 @@
 //! Benches of an engine under load and of a device, from the command line to their options.
 
-use engine::{CudaConfig, Engine, EngineConfig, find_gpu};
+use engine::{CudaConfig, Engine, EngineConfig, SamplingParams, find_gpu};
 use eval::{
     AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions,
     PromptSource, bench_attention_decode, bench_batch_decode, bench_mixed_load, time_decode_peers,
@@ -32,6 +32,14 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
         tokens: speed.tokens,
         repeats: speed.repeats,
         strategies: speed.strategies.into_iter().map(|named| named.0).collect(),
+        // With one seed, sequences with one prompt have one answer.
+        sampling: SamplingParams {
+            temperature: args.temperature,
+            top_p: args.top_p,
+            top_k: args.top_k,
+            seed: Some(1),
+            ..SamplingParams::default()
+        },
         prompt: match args.prompt {
             PromptArg::Random => PromptSource::Random { seed: 1 },
             PromptArg::Text => PromptSource::Text(data_source(&speed.data)?),

@@ -12,7 +12,7 @@ use super::graph::{Graphs, rounded};
 use super::host_work::HostWork;
 use super::module::Modules;
 use super::ops::{Ops, vector_rows};
-use super::sample::{Rows, Sampling};
+use super::sample::{NO_TOKEN, Rows, Sampling};
 use super::weights::DeviceWeights;
 use crate::backend::cpu::Cpu;
 use crate::error::{EngineError, Result};
@@ -199,7 +199,7 @@ impl CudaModel {
         let graphs = Graphs::new(&device, batch::integers(limits.sequences, limits.sequences, workspace.stride))?;
         let copies = Copies::new(&device, rows * shape.width() * size_of::<f32>())?;
         let ops = Ops::new(&device, &modules, spec, shape, rope, limits)?;
-        let sampling = Sampling::new(&device, &modules, spec)?;
+        let sampling = Sampling::new(&device, &modules, spec, config.portable)?;
         let (budget, used) = device.memory();
         let left = budget.saturating_sub(used);
         let left = left - blend_bytes(spec, shape, limits.context, left);
@@ -386,7 +386,7 @@ impl CudaModel {
                 Choice::Draw { .. } | Choice::Filtered(_) => Some(drawn),
                 Choice::Logits => None,
             };
-            if let (Some(from), false) = (from, bad) {
+            if let (Some(from), false) = (from.filter(|from| from[row] != NO_TOKEN), bad) {
                 let logprob = f32::from_bits(from[LOGIT_ROWS + row]);
                 all.push(Next::Token(Sampled { id: from[row], logprob }));
             } else {

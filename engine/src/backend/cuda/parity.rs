@@ -29,7 +29,7 @@ use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::kv::KvDtype;
 use crate::kv::sequence::SequenceKv;
 use crate::model::spec::ModelSpec;
-use crate::model::transformer::{Piece, Transformer, Want};
+use crate::model::transformer::{Piece, States, Transformer, Want};
 use crate::sampler::{Choice, Sampled};
 use crate::weights::Weights;
 
@@ -189,6 +189,15 @@ fn check_next(next: &Next, expected: &[f32], choice: &Choice, limit: f64, what: 
     }
 }
 
+/// The states of sequences behind a first token each.
+fn after_one_token(model: &Transformer, rng: &mut ChaCha8Rng, rows: usize, ban_eos: bool) -> States {
+    let mut kvs: Vec<SequenceKv> = (0..rows).map(|_| model.new_kv()).collect();
+    let first: Vec<Vec<u32>> = (0..rows).map(|_| tokens(rng, 1)).collect();
+    let mut pieces: Vec<Piece<'_>> =
+        kvs.iter_mut().zip(&first).map(|(kv, t)| Piece { ban_eos, ..Piece::exact(kv, t, Want::Last) }).collect();
+    model.forward(&mut pieces).unwrap()
+}
+
 /// From the GPU's own logits, so that nothing but the draw is compared.
 #[test]
 #[ignore = "needs a GPU"]
@@ -197,11 +206,7 @@ fn parity_of_drawn_tokens() {
     let mut rng = rng(41);
     for rows in [1, 3, 9, 20] {
         for ban_eos in [false, true] {
-            let mut kvs: Vec<SequenceKv> = (0..rows).map(|_| model.new_kv()).collect();
-            let next: Vec<Vec<u32>> = (0..rows).map(|_| tokens(&mut rng, 1)).collect();
-            let mut pieces: Vec<Piece<'_>> =
-                kvs.iter_mut().zip(&next).map(|(kv, t)| Piece { ban_eos, ..Piece::exact(kv, t, Want::Last) }).collect();
-            let states = model.forward(&mut pieces).unwrap();
+            let states = after_one_token(&model, &mut rng, rows, ban_eos);
             // The first choice behind a replayed step, then many behind the same states.
             let mut rounds = Vec::new();
             for _ in 0..8 {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::device::{Device, Memory};
-use super::launch::{Shape, arguments};
+use super::launch::{Arguments, Shape, arguments};
 use super::model::LOGIT_ROWS;
 use super::module::{Kernel, Modules};
 use crate::error::Result;
@@ -16,9 +16,14 @@ const CHOOSE_THREADS: usize = 256;
 /// Threads of a block that draws a token, and of one in `sample_filtered.cu`.
 const DRAW_THREADS: usize = 1024;
 const FILTER_THREADS: usize = 512;
+/// Blocks of a cluster that shares a row in `sample_filtered.cu`, where the GPU has clusters.
+const FILTER_CLUSTER: usize = 8;
 /// Numbers of 32 bits of a row's wish and of an entry, as `sample_filtered.cu` lays them out.
 const WISH: usize = 14;
 const ENTRY: usize = 3;
+
+/// In a row whose logits are all minus infinity once they are adjusted.
+pub(crate) const NO_TOKEN: u32 = u32::MAX;
 
 /// Logits of some rows where a head has left them.
 #[derive(Clone, Copy)]
@@ -38,6 +43,8 @@ pub(crate) struct Sampling {
     choose: Kernel,
     draw: Kernel,
     filter: Kernel,
+    /// Blocks of `filter` for a row.
+    filter_blocks: usize,
     /// Scratch of `sample.cu`, and its counters.
     scratch: Memory,
     counters: Memory,
@@ -58,16 +65,22 @@ pub(crate) struct Sampling {
 }
 
 impl Sampling {
-    pub(crate) fn new(device: &Arc<Device>, modules: &Modules, spec: &ModelSpec) -> Result<Sampling> {
+    /// `portable`: as on a GPU without clusters.
+    pub(crate) fn new(device: &Arc<Device>, modules: &Modules, spec: &ModelSpec, portable: bool) -> Result<Sampling> {
         let take = |numbers: usize, size: usize| device.allocate(numbers * size, "the choice of tokens");
         let counters = take(LOGIT_ROWS, 4)?;
         counters.fill(0)?;
+        let (filter, filter_blocks) = match device.capability.0 >= 9 && !portable {
+            true => ("sample_filtered_cluster", FILTER_CLUSTER),
+            false => ("sample_filtered", 1),
+        };
         let eos: Vec<i32> = spec.eos.iter().map(|token| *token as i32).chain([-1]).collect();
         Ok(Sampling {
             vocab: spec.vocab,
             choose: modules.kernel("sample.cu", "argmax_logprob", 0)?,
             draw: modules.kernel("sample.cu", "draw", 0)?,
-            filter: modules.kernel("sample_filtered.cu", "sample_filtered", 0)?,
+            filter: modules.kernel("sample_filtered.cu", filter, 0)?,
+            filter_blocks,
             scratch: take(LOGIT_ROWS * CHOOSE_BLOCKS, 16)?,
             counters,
             eos: device.upload(&eos, "end-of-text tokens")?,
@@ -82,10 +95,10 @@ impl Sampling {
         })
     }
 
-    /// The likeliest tokens of all rows, to `chosen`.
-    pub(crate) fn choose(&self, of: Rows<'_>) -> Result<()> {
+    /// What all kernels take first: the rows, what must not be chosen, and the likeliest tokens.
+    fn arguments(&self, of: Rows<'_>) -> Arguments {
         let chosen = |array: usize| self.chosen.at::<u32>(array * LOGIT_ROWS);
-        let arguments = arguments![
+        arguments![
             of.logits,
             of.parts,
             of.rows,
@@ -96,15 +109,18 @@ impl Sampling {
             chosen(0),
             chosen(1),
             chosen(2),
-            &self.scratch,
-            &self.counters,
-        ];
+        ]
+    }
+
+    /// The likeliest tokens of all rows, to `chosen`.
+    pub(crate) fn choose(&self, of: Rows<'_>) -> Result<()> {
+        let arguments = self.arguments(of).with(&self.scratch).with(&self.counters);
         let shape = Shape { grid: (CHOOSE_BLOCKS, of.rows), ..Shape::new(1, CHOOSE_THREADS) };
         self.device.launch(self.choose, shape, arguments)
     }
 
     /// Behind [`choose`](Sampling::choose): tokens and log-probabilities of the rows that are drawn or filtered,
-    /// `[2][LOGIT_ROWS]`; empty where none is. Logits of filtered rows are adjusted in place.
+    /// `[2][LOGIT_ROWS]`; empty where none is. [`NO_TOKEN`] where none can be drawn. Logits of filtered rows are adjusted in place.
     pub(crate) fn draw(&self, of: Rows<'_>, choices: &[Choice]) -> Result<Vec<u32>> {
         let (mut temperatures, mut draws) = (vec![1.0f32; of.rows], vec![-1.0f64; of.rows]);
         let mut filtered = Vec::new();
@@ -119,7 +135,8 @@ impl Sampling {
         if drawn {
             self.temperatures.write(0, &temperatures)?;
             self.draws.write(0, &draws)?;
-            self.draw_plain(of)?;
+            let arguments = self.arguments(of).with(&self.temperatures).with(&self.draws);
+            self.launch_draw(self.draw, Shape::new(of.rows, DRAW_THREADS), arguments)?;
         }
         let mut rest = filtered.as_slice();
         while !rest.is_empty() {
@@ -135,23 +152,10 @@ impl Sampling {
         Ok(out)
     }
 
-    fn draw_plain(&self, of: Rows<'_>) -> Result<()> {
-        let arguments = arguments![
-            of.logits,
-            of.parts,
-            of.rows,
-            self.vocab,
-            &self.eos,
-            self.eos_count,
-            of.banned,
-            self.chosen.at::<u32>(0),
-            self.chosen.at::<u32>(LOGIT_ROWS),
-            &self.temperatures,
-            &self.draws,
-            self.drawn.at::<u32>(0),
-            self.drawn.at::<u32>(LOGIT_ROWS),
-        ];
-        self.device.launch(self.draw, Shape { grid: (of.rows, 1), ..Shape::new(1, DRAW_THREADS) }, arguments)
+    /// The last arguments are where the tokens go.
+    fn launch_draw(&self, kernel: Kernel, shape: Shape, arguments: Arguments) -> Result<()> {
+        let drawn = |array: usize| self.drawn.at::<u32>(array * LOGIT_ROWS);
+        self.device.launch(kernel, shape, arguments.with(drawn(0)).with(drawn(1)))
     }
 
     /// How many of the first rows have room for their entries together, one at least: a token has one entry a row at most.
@@ -183,22 +187,7 @@ impl Sampling {
         }
         self.wishes.write(0, &wishes)?;
         self.entries.write(0, &entries)?;
-        let arguments = arguments![
-            of.logits,
-            of.parts,
-            of.rows,
-            self.vocab,
-            &self.eos,
-            self.eos_count,
-            of.banned,
-            self.chosen.at::<u32>(0),
-            self.chosen.at::<u32>(LOGIT_ROWS),
-            self.chosen.at::<u32>(2 * LOGIT_ROWS),
-            &self.wishes,
-            &self.entries,
-            self.drawn.at::<u32>(0),
-            self.drawn.at::<u32>(LOGIT_ROWS),
-        ];
-        self.device.launch(self.filter, Shape::new(rows.len(), FILTER_THREADS), arguments)
+        let arguments = self.arguments(of).with(&self.wishes).with(&self.entries);
+        self.launch_draw(self.filter, Shape::new(rows.len() * self.filter_blocks, FILTER_THREADS), arguments)
     }
 }

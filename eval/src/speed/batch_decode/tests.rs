@@ -10,6 +10,7 @@ fn options() -> BatchDecodeOptions {
         tokens: 6,
         repeats: 1,
         strategies: vec![Strategy::Full],
+        sampling: SamplingParams::default(),
         prompt: PromptSource::Random { seed: 1 },
         prefill_chunk: 32,
         step_tokens: 512,
@@ -86,6 +87,10 @@ fn equal_texts_begin_equally_in_every_row() {
     let case = BatchDecodeOptions { lengths: vec![600], length_name: Some("six".into()), ..case };
     let report = bench_batch_decode(&engine(4096), &DecodePeers::default(), &case, &mut |_| {}).unwrap();
     assert_eq!(report.records[0].case, "ref/six/b2/full");
+    let sampling = SamplingParams { temperature: 0.7, top_k: 50, top_p: 0.9, seed: Some(1), ..Default::default() };
+    let drawn = BatchDecodeOptions { sampling, ..case };
+    let report = bench_batch_decode(&engine(4096), &DecodePeers::default(), &drawn, &mut |_| {}).unwrap();
+    assert_eq!(report.records[0].case, "ref/six/b2/full/t0.7-k50-p0.9");
 }
 
 #[test]

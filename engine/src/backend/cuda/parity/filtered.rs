@@ -2,8 +2,11 @@
 
 use rand::Rng;
 
-use super::models::{PLAIN, VOCAB, rng};
-use super::{Next, Piece, SequenceKv, Want, tokens};
+use super::models::{PLAIN, VOCAB, config, rng};
+use super::{ModelSpec, Next, after_one_token, tokens};
+use crate::backend::cuda::model::LOGIT_ROWS;
+use crate::backend::cuda::module::Modules;
+use crate::backend::cuda::sample::{NO_TOKEN, Rows, Sampling};
 use crate::sampler::{Choice, Sampler, SamplingParams};
 
 #[test]
@@ -14,16 +17,12 @@ fn parity_of_filtered_choices() {
     let (mut choices_made, mut others) = (0, 0);
     for rows in [1, 3, 9, 20] {
         for ban_eos in [false, true] {
-            let mut kvs: Vec<SequenceKv> = (0..rows).map(|_| model.new_kv()).collect();
-            let next: Vec<Vec<u32>> = (0..rows).map(|_| tokens(&mut rng, 1)).collect();
-            let mut pieces: Vec<Piece<'_>> =
-                kvs.iter_mut().zip(&next).map(|(kv, t)| Piece { ban_eos, ..Piece::exact(kv, t, Want::Last) }).collect();
-            let states = model.forward(&mut pieces).unwrap();
+            let states = after_one_token(&model, &mut rng, rows, ban_eos);
             let mut rounds = Vec::new();
             for _ in 0..12 {
                 let mut samplers: Vec<Sampler> = (0..rows)
                     .map(|_| {
-                        let mut sampler = Sampler::new(params(&mut rng));
+                        let mut sampler = Sampler::new(params(&mut rng, VOCAB));
                         sampler.observe(&tokens(&mut rng, 300));
                         tokens(&mut rng, 40).into_iter().for_each(|token| sampler.chosen(token));
                         sampler
@@ -58,15 +57,96 @@ fn parity_of_filtered_choices() {
     assert!(choices_made > 700 && others <= 2, "{others} of {choices_made} differ");
 }
 
+/// From made-up logits: vocabularies of odd sizes, parts that are added, equal logits, and such that cannot be chosen.
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_filtered_choices_in_vocabularies_of_any_size() {
+    let (_, model) = PLAIN.pair(250);
+    let model = model.device().unwrap();
+    model.device.bind().unwrap();
+    let mut rng = rng(251);
+    let (mut choices_made, mut others) = (0, 0);
+    for portable in [false, true] {
+        let modules = Modules::load(&model.device, config().kernel_cache.as_deref(), portable).unwrap();
+        for (vocab, rows) in [(1, 3), (7, 9), (8, 1), (1000, 13), (32_003, 5), (128_256, 3), (151_937, 1)] {
+            let spec = ModelSpec { vocab, eos: vec![0, 3], ..model.spec.clone() };
+            let sampling = Sampling::new(&model.device, &modules, &spec, portable).unwrap();
+            for round in 0..if vocab > 10_000 { 4 } else { 24 } {
+                let parts = 1 + round % 2;
+                let logits = made_up(&mut rng, parts * rows * vocab, round);
+                let memory = model.device.upload(&logits, "logits").unwrap();
+                let bans: Vec<i32> = (0..rows).map(|_| rng.random_range(0..2)).collect();
+                let ban_memory = model.device.upload(&bans, "bans").unwrap();
+                let of = Rows { logits: &memory, parts, rows, banned: ban_memory.address() };
+                let mut samplers: Vec<Sampler> = (0..rows)
+                    .map(|_| {
+                        let mut sampler = Sampler::new(params(&mut rng, vocab));
+                        let seen: Vec<u32> = (0..30).map(|_| rng.random_range(0..vocab as u32)).collect();
+                        sampler.observe(&seen[..20]);
+                        seen[15..].iter().for_each(|token| sampler.chosen(*token));
+                        sampler
+                    })
+                    .collect();
+                let choices: Vec<Choice> = samplers.iter_mut().map(Sampler::choice).collect();
+                sampling.choose(of).unwrap();
+                let drawn = sampling.draw(of, &choices).unwrap();
+                let mut chosen = vec![0u32; 3 * LOGIT_ROWS];
+                sampling.chosen.read(0, &mut chosen).unwrap();
+                for (row, sampler) in samplers.iter_mut().enumerate() {
+                    let part = |part: usize| &logits[(part * rows + row) * vocab..][..vocab];
+                    let mut sums: Vec<f32> = (0..vocab).map(|id| (0..parts).map(|p| part(p)[id]).sum()).collect();
+                    let banned: &[u32] = if bans[row] != 0 { &[0, 3] } else { &[] };
+                    let expected = sampler.sample_without(&mut sums, banned);
+                    let bad = chosen[2 * LOGIT_ROWS + row] != 0;
+                    let what = format!("vocabulary {vocab}, row {row} of {rows}, {:?}", choices[row]);
+                    match expected {
+                        Err(_) => assert!(bad || drawn[row] == NO_TOKEN, "{what}"),
+                        Ok(expected) => {
+                            assert!(!bad, "{what}");
+                            choices_made += 1;
+                            others += usize::from(drawn[row] != expected.id);
+                            if drawn[row] == expected.id {
+                                let logprob = f32::from_bits(drawn[LOGIT_ROWS + row]);
+                                let size = logits
+                                    .iter()
+                                    .fold(1.0, |size: f32, x| if x.is_finite() { size.max(x.abs()) } else { size });
+                                assert!(
+                                    (logprob - expected.logprob).abs() < 1e-5 * size,
+                                    "{what}: {logprob} {}",
+                                    expected.logprob
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    // Weights that are rounded otherwise may end on the other side of a border.
+    assert!(choices_made > 800 && others * 200 <= choices_made, "{others} of {choices_made} differ");
+}
+
+/// Logits close to each other and far apart, equal ones, and such of minus infinity.
+fn made_up(rng: &mut impl Rng, n: usize, round: usize) -> Vec<f32> {
+    let scale = [0.01, 1.0, 6.0, 40.0][round % 4];
+    let (coarse, none) = (rng.random_bool(0.4), if rng.random_bool(0.3) { rng.random_range(0.0..1.0) } else { 0.0 });
+    let one = |rng: &mut _| {
+        let x: f32 = scale * Rng::random_range(rng, -3.0..3.0f32).powi(3) / 3.0;
+        let x = if coarse { (x * 4.0 / scale).round() * scale / 4.0 } else { x };
+        if Rng::random_bool(rng, none) { f32::NEG_INFINITY } else { x }
+    };
+    (0..n).map(|_| one(rng)).collect()
+}
+
 /// Any that are not plain, some of them at the ends of their ranges.
-fn params(rng: &mut impl Rng) -> SamplingParams {
+fn params(rng: &mut impl Rng, vocab: usize) -> SamplingParams {
     let mut params = SamplingParams { seed: Some(rng.random()), ..SamplingParams::default() };
     let kind = rng.random_range(1..64u32);
     let on = |bit: u32| kind >> bit & 1 == 1;
     params.temperature =
         if on(5) && kind & 31 != 0 && rng.random_bool(0.3) { 0.0 } else { rng.random_range(0.05..2.0) };
     if on(0) {
-        params.top_k = [1, 2, 7, 50, VOCAB - 1, VOCAB, 5 * VOCAB][rng.random_range(0..7)];
+        params.top_k = [1, 2, 7, 50, vocab.max(2) - 1, vocab, 5 * vocab][rng.random_range(0..7)];
     }
     if on(1) {
         params.top_p = [1e-6, 0.1, 0.9, 0.999_999][rng.random_range(0..4)];
@@ -82,7 +162,7 @@ fn params(rng: &mut impl Rng) -> SamplingParams {
         params.presence_penalty = rng.random_range(-2.0..2.0);
     }
     if on(5) {
-        params.logit_bias = (0..20).map(|_| (rng.random_range(0..VOCAB as u32), rng.random_range(-9.0..9.0))).collect();
+        params.logit_bias = (0..20).map(|_| (rng.random_range(0..vocab as u32), rng.random_range(-9.0..9.0))).collect();
     }
     params
 }
