@@ -126,17 +126,15 @@ pub struct Sampled {
 pub(crate) enum Choice {
     /// The likeliest token.
     Greedy,
-    /// The first token, in the order of ids, up to which the probabilities at this temperature sum up to more than `at`.
-    Draw { temperature: f32, at: f64 },
-    /// Logits are adjusted first, or only some tokens may be drawn.
-    Filtered(Box<Filtered>),
+    /// A token is drawn, or logits are adjusted first.
+    Draw(Box<Draw>),
     /// All logits.
     Logits,
 }
 
 /// A choice by all parameters.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Filtered {
+pub(crate) struct Draw {
     pub(crate) params: SamplingParams,
     /// The random number of the draw, below 1.
     pub(crate) at: f64,
@@ -184,20 +182,13 @@ impl Sampler {
 
     /// What the next choice needs.
     pub(crate) fn choice(&mut self) -> Choice {
-        let params = &self.params;
-        let plain = SamplingParams { temperature: params.temperature, seed: params.seed, ..SamplingParams::default() };
-        if params.is_greedy() {
-            Choice::Greedy
-        } else if *params == plain {
-            let rng = &mut self.rng;
-            Choice::Draw { temperature: plain.temperature, at: *self.at.get_or_insert_with(|| rng.random()) }
-        } else {
-            let rng = &mut self.rng;
-            // The likeliest is not drawn.
-            let at = if params.temperature == 0.0 { 0.0 } else { *self.at.get_or_insert_with(|| rng.random()) };
-            let params = self.params.clone();
-            Choice::Filtered(Box::new(Filtered { adjusted: self.adjusted(), at, params }))
+        if self.params.is_greedy() {
+            return Choice::Greedy;
         }
+        let Sampler { params, rng, at, .. } = self;
+        // The likeliest is not drawn.
+        let at = if params.temperature == 0.0 { 0.0 } else { *at.get_or_insert_with(|| rng.random()) };
+        Choice::Draw(Box::new(Draw { params: params.clone(), at, adjusted: self.adjusted() }))
     }
 
     /// The tokens whose logits are adjusted, each once.
@@ -289,8 +280,8 @@ impl Sampler {
         candidates.last().map_or(0, |(id, _)| *id)
     }
 
-    /// The tokens that may be drawn, with weights in proportion to their probabilities.
-    fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
+    /// The tokens that may be drawn by adjusted logits, with weights in proportion to their probabilities.
+    pub(crate) fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let params = &self.params;
         let mut kept: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
         let descending = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));

@@ -185,8 +185,10 @@ fn what_is_drawn_elsewhere_is_what_would_be_drawn_here() {
     let params = SamplingParams { temperature: 0.7, seed: Some(5), ..params() };
     let (mut here, mut there) = (Sampler::new(params.clone()), Sampler::new(params.clone()));
     for _ in 0..200 {
-        let Choice::Draw { temperature, at } = there.choice() else { panic!("the temperature alone is set") };
-        assert_eq!(there.choice(), Choice::Draw { temperature, at }, "until it is used");
+        let Choice::Draw(draw) = there.choice() else { panic!("a temperature is set") };
+        assert_eq!(there.choice(), Choice::Draw(draw.clone()), "until it is used");
+        assert!(draw.adjusted.is_empty() && draw.params == params);
+        let (temperature, at) = (draw.params.temperature, draw.at);
         let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |logit: &f32| (f64::from(logit - top) / f64::from(temperature)).exp();
         let goal = at * logits.iter().map(weight).sum::<f64>();
@@ -203,14 +205,14 @@ fn what_is_drawn_elsewhere_is_what_would_be_drawn_here() {
 }
 
 #[test]
-fn a_filtered_choice_says_all_that_it_depends_on() {
+fn a_draw_says_all_that_it_depends_on() {
     let params =
         SamplingParams { repetition_penalty: 1.2, logit_bias: vec![(4, 1.0), (9, -2.0), (4, 0.5)], ..params() };
     let mut sampler = Sampler::new(params.clone());
     sampler.observe(&[7, 4]);
     sampler.chosen(7);
-    let Choice::Filtered(mut choice) = sampler.choice() else { panic!("a penalty is set") };
-    assert_eq!(sampler.choice(), Choice::Filtered(choice.clone()), "until it is used");
+    let Choice::Draw(mut choice) = sampler.choice() else { panic!("a penalty is set") };
+    assert_eq!(sampler.choice(), Choice::Draw(choice.clone()), "until it is used");
     let entry = |id, bias, count| Adjusted { id, bias, count };
     choice.adjusted.sort_by_key(|token| token.id);
     assert_eq!(choice.adjusted, [entry(4, 1.5, Some(0)), entry(7, 0.0, Some(1)), entry(9, -2.0, None)]);
@@ -221,7 +223,7 @@ fn a_filtered_choice_says_all_that_it_depends_on() {
     ] {
         let mut sampler = Sampler::new(other);
         sampler.chosen(3);
-        let Choice::Filtered(choice) = sampler.choice() else { panic!("not plain") };
+        let Choice::Draw(choice) = sampler.choice() else { panic!("not plain") };
         assert_eq!(choice.adjusted.len(), seen);
     }
 }

@@ -383,7 +383,7 @@ impl CudaModel {
             // Bad logits go to the host too, which says what is wrong with them.
             let from = match choice {
                 Choice::Greedy => Some(chosen),
-                Choice::Draw { .. } | Choice::Filtered(_) => Some(drawn),
+                Choice::Draw(_) => Some(drawn),
                 Choice::Logits => None,
             };
             if let (Some(from), false) = (from.filter(|from| from[row] != NO_TOKEN), bad) {

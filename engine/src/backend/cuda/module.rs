@@ -30,7 +30,7 @@ const SOURCES: [(&str, &str); 16] = sources![
     "split.cu",
     "merge.cu",
     "sample.cu",
-    "sample_filtered.cu",
+    "draw.cu",
     "gemv.cu",
     "fill.cu",
     "attention_decode.cu",

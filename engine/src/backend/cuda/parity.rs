@@ -3,12 +3,12 @@
 //! Ignored by default; `cargo test -p engine --lib --release -- --ignored parity` runs them and fails where there is no GPU.
 //! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
 //! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
-//! swiglu.cu, split.cu, gemv.cu, sample.cu, sample_filtered.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
+//! swiglu.cu, split.cu, gemv.cu, sample.cu, draw.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
 //! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending) and merge.cu (sinks, cold tokens); products and single
 //! kernels are also compared alone, in double precision. fill.cu only makes inputs of benches.
 
 mod alone;
-mod filtered;
+mod draw;
 mod models;
 
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::kv::KvDtype;
 use crate::kv::sequence::SequenceKv;
 use crate::model::spec::ModelSpec;
-use crate::model::transformer::{Piece, States, Transformer, Want};
+use crate::model::transformer::{Piece, Transformer, Want};
 use crate::sampler::{Choice, Sampled};
 use crate::weights::Weights;
 
@@ -147,7 +147,7 @@ fn parity_of_batched_decoding_and_its_graphs() {
                 let states = forward(&device, &mut there);
                 let choice = |i: usize| match (i + step) % 3 {
                     0 => Choice::Greedy,
-                    1 => Choice::Draw { temperature: 0.3 + 0.4 * step as f32, at: [0.0, 0.37, 0.999_999, 0.7][i % 4] },
+                    1 => draw::plain(0.3 + 0.4 * step as f32, [0.0, 0.37, 0.999_999, 0.7][i % 4]),
                     _ => Choice::Logits,
                 };
                 let choices: Vec<Choice> = (0..batch).map(choice).collect();
@@ -176,8 +176,9 @@ fn check_next(next: &Next, expected: &[f32], choice: &Choice, limit: f64, what: 
             assert!(top - found < 1e-2, "{what}: chose {found} where {top} was there");
             check_logprob(sampled);
         }
-        (Next::Token(sampled), &Choice::Draw { temperature, at }) => {
-            let (goal, id) = (at * sum(temperature, VOCAB), sampled.id as usize);
+        (Next::Token(sampled), Choice::Draw(draw)) => {
+            let temperature = draw.params.temperature;
+            let (goal, id) = (draw.at * sum(temperature, VOCAB), sampled.id as usize);
             let (before, upto) = (sum(temperature, id), sum(temperature, id + 1));
             // As far as logits differ: those of the GPU move the borders between tokens a little.
             let slack = 2e-2 / f64::from(temperature) * sum(temperature, VOCAB);
@@ -186,54 +187,6 @@ fn check_next(next: &Next, expected: &[f32], choice: &Choice, limit: f64, what: 
         }
         (Next::Logits(logits), Choice::Logits) => assert_close(logits, expected, limit, what),
         _ => panic!("{what}: {choice:?} was answered by something else"),
-    }
-}
-
-/// The states of sequences behind a first token each.
-fn after_one_token(model: &Transformer, rng: &mut ChaCha8Rng, rows: usize, ban_eos: bool) -> States {
-    let mut kvs: Vec<SequenceKv> = (0..rows).map(|_| model.new_kv()).collect();
-    let first: Vec<Vec<u32>> = (0..rows).map(|_| tokens(rng, 1)).collect();
-    let mut pieces: Vec<Piece<'_>> =
-        kvs.iter_mut().zip(&first).map(|(kv, t)| Piece { ban_eos, ..Piece::exact(kv, t, Want::Last) }).collect();
-    model.forward(&mut pieces).unwrap()
-}
-
-/// From the GPU's own logits, so that nothing but the draw is compared.
-#[test]
-#[ignore = "needs a GPU"]
-fn parity_of_drawn_tokens() {
-    let (_, model) = PLAIN.pair(40);
-    let mut rng = rng(41);
-    for rows in [1, 3, 9, 20] {
-        for ban_eos in [false, true] {
-            let states = after_one_token(&model, &mut rng, rows, ban_eos);
-            // The first choice behind a replayed step, then many behind the same states.
-            let mut rounds = Vec::new();
-            for _ in 0..8 {
-                let temperature = rng.random_range(0.05..2.0f32);
-                let choices: Vec<Choice> = (0..rows).map(|_| Choice::Draw { temperature, at: rng.random() }).collect();
-                rounds.push((choices.clone(), model.next(&states, &choices).unwrap()));
-            }
-            let logits = model.next(&states, &vec![Choice::Logits; rows]).unwrap();
-            for (choices, nexts) in rounds {
-                for ((choice, next), row) in choices.iter().zip(&nexts).zip(&logits) {
-                    let (Choice::Draw { temperature, at }, Next::Token(sampled), Next::Logits(row)) =
-                        (choice, next, row)
-                    else {
-                        panic!("{choice:?}")
-                    };
-                    let allowed = |id: usize| !(ban_eos && [2, 7].contains(&id));
-                    let weight = |id: usize| {
-                        if allowed(id) { (f64::from(row[id]) / f64::from(*temperature)).exp() } else { 0.0 }
-                    };
-                    let sum = |to: usize| (0..to).map(weight).sum::<f64>();
-                    let (id, goal, slack) = (sampled.id as usize, at * sum(VOCAB), 1e-5 * sum(VOCAB));
-                    assert!(allowed(id) && sum(id) <= goal + slack && goal <= sum(id + 1) + slack, "{choice:?}: {id}");
-                    let all: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
-                    assert!((f64::from(sampled.logprob) - (f64::from(row[id]) - all.ln())).abs() < 1e-4);
-                }
-            }
-        }
     }
 }
 

@@ -8,17 +8,15 @@ use super::model::LOGIT_ROWS;
 use super::module::{Kernel, Modules};
 use crate::error::Result;
 use crate::model::spec::ModelSpec;
-use crate::sampler::{Choice, Filtered};
+use crate::sampler::{Choice, Draw};
 
 /// Blocks that share a row in `sample.cu`, and the threads of each.
 const CHOOSE_BLOCKS: usize = 128;
 const CHOOSE_THREADS: usize = 256;
-/// Threads of a block that draws a token, and of one in `sample_filtered.cu`.
-const DRAW_THREADS: usize = 1024;
-const FILTER_THREADS: usize = 512;
-/// Blocks of a cluster that shares a row in `sample_filtered.cu`, where the GPU has clusters.
-const FILTER_CLUSTER: usize = 8;
-/// Numbers of 32 bits of a row's wish and of an entry, as `sample_filtered.cu` lays them out.
+/// Threads of a block in `draw.cu`, and blocks of the cluster that shares a row where the GPU has clusters.
+const DRAW_THREADS: usize = 512;
+const DRAW_CLUSTER: usize = 8;
+/// Numbers of 32 bits of a row's wish and of an entry, as `draw.cu` lays them out.
 const WISH: usize = 14;
 const ENTRY: usize = 3;
 
@@ -42,9 +40,8 @@ pub(crate) struct Sampling {
     vocab: usize,
     choose: Kernel,
     draw: Kernel,
-    filter: Kernel,
-    /// Blocks of `filter` for a row.
-    filter_blocks: usize,
+    /// Blocks of `draw` for a row.
+    draw_blocks: usize,
     /// Scratch of `sample.cu`, and its counters.
     scratch: Memory,
     counters: Memory,
@@ -53,12 +50,9 @@ pub(crate) struct Sampling {
     eos_count: usize,
     /// The likeliest tokens, their log-probabilities, and whether logits were bad: `[3][LOGIT_ROWS]`.
     pub(crate) chosen: Memory,
-    /// For rows that are drawn: `[LOGIT_ROWS]` f32, `[LOGIT_ROWS]` f64, and tokens with their log-probabilities,
-    /// `[2][LOGIT_ROWS]`.
-    temperatures: Memory,
-    draws: Memory,
+    /// Tokens that were drawn, with their log-probabilities: `[2][LOGIT_ROWS]`.
     drawn: Memory,
-    /// What is wanted of rows that are filtered, and their adjusted tokens, of as many rows at a time as there is room for:
+    /// What is wanted of rows that are drawn, and their adjusted tokens, of as many rows at a time as there is room for:
     /// for one row in any case.
     wishes: Memory,
     entries: Memory,
@@ -70,24 +64,19 @@ impl Sampling {
         let take = |numbers: usize, size: usize| device.allocate(numbers * size, "the choice of tokens");
         let counters = take(LOGIT_ROWS, 4)?;
         counters.fill(0)?;
-        let (filter, filter_blocks) = match device.capability.0 >= 9 && !portable {
-            true => ("sample_filtered_cluster", FILTER_CLUSTER),
-            false => ("sample_filtered", 1),
-        };
+        let clusters = device.capability.0 >= 9 && !portable;
+        let (draw, draw_blocks) = if clusters { ("draw_cluster", DRAW_CLUSTER) } else { ("draw", 1) };
         let eos: Vec<i32> = spec.eos.iter().map(|token| *token as i32).chain([-1]).collect();
         Ok(Sampling {
             vocab: spec.vocab,
             choose: modules.kernel("sample.cu", "argmax_logprob", 0)?,
-            draw: modules.kernel("sample.cu", "draw", 0)?,
-            filter: modules.kernel("sample_filtered.cu", filter, 0)?,
-            filter_blocks,
+            draw: modules.kernel("draw.cu", draw, 0)?,
+            draw_blocks,
             scratch: take(LOGIT_ROWS * CHOOSE_BLOCKS, 16)?,
             counters,
             eos: device.upload(&eos, "end-of-text tokens")?,
             eos_count: spec.eos.len(),
             chosen: take(3 * LOGIT_ROWS, 4)?,
-            temperatures: take(LOGIT_ROWS, 4)?,
-            draws: take(LOGIT_ROWS, 8)?,
             drawn: take(2 * LOGIT_ROWS, 4)?,
             wishes: take(LOGIT_ROWS * WISH, 4)?,
             entries: take(spec.vocab * ENTRY, 4)?,
@@ -119,56 +108,40 @@ impl Sampling {
         self.device.launch(self.choose, shape, arguments)
     }
 
-    /// Behind [`choose`](Sampling::choose): tokens and log-probabilities of the rows that are drawn or filtered,
-    /// `[2][LOGIT_ROWS]`; empty where none is. [`NO_TOKEN`] where none can be drawn. Logits of filtered rows are adjusted in place.
+    /// Behind [`choose`](Sampling::choose): tokens and log-probabilities of the rows that are drawn, `[2][LOGIT_ROWS]`; empty
+    /// where none is. [`NO_TOKEN`] where none can be drawn. Logits of these rows are adjusted in place.
     pub(crate) fn draw(&self, of: Rows<'_>, choices: &[Choice]) -> Result<Vec<u32>> {
-        let (mut temperatures, mut draws) = (vec![1.0f32; of.rows], vec![-1.0f64; of.rows]);
-        let mut filtered = Vec::new();
+        let mut draws: Vec<(usize, &Draw)> = Vec::new();
         for (row, choice) in choices.iter().enumerate() {
-            match choice {
-                Choice::Draw { temperature, at } => (temperatures[row], draws[row]) = (*temperature, *at),
-                Choice::Filtered(wish) => filtered.push((row, wish.as_ref())),
-                Choice::Greedy | Choice::Logits => {}
+            if let Choice::Draw(draw) = choice {
+                draws.push((row, draw));
             }
         }
-        let drawn = draws.iter().any(|at| *at >= 0.0);
-        if drawn {
-            self.temperatures.write(0, &temperatures)?;
-            self.draws.write(0, &draws)?;
-            let arguments = self.arguments(of).with(&self.temperatures).with(&self.draws);
-            self.launch_draw(self.draw, Shape::new(of.rows, DRAW_THREADS), arguments)?;
+        if draws.is_empty() {
+            return Ok(Vec::new());
         }
-        let mut rest = filtered.as_slice();
+        let mut rest = draws.as_slice();
         while !rest.is_empty() {
             let (now, later) = rest.split_at(self.fitting(rest));
-            self.draw_filtered(of, now)?;
+            self.draw_rows(of, now)?;
             rest = later;
-        }
-        if !drawn && filtered.is_empty() {
-            return Ok(Vec::new());
         }
         let mut out = vec![0; 2 * LOGIT_ROWS];
         self.drawn.read(0, &mut out)?;
         Ok(out)
     }
 
-    /// The last arguments are where the tokens go.
-    fn launch_draw(&self, kernel: Kernel, shape: Shape, arguments: Arguments) -> Result<()> {
-        let drawn = |array: usize| self.drawn.at::<u32>(array * LOGIT_ROWS);
-        self.device.launch(kernel, shape, arguments.with(drawn(0)).with(drawn(1)))
-    }
-
     /// How many of the first rows have room for their entries together, one at least: a token has one entry a row at most.
-    fn fitting(&self, rows: &[(usize, &Filtered)]) -> usize {
+    fn fitting(&self, rows: &[(usize, &Draw)]) -> usize {
         let mut entries = 0;
-        let fits = |(_, wish): &&(usize, &Filtered)| {
+        let fits = |(_, wish): &&(usize, &Draw)| {
             entries += wish.adjusted.len();
             entries <= self.vocab
         };
         rows.iter().take_while(fits).count().max(1)
     }
 
-    fn draw_filtered(&self, of: Rows<'_>, rows: &[(usize, &Filtered)]) -> Result<()> {
+    fn draw_rows(&self, of: Rows<'_>, rows: &[(usize, &Draw)]) -> Result<()> {
         let (mut wishes, mut entries) = (Vec::with_capacity(rows.len() * WISH), Vec::new());
         for (row, wish) in rows {
             let begin = entries.len() / ENTRY;
@@ -187,7 +160,8 @@ impl Sampling {
         }
         self.wishes.write(0, &wishes)?;
         self.entries.write(0, &entries)?;
-        let arguments = self.arguments(of).with(&self.wishes).with(&self.entries);
-        self.launch_draw(self.filter, Shape::new(rows.len() * self.filter_blocks, FILTER_THREADS), arguments)
+        let drawn = |array: usize| self.drawn.at::<u32>(array * LOGIT_ROWS);
+        let arguments = self.arguments(of).with(&self.wishes).with(&self.entries).with(drawn(0)).with(drawn(1));
+        self.device.launch(self.draw, Shape::new(rows.len() * self.draw_blocks, DRAW_THREADS), arguments)
     }
 }

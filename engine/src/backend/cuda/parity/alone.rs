@@ -1,6 +1,7 @@
 //! Passes that run kernels of ours and no others, for tools that look into kernels: the racecheck of compute-sanitizer does not
 //! survive cuBLASLt's.
 
+use super::draw::plain;
 use super::models::{LIMITS, PLAIN, SHAPES, Tiny, config, rng};
 use super::{CudaConfig, Piece, SequenceKv, Transformer, Want, assert_close, logits, tokens, tolerance};
 use crate::sampler::{Choice, Sampler, SamplingParams};
@@ -46,8 +47,8 @@ fn compare(tiny: &Tiny, (host, device): &(Transformer, Transformer), parts: &[us
                     SamplingParams { temperature: 0.7, top_p: 0.9, presence_penalty: 0.5, ..Default::default() };
                 let mut sampler = Sampler::new(params);
                 sampler.chosen(9);
-                let draw = Choice::Draw { temperature: 0.7, at: 0.4 };
-                let choices: Vec<Choice> = [sampler.choice(), draw, Choice::Greedy].into_iter().take(batch).collect();
+                let choices: Vec<Choice> =
+                    [sampler.choice(), plain(0.7, 0.4), Choice::Greedy].into_iter().take(batch).collect();
                 model.next(&states, &choices).unwrap();
             }
             out.extend(model.logits(&states).unwrap());

@@ -1,4 +1,4 @@
-// Choice of the next token where logits are adjusted before, or where only some tokens may be drawn.
+// Choice of the next token where it is drawn, or where logits are adjusted before.
 //
 // CPU: Sampler::sample of sampler.rs, whose order of operations it keeps.
 //
@@ -20,8 +20,8 @@
 // those at it. So top_k, top_p and the draw itself are one search for a logit: eight parts in each pass over the row, first
 // ever smaller towards the largest logit, then alike. Only what lies in the part that is being divided is weighed again.
 //
-// sample_filtered_cluster: a cluster of 8 blocks shares a row, each with a run of ids (Hopper and later).
-// sample_filtered: one block a row, on every card.
+// draw_cluster: a cluster of 8 blocks shares a row, each with a run of ids (Hopper and later).
+// draw: one block a row, on every card.
 // Launch: block (512), grid (rows that are chosen here, times 8 for clusters).
 #include "common.cuh"
 
@@ -316,7 +316,7 @@ __device__ __forceinline__ bool is_banned(int id, const int* banned, int n_banne
 
 template <int SPLIT>
 __device__ __forceinline__ void
-sample_row(float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban, const int* token,
+draw_row(float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban, const int* token,
            const float* logprob, const int* bad, const Wish* wishes, Entry* entries, int* drawn,
            float* drawn_logprob) {
     __shared__ Shared<SPLIT> shared;
@@ -363,19 +363,18 @@ sample_row(float* logits, int p, int n, int vocab, const int* banned, int n_bann
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sample_filtered(float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban,
-                    const int* token, const float* logprob, const int* bad, const Wish* wishes, Entry* entries,
-                    int* drawn, float* drawn_logprob) {
-    sample_row<1>(logits, p, n, vocab, banned, n_banned, ban, token, logprob, bad, wishes, entries, drawn,
-                  drawn_logprob);
+    draw(float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban, const int* token,
+         const float* logprob, const int* bad, const Wish* wishes, Entry* entries, int* drawn, float* drawn_logprob) {
+    draw_row<1>(logits, p, n, vocab, banned, n_banned, ban, token, logprob, bad, wishes, entries, drawn,
+                drawn_logprob);
 }
 
 #if __CUDA_ARCH__ >= 900
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(THREADS)
-    sample_filtered_cluster(float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban,
-                            const int* token, const float* logprob, const int* bad, const Wish* wishes,
-                            Entry* entries, int* drawn, float* drawn_logprob) {
-    sample_row<8>(logits, p, n, vocab, banned, n_banned, ban, token, logprob, bad, wishes, entries, drawn,
-                  drawn_logprob);
+    draw_cluster(float* logits, int p, int n, int vocab, const int* banned, int n_banned, const int* ban,
+                 const int* token, const float* logprob, const int* bad, const Wish* wishes, Entry* entries,
+                 int* drawn, float* drawn_logprob) {
+    draw_row<8>(logits, p, n, vocab, banned, n_banned, ban, token, logprob, bad, wishes, entries, drawn,
+                drawn_logprob);
 }
 #endif
