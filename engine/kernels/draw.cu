@@ -14,7 +14,7 @@
 //
 // A token weighs exp((logit - largest) / temperature) in units of 2^-44, as an integer: sums do not depend on their order,
 // so that equal logits give equal choices. What weighs less than half a unit is never drawn; a vocabulary of 2^19 cannot
-// overflow.
+// overflow. Weights are computed in f32: what is lighter than min_p by less than its rounding, 6e-8 of the largest, is kept.
 //
 // The tokens that are kept are always the heaviest, the lowest ids among equals: all above some logit, and the first few of
 // those at it. So top_k, top_p and the draw itself are one search for a logit: eight parts in each pass over the row, first
@@ -34,7 +34,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int PARTS = 8;
 // The largest weight.
 constexpr float ONE = 17592186044416.0f;
-// exp(-32) is less than half a unit.
+// exp(-32) is less than half a unit. To count tokens it is a first guess.
 constexpr float FARTHEST = 32.0f;
 constexpr float LARGEST = 3.402823466e38f;
 
@@ -118,6 +118,7 @@ template <int SPLIT> __device__ __forceinline__ void store_to_block(u64* place, 
 }
 
 template <int SPLIT> struct Shared {
+    static_assert(SPLIT <= PARTS && BLOCK_WARPS <= WARP, "a lane stands for a block and for a warp");
     u64 warps[BLOCK_WARPS][PARTS];
     // Written by all blocks. Two, used in turn: who writes one again has been through a barrier behind its last reader.
     u64 blocks[2][SPLIT][PARTS];
@@ -208,8 +209,10 @@ template <int SPLIT> struct Run {
             u64 sums[PARTS];
 #pragma unroll
             for (int j = 0; j < PARTS; j++) {
-                from[j] = base + (j << max(shift, 0));
-                if (shift < 0) from[j] = j == 0 ? base : max(base, key_of(top - spread / (float)(1 << j)));
+                // Parts that would begin behind the end, or beyond all keys, are empty.
+                unsigned step = (unsigned)j << max(shift, 0);
+                from[j] = step < end - base ? base + step : end;
+                if (shift < 0 && j > 0) from[j] = max(base, key_of(top - spread / (float)(1 << j)));
                 sums[j] = 0;
             }
             unsigned first = max(base, kept.key + 1);
@@ -236,7 +239,7 @@ template <int SPLIT> struct Run {
 #pragma unroll
             for (int d = PARTS; d < WARP; d *= 2) sums[0] += __shfl_xor_sync(ALL_LANES, sums[0], d);
             u64 sum = gather(sums[0], Sum());
-            if (kept.ties > 0 && kept.key >= mine && kept.key < end)
+            if (kept.ties > 0 && kept.key >= mine)
                 sum += kept.ties * size<COUNT>(value_of(kept.key), least);
             if (shift < 0) goal = goal_of(__shfl_sync(ALL_LANES, sum, 0));
             unsigned reached = __ballot_sync(ALL_LANES, above + sum >= goal) & ((1u << PARTS) - 1);
@@ -244,11 +247,12 @@ template <int SPLIT> struct Run {
             u64 beyond = __shfl_sync(ALL_LANES, sum, next);
             unsigned upto = __shfl_sync(ALL_LANES, mine, next);
             base = __shfl_sync(ALL_LANES, mine, last);
-            if (next > last) above += beyond, end = min(end, upto);
+            if (next > last) above += beyond, end = upto;
             if (end - base <= 1) break;
         }
+        // What lies above does not reach the goal, so that tokens at the key have a weight.
         u64 one = size<COUNT>(value_of(base), least);
-        return {base, one > 0 ? (goal - above + one - 1) / one : 1};
+        return {base, (goal - above + one - 1) / one};
     }
 
     // The first id up to which sizes sum up to what `goal_of` makes of their total; -1 in a block whose run it is not in.

@@ -108,6 +108,12 @@ impl<P: Clone> PrefixCache<P> {
         }
     }
 
+    /// How many unused pages there are of those that `counts` says; `most` if there are more.
+    pub(crate) fn unused(&self, most: usize, counts: &dyn Fn(&P) -> bool) -> usize {
+        let counted = |key: &&PageKey| self.entries.get(key).is_some_and(|entry| counts(&entry.page));
+        self.unused.values().filter(counted).take(most).count()
+    }
+
     /// Forgets unused pages, the least recently used first, until so many of those that `counts` says are gone, or all.
     pub(crate) fn evict(&mut self, pages: usize, counts: &dyn Fn(&P) -> bool) {
         let mut left = pages;
@@ -170,6 +176,8 @@ mod tests {
         // The last page goes first; somebody holds it and the one before it still.
         let held = pages[1..].to_vec();
         drop(pages);
+        let counted = |most| cache.unused(most, &|page| Arc::strong_count(page) == 1);
+        assert_eq!((counted(9), counted(0), cache.unused(9, &|_| true), cache.unused(2, &|_| true)), (1, 0, 3, 2));
         cache.evict(1, &|page| Arc::strong_count(page) == 1);
         assert_eq!((cache.len(), held.len()), (0, 2), "it takes all three to free one");
     }

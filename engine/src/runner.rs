@@ -73,7 +73,7 @@ pub(crate) struct Queue {
     /// In the order in which they came.
     computations: VecDeque<Computation>,
     /// Pages of a GPU that could be had when the scheduler, which does not know of all pages, had let in one too many:
-    /// nobody is let in until there are more, or one of those that run has ended.
+    /// nobody is let in until there are more, or a request has ended.
     full_at: Option<usize>,
 }
 
@@ -165,7 +165,8 @@ impl Runner {
     /// and nobody where one more was too many before.
     fn entries(&self, queue: &mut Queue) -> Vec<Entry> {
         let (chunk, page) = (self.config.prefill_chunk.max(1), self.limits.page_bytes);
-        let full = queue.full_at.is_some_and(|then| self.pages_to_be_had(queue) <= then);
+        queue.full_at = queue.full_at.filter(|then| self.pages_to_be_had(queue, then + 1) <= *then);
+        let full = queue.full_at.is_some();
         let waits =
             queue.running > 0 && (full || queue.computations.front().is_some_and(|first| !self.fits(queue, first)));
         let Queue { sequences, running, cache, .. } = queue;
@@ -224,13 +225,14 @@ impl Runner {
     /// Whether there is room for a computation's KV beside what the running requests hold.
     fn fits(&self, queue: &Queue, computation: &Computation) -> bool {
         let (page, pages) = (self.limits.page_bytes, self.pages(computation.tokens()));
-        (queue.used(page) + page.times(pages)).fits(self.limits.budget) && pages <= self.pages_to_be_had(queue)
+        (queue.used(page) + page.times(pages)).fits(self.limits.budget) && pages <= self.pages_to_be_had(queue, pages)
     }
 
-    /// Pages of a GPU that are free, or would be without those that nobody uses.
-    fn pages_to_be_had(&self, queue: &Queue) -> usize {
-        let unused = queue.cache.len() - queue.cache.in_use();
-        self.model.device().map_or(usize::MAX, |device| device.pool.pages().1 + unused)
+    /// Pages of a GPU that are free, or would be without those that nobody uses; `most` if there are more.
+    fn pages_to_be_had(&self, queue: &Queue, most: usize) -> usize {
+        let Some(device) = self.model.device() else { return most };
+        let free = device.pool.pages().1.min(most);
+        free + queue.cache.unused(most - free, &SharedPage::is_last)
     }
 
     /// Pages of KV that no request accounts for; one more for where a page is copied.
@@ -252,9 +254,11 @@ impl Runner {
             let ran = place < queue.running;
             place += 1;
             let ended = sequence.phase == Phase::Done || sequence.is_cancelled();
+            if ended {
+                queue.full_at = None;
+            }
             if ended && ran {
                 sequence.release(&mut queue.cache);
-                queue.full_at = None;
                 running -= 1;
             } else if ended {
                 self.load.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -294,7 +298,7 @@ impl Runner {
         while !self.make_free(queue, missing(queue, tokens)) && tokens.len() > 1 {
             tokens.pop();
             self.arrange(queue, tokens.len());
-            queue.full_at = Some(self.pages_to_be_had(queue));
+            queue.full_at = Some(self.pages_to_be_had(queue, usize::MAX - 1));
         }
     }
 

@@ -249,15 +249,10 @@ impl Sampler {
     /// No logit becomes plus infinity: a small penalty divides a large one at most to the largest number.
     fn adjust(&self, logits: &mut [f32]) {
         let params = &self.params;
-        for &(token, bias) in &params.logit_bias {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit += bias;
-            }
-        }
-        for (&token, &count) in &self.seen {
-            let Some(logit) = logits.get_mut(token as usize) else {
-                continue;
-            };
+        for token in self.adjusted() {
+            let Some(logit) = logits.get_mut(token.id as usize) else { continue };
+            *logit += token.bias;
+            let Some(count) = token.count else { continue };
             let penalty = params.repetition_penalty;
             *logit = if *logit > 0.0 { (*logit / penalty).min(f32::MAX) } else { *logit * penalty };
             if count > 0 {
@@ -276,8 +271,8 @@ impl Sampler {
                 return id;
             }
         }
-        // Rounding can leave a trace beyond the last one.
-        candidates.last().map_or(0, |(id, _)| *id)
+        // Rounding can leave a trace beyond the last one that has a weight.
+        candidates.iter().rfind(|(_, weight)| *weight > 0.0).map_or(0, |(id, _)| *id)
     }
 
     /// The tokens that may be drawn by adjusted logits, with weights in proportion to their probabilities.

@@ -241,3 +241,15 @@ fn banned_tokens_are_not_chosen_and_count_in_the_log_probability() {
     let sampled = Sampler::new(SamplingParams::default()).sample_without(&mut logits.clone(), &[1]).unwrap();
     assert!(sampled.id == 2 && (sampled.logprob - (2.0 - log_sum)).abs() < 1e-6);
 }
+
+#[test]
+fn rounding_never_draws_a_token_without_weight() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let banned = 99_999;
+    for _ in 0..30 {
+        let mut logits: Vec<f32> = (0..=banned).map(|_| rng.random_range(-3.0..3.0)).collect();
+        let mut sampler = Sampler::new(SamplingParams { logit_bias: vec![(5, 1.0)], ..params() });
+        sampler.at = Some(1.0 - f64::EPSILON / 2.0);
+        assert_ne!(sampler.sample_without(&mut logits, &[banned]).unwrap().id, banned);
+    }
+}

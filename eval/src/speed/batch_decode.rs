@@ -75,6 +75,11 @@ impl BatchDecodeOptions {
         least("the number of lengths", self.lengths.len(), 1)?;
         least("the shortest prompt", self.lengths.iter().copied().min().unwrap_or(0), 1)?;
         least("the smallest batch", self.batches.iter().copied().min().unwrap_or(0), 1)?;
+        self.sampling.validate(usize::MAX)?;
+        if self.sampling.is_greedy() && (self.sampling.top_k > 0 || self.sampling.top_p < 1.0) {
+            let expected = "above 0 where top_k or top_p is set".into();
+            return Err(EvalError::BadOption { what: "the temperature", found: "0".into(), expected });
+        }
         if self.length_name.is_some() && self.lengths.len() > 1 {
             let (found, expected) = (format!("given with {} lengths", self.lengths.len()), "one length".into());
             return Err(EvalError::BadOption { what: "the name of the length", found, expected });
@@ -178,7 +183,6 @@ pub fn bench_batch_decode(
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<SpeedReport> {
     options.check()?;
-    options.sampling.validate(engine.spec().vocab)?;
     let rounds = options.lengths.len() * options.batches.len() * options.strategies.len() * options.repeats;
     let tokens = options.lengths.iter().sum::<usize>() * options.batches.iter().sum::<usize>();
     let mut meter = Meter::new(rounds, (tokens * options.strategies.len() * options.repeats) as f64, progress);

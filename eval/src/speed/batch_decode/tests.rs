@@ -101,6 +101,7 @@ fn senseless_options_are_refused() {
         BatchDecodeOptions { batches: vec![4, 0], ..options() },
         BatchDecodeOptions { batches: vec![], ..options() },
         BatchDecodeOptions { lengths: vec![], ..options() },
+        BatchDecodeOptions { sampling: SamplingParams { top_k: 5, ..Default::default() }, ..options() },
         BatchDecodeOptions { lengths: vec![8, 16], length_name: Some("short".into()), ..options() },
     ];
     for options in bad {
