@@ -62,7 +62,7 @@ impl Default for EngineConfig {
 }
 
 macro_rules! named_values {
-    ($(#[$doc:meta])* $name:ident { $($(#[$item_doc:meta])* $item:ident = $text:literal),* $(,)? }) => {
+    ($(#[$doc:meta])* $name:ident, $words:literal { $($(#[$item_doc:meta])* $item:ident = $text:literal),* $(,)? }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
         pub enum $name { $($(#[$item_doc])* #[serde(rename = $text)] $item),* }
@@ -73,7 +73,7 @@ macro_rules! named_values {
                 match text {
                     $($text => Ok($name::$item),)*
                     other => Err(EngineError::InvalidRequest(format!(
-                        concat!(stringify!($name), ": expected one of ", $("`", $text, "` "),*, "found `{}`"), other
+                        concat!($words, ": expected one of ", $("`", $text, "` "),*, "found `{}`"), other
                     ))),
                 }
             }
@@ -89,7 +89,7 @@ macro_rules! named_values {
 
 named_values! {
     /// Where a model computes.
-    DeviceChoice {
+    DeviceChoice, "the device" {
         /// On a GPU where there is a usable one, else on the CPU.
         Auto = "auto",
         /// On the CPU.
@@ -101,7 +101,7 @@ named_values! {
 
 named_values! {
     /// How decoding attends tokens outside of the recent window.
-    Strategy {
+    Strategy, "the strategy" {
         /// All tokens, exactly.
         Full = "full",
         /// Only sinks and recent window (StreamingLLM, arXiv 2309.17453).
@@ -113,7 +113,7 @@ named_values! {
 
 named_values! {
     /// What becomes of cached chunks in a prompt.
-    BlendMode {
+    BlendMode, "the blend mode" {
         /// They are ignored: everything is computed.
         FullRecompute = "full-recompute",
         /// Their keys are rotated to the new positions; nothing is recomputed.

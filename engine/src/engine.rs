@@ -84,6 +84,11 @@ impl Engine {
         let max_context = config.max_context.map_or(spec.max_context, |m| m.min(spec.max_context));
         let model = Arc::new(load_model(spec, &weights, &config, max_context)?);
         let limits = limits(&model, &config);
+        let (page, budget) = (limits.page_bytes, limits.budget);
+        if !page.fits(budget) {
+            let (needed, budget) = (page.device + page.host, budget.device.max(budget.host));
+            return Err(EngineError::OutOfMemory { what: "one page of KV".into(), needed, budget });
+        }
         let fingerprint = fingerprint(&weights, &model.spec);
         let (commands, receiver) = channel();
         let load = Arc::new(Load::default());

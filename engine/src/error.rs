@@ -196,7 +196,7 @@ pub enum EngineError {
 
     /// KV that no memory but a larger one will ever hold.
     #[error(
-        "the request's KV needs {needed} bytes of {memory} memory, more than the budget of {budget}: shorten the prompt \
+        "the request's KV, indexes included, needs {needed} bytes of {memory} memory, more than the budget of {budget}: shorten the prompt \
          or the answer, or raise the budget"
     )]
     NeverFits {

@@ -34,8 +34,7 @@ mod weights;
 pub use attention::AttentionState;
 pub use backend::cpu::Isa;
 pub use backend::cuda::{
-    AttentionShape, CudaConfig, Library as CudaLibrary, copy_bandwidth, decode_attention, find_gpu,
-    libraries as cuda_libraries,
+    AttentionShape, CudaConfig, copy_bandwidth, decode_attention, find_gpu, missing_libraries as missing_cuda_libraries,
 };
 pub use chat::{ChatMessage, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};

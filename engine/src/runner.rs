@@ -151,7 +151,7 @@ impl Runner {
             let mut step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
             self.arrange(queue, step.tokens.len());
             if let Some(needed) = step.out_of_memory {
-                queue.sequences[0].fail(out_of_memory(needed, self.limits.budget));
+                queue.sequences[0].fail(never_fits(needed, self.limits.budget));
             } else {
                 self.make_room(queue, &mut step.tokens);
                 self.execute(queue, &step.tokens);
@@ -419,16 +419,6 @@ fn settle(queue: &mut Queue) {
     for sequence in &mut queue.sequences[..queue.running] {
         sequence.settle(&mut queue.cache).unwrap_or_else(|error| sequence.fail(error));
     }
-}
-
-/// The error for KV that does not fit, which names the memory that is too small.
-pub(crate) fn out_of_memory(needed: Bytes, budget: Bytes) -> EngineError {
-    let (memory, needed, budget) = if needed.host > budget.host {
-        ("host", needed.host, budget.host)
-    } else {
-        ("device", needed.device, budget.device)
-    };
-    EngineError::OutOfMemory { what: format!("the request's KV in {memory} memory"), needed, budget }
 }
 
 /// The error for KV that the whole budget is too small for.

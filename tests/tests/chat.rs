@@ -189,3 +189,24 @@ fn on_a_terminal() {
     support::clean(&mut command, &dir.path().join("data"));
     assert_eq!(succeed(&mut command).trim(), "ok");
 }
+
+#[test]
+fn a_pipe_whose_reader_has_gone_ends_the_conversation() {
+    let dir = tempfile::tempdir().unwrap();
+    for flags in [&["--json"][..], &[]] {
+        let mut command = quire(&dir.path().join("data"));
+        command.args(["chat", "--max-tokens", "4"]).args(flags).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"one\n").unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        stdout.read_line(&mut String::new()).unwrap();
+        drop(stdout);
+        // The input does not end.
+        support::eventually("the conversation ends", || {
+            let _ = stdin.write_all(b"one\n");
+            child.try_wait().unwrap().is_some()
+        });
+        assert!(child.wait().unwrap().success());
+    }
+}

@@ -166,3 +166,24 @@ fn at_shutdown_running_answers_are_completed_and_new_ones_refused() {
     assert!(text.contains("\"finish_reason\":\"length\"") && text.contains("data: [DONE]"), "{text}");
     assert_eq!(server.wait().code(), Some(0));
 }
+
+#[test]
+fn at_shutdown_answers_that_take_too_long_are_cut_off_and_the_process_ends_well() {
+    let dir = ingested();
+    // The store is closed by whoever lets go of it last, while the process ends: twice, as that was a race.
+    for drain in ["0", "1"] {
+        let mut server = Server::start(&dir.path().join("data"), &["--drain-seconds", drain]);
+        let body = long_answer().to_string();
+        let mut running: Vec<_> =
+            (0..8).map(|_| send(server.address, "POST", "/v1/chat/completions", &[], body.as_bytes())).collect();
+        eventually("they run", || server.metric("vllm:num_requests_running") == 8.0);
+        server.terminate();
+        assert_eq!(server.wait().code(), Some(0));
+        for connection in &mut running {
+            let mut text = Vec::new();
+            // A reset is as good as an end.
+            let _ = connection.read_to_end(&mut text);
+            assert!(!String::from_utf8_lossy(&text).contains("[DONE]"));
+        }
+    }
+}

@@ -428,7 +428,7 @@ fn what_grows_beyond_the_memory_fails_by_name_and_the_engine_goes_on() {
         bench.cycle();
     }
     let failed = Answer::read(&mut large).failed.expect("an index needs memory, too");
-    assert!(matches!(failed, EngineError::OutOfMemory { .. }), "{failed}");
+    assert!(matches!(failed, EngineError::NeverFits { .. }), "{failed}");
     assert!(failed.to_string().contains("host memory"), "{failed}");
     assert_same(&Answer::read(&mut after), &alone(&small), &small);
 }

@@ -185,18 +185,24 @@ pub fn bench_batch_decode(
     options.check()?;
     let rounds = options.lengths.len() * options.batches.len() * options.strategies.len() * options.repeats;
     let tokens = options.lengths.iter().sum::<usize>() * options.batches.iter().sum::<usize>();
-    let mut meter = Meter::new(rounds, (tokens * options.strategies.len() * options.repeats) as f64, progress);
-    let run = RunInfo::start(&options.output);
-    let mut records = Vec::new();
+    let mut cases = Vec::new();
     for &length in &options.lengths {
         for &batch in &options.batches {
             for &strategy in &options.strategies {
-                let case = Case { engine, options, length, batch, strategy };
-                let measured = case.measure(&mut meter)?;
-                let info = run.clone().with_config(case.config(&measured, peers));
-                records.extend(figures(&info, &case.name(), &measured, batch, peers.of(length, batch)));
+                cases.push(Case { engine, options, length, batch, strategy });
             }
         }
+    }
+    // Before minutes of measuring.
+    cases.iter().try_for_each(|case| case.prompt_tokens().map(drop))?;
+    let mut meter = Meter::new(rounds, (tokens * options.strategies.len() * options.repeats) as f64, progress);
+    let run = RunInfo::start(&options.output);
+    let mut records = Vec::new();
+    for case in &cases {
+        let measured = case.measure(&mut meter)?;
+        let info = run.clone().with_config(case.config(&measured, peers));
+        let peers = peers.of(case.length, case.batch);
+        records.extend(figures(&info, &case.name(), &measured, case.batch, peers));
     }
     run.write(&records)?;
     Ok(SpeedReport { records })
@@ -237,15 +243,21 @@ impl Case<'_> {
         self.options.tokens + WARM_UP + 2 + handing_in + (self.batch - 1) * (self.length.div_ceil(step) + 1)
     }
 
-    fn measure(&self, meter: &mut Meter<'_>) -> Result<Measured> {
-        let answer = self.answer_tokens();
-        let room = self.engine.max_context().saturating_sub(answer);
-        let prompt_tokens = self.length.min(room);
-        if prompt_tokens == 0 {
-            let found = format!("a context of {} tokens, {answer} of them for the answer", self.engine.max_context());
-            let expected = "room for a prompt: fewer tokens or sequences, or a longer context".into();
-            return Err(EvalError::BadOption { what: "the model's context", found, expected });
+    /// Tokens of a prompt. One as long as the context is cut so that the answer fits; no longer one is, nor one of which little
+    /// would be left.
+    fn prompt_tokens(&self) -> Result<usize> {
+        let (answer, context) = (self.answer_tokens(), self.engine.max_context());
+        let tokens = self.length.min(context.saturating_sub(answer));
+        if self.length > context || tokens < self.length.div_ceil(2) {
+            let found = format!("{} tokens, and {answer} of an answer", self.length);
+            let expected = format!("at most the context of {context}: fewer tokens or sequences, or a longer context");
+            return Err(EvalError::BadOption { what: "the prompt's length", found, expected });
         }
+        Ok(tokens)
+    }
+
+    fn measure(&self, meter: &mut Meter<'_>) -> Result<Measured> {
+        let (answer, prompt_tokens) = (self.answer_tokens(), self.prompt_tokens()?);
         let prompts = self.prompts(prompt_tokens)?;
         let (mut steps, mut kv_tokens) = (Vec::new(), 0.0);
         for _ in 0..self.options.repeats {

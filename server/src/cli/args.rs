@@ -359,14 +359,12 @@ pub struct DecodeArgs {
     /// Sequences that decode at the same time, separated by commas; cases become LABEL/LENGTH/bBATCH/STRATEGY
     #[arg(long, value_delimiter = ',')]
     pub batch: Vec<usize>,
-    /// Temperature at which a batch draws its tokens; cases get /tTEMPERATURE-kTOP_K-pTOP_P [default: greedy]
-    #[arg(long, default_value_t = 0.0, requires = "batch", hide_default_value = true)]
-    pub temperature: f32,
-    /// Draws from the likeliest tokens of this probability in all
-    #[arg(long, default_value_t = 1.0, requires = "temperature")]
+    /// Draws from the likeliest tokens of this probability in all; a batch draws at --temperature, and its cases become
+    /// LABEL/LENGTH/bBATCH/STRATEGY/tTEMPERATURE-kTOP_K-pTOP_P
+    #[arg(long, default_value_t = 1.0, requires = "batch", allow_negative_numbers = true)]
     pub top_p: f32,
     /// Draws from so many likeliest tokens; 0: from all
-    #[arg(long, default_value_t = 0, requires = "temperature")]
+    #[arg(long, default_value_t = 0, requires = "batch")]
     pub top_k: usize,
     /// Prompts of a batch
     #[arg(long, value_enum, default_value = "random", requires = "batch")]

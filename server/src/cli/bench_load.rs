@@ -34,7 +34,7 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
         strategies: speed.strategies.into_iter().map(|named| named.0).collect(),
         // With one seed, sequences with one prompt have one answer.
         sampling: SamplingParams {
-            temperature: args.temperature,
+            temperature: settings.temperature,
             top_p: args.top_p,
             top_k: args.top_k,
             seed: Some(1),

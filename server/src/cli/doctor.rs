@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use chunk_cache::StoreError;
-use engine::{DeviceChoice, Engine, ModelSpec, Tokenizer, cuda_libraries, find_gpu};
+use engine::{DeviceChoice, Engine, Isa, ModelSpec, Tokenizer, find_gpu, missing_cuda_libraries};
 use serde::Serialize;
 
 use super::output::{Out, bytes, count};
@@ -45,7 +45,7 @@ impl Check {
 
 pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
     let mut checks = vec![cpu(), memory()];
-    checks.extend(gpu(settings));
+    checks.push(gpu(settings));
     let (about_model, engine) = model(settings);
     checks.extend(about_model);
     checks.extend(data(settings, engine.as_ref()));
@@ -72,35 +72,12 @@ pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
 
 fn cpu() -> Check {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let features = cpu_features();
-    let found = format!("{}, {}", count(threads, "thread"), features.join(", "));
-    if features.iter().any(|f| f == "avx512f") {
-        return Check::good("cpu", found);
+    let sets: Vec<String> = Isa::available().iter().map(|isa| format!("{isa:?}").to_lowercase()).collect();
+    let found = format!("{}, {}: {}", count(threads, "thread"), std::env::consts::ARCH, sets.join(", "));
+    match Isa::detect() {
+        Isa::Amx | Isa::Avx512 => Check::good("cpu", found),
+        Isa::Avx2 | Isa::Scalar => Check::note("cpu", found, "without AVX-512 everything is correct, but slower"),
     }
-    Check::note("cpu", found, "without AVX-512 everything is correct, but slower")
-}
-
-#[cfg(target_arch = "x86_64")]
-fn cpu_features() -> Vec<String> {
-    let mut found = Vec::new();
-    for (name, present) in [
-        ("avx2", std::arch::is_x86_feature_detected!("avx2")),
-        ("fma", std::arch::is_x86_feature_detected!("fma")),
-        ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
-    ] {
-        if present {
-            found.push(name.to_string());
-        }
-    }
-    if found.is_empty() {
-        found.push("no vector extensions".into());
-    }
-    found
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn cpu_features() -> Vec<String> {
-    vec![format!("{} (portable code only)", std::env::consts::ARCH)]
 }
 
 fn memory() -> Check {
@@ -121,29 +98,23 @@ fn memory() -> Check {
 }
 
 /// The libraries that a GPU needs, and the GPU itself. Only what was asked for and is missing is bad.
-fn gpu(settings: &Settings) -> Vec<Check> {
+fn gpu(settings: &Settings) -> Check {
     let asked = settings.device.0 == DeviceChoice::Cuda;
     let lacking = |found: String, advice: &str| match asked {
         true => Check::bad("gpu", found, advice.into()),
         false => Check::note("gpu", found, "the CPU computes"),
     };
     if settings.device.0 == DeviceChoice::Cpu {
-        return vec![Check::good("gpu", "none used: --device is cpu".into())];
+        return Check::good("gpu", "none used: --device is cpu".into());
     }
-    let missing = cuda_libraries().iter().filter_map(|library| {
-        let why = library.missing.as_ref()?;
-        Some(lacking(
-            format!("{} ({}): {why}", library.name, library.purpose),
-            "install the NVIDIA driver and the CUDA libraries NVRTC and cuBLASLt (CUDA 12 or 13), or set --device cpu",
-        ))
-    });
-    let missing: Vec<Check> = missing.collect();
-    if !missing.is_empty() {
-        return missing;
+    if let Some(missing) = missing_cuda_libraries() {
+        let advice =
+            "install the NVIDIA driver and the CUDA libraries NVRTC and cuBLASLt (CUDA 12 or 13), or set --device cpu";
+        return lacking(missing.into(), advice);
     }
     match find_gpu(&settings.cuda()) {
-        Ok(found) => vec![Check::good("gpu", found)],
-        Err(error) => vec![lacking(error.to_string(), "check `nvidia-smi`, or set --device cpu")],
+        Ok(found) => Check::good("gpu", found),
+        Err(error) => lacking(error.to_string(), "check `nvidia-smi`, or set --device cpu"),
     }
 }
 
@@ -184,11 +155,16 @@ fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
         }
         Err(error) => {
             use engine::EngineError::{Device, Kernel, NoDevice, OutOfMemory};
-            let on_gpu = matches!(
-                &error,
-                QuireError::Engine(NoDevice { .. } | Device { .. } | Kernel { .. } | OutOfMemory { .. })
-            );
-            let fix = if on_gpu { "free or allow more of its memory, or set --device cpu" } else { fix };
+            if let QuireError::Engine(NoDevice { .. }) = &error {
+                let advice = "put right what `gpu` says, or set --device cpu";
+                checks.push(Check::note("weights", "not loaded: there is no usable GPU".into(), advice));
+                return (checks, None);
+            }
+            let fix = match &error {
+                QuireError::Engine(Device { .. } | Kernel { .. }) => "check `nvidia-smi`, or set --device cpu",
+                QuireError::Engine(OutOfMemory { .. }) => "free or allow more memory, or set another --device",
+                _ => fix,
+            };
             checks.push(Check::bad("weights", error.to_string(), fix.into()));
             (checks, None)
         }

@@ -19,11 +19,19 @@ pub(super) struct Out {
     silent: bool,
     /// Some of the result could not be written.
     lost: Cell<bool>,
+    /// Whoever read the result has gone away.
+    gone: Cell<bool>,
 }
 
 impl Out {
     pub(super) fn new(json: bool) -> Out {
-        Out { json, terminal: std::io::stderr().is_terminal(), silent: false, lost: Cell::new(false) }
+        Out {
+            json,
+            terminal: std::io::stderr().is_terminal(),
+            silent: false,
+            lost: Cell::new(false),
+            gone: Cell::new(false),
+        }
     }
 
     /// Whether some of the result could not be written, other than to a reader that went away.
@@ -31,15 +39,28 @@ impl Out {
         self.lost.get()
     }
 
+    /// Whether nothing more of the result can be written.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lost.get() || self.gone.get()
+    }
+
     fn written(&self, result: std::io::Result<()>) {
-        if result.is_err_and(|error| error.kind() != std::io::ErrorKind::BrokenPipe) {
-            self.lost.set(true);
+        match result {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => self.gone.set(true),
+            Err(_) => self.lost.set(true),
         }
     }
 
     /// Like this one, but for bars, remarks and errors only: results are not printed.
     pub(super) fn without_results(&self) -> Out {
-        Out { json: false, terminal: self.terminal && !self.json, silent: true, lost: Cell::new(false) }
+        Out {
+            json: false,
+            terminal: self.terminal && !self.json,
+            silent: true,
+            lost: Cell::new(false),
+            gone: Cell::new(false),
+        }
     }
 
     /// A line of the result. A reader that went away is no error of ours.

@@ -1,5 +1,7 @@
 //! `quire serve`.
 
+use std::time::Duration;
+
 use super::output::Out;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
@@ -28,6 +30,9 @@ pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
     };
     let result = runtime.block_on(http::serve(settings, &announce, &ready));
     // What is still running was given its time: it must not keep the process.
-    runtime.shutdown_background();
-    result
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    if let Some(service) = result? {
+        http::close(service);
+    }
+    Ok(())
 }

@@ -1,7 +1,8 @@
 //! From the first open port to the exit: listen, load, serve; then unready, refuse, drain, flush.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -14,15 +15,20 @@ use crate::error::{QuireError, Result};
 use crate::metrics;
 use crate::service::Service;
 
-/// Time for connections to close once every answer is complete.
+/// Time for connections to close once every answer is complete, and for what was cut off to end.
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT. The port is open before the model is loaded, so that probes can tell "loading" from
-/// "gone"; `announce` gets the address, `ready` is called when requests are taken.
+/// "gone"; `announce` gets the address, `ready` is called when requests are taken. Returns what served, where it was loaded,
+/// to be [closed](close) once the runtime has ended and with it all answers.
 ///
 /// # Errors
 /// An address that cannot be listened on; everything that keeps the model or the data folder from being opened.
-pub async fn serve(settings: &Settings, announce: &dyn Fn(SocketAddr), ready: &dyn Fn()) -> Result<()> {
+pub async fn serve(
+    settings: &Settings,
+    announce: &dyn Fn(SocketAddr),
+    ready: &dyn Fn(),
+) -> Result<Option<Arc<Service>>> {
     let model_dir = settings.model_dir()?;
     let listener = listen(&settings.host, settings.port).await?;
     let failed = |source| QuireError::Listen { address: settings.host.clone(), source };
@@ -62,13 +68,29 @@ pub async fn serve(settings: &Settings, announce: &dyn Fn(SocketAddr), ready: &d
     if tokio::time::timeout(GOODBYE, server).await.is_err() {
         tracing::warn!("connections were still open; they are cut off");
     }
-    if let Some(service) = app.loaded() {
-        let service = std::sync::Arc::clone(service);
-        // Blocks until the engine's thread has ended; every write of the store was synced when it was made.
-        let shutdown = tokio::task::spawn_blocking(move || service.engine().shutdown());
-        let _ = tokio::time::timeout(GOODBYE, shutdown).await;
+    Ok(app.loaded().map(Arc::clone))
+}
+
+/// Ends the engine, whose requests nobody waits for any more, and closes the store. Every write of the store was synced when
+/// it was made: what does not end in time is left as it is.
+pub fn close(service: Arc<Service>) {
+    let deadline = Instant::now() + GOODBYE;
+    let (ended, end) = mpsc::channel();
+    let engine = service.engine().clone();
+    std::thread::spawn(move || {
+        engine.shutdown();
+        drop(engine);
+        let _ = ended.send(());
+    });
+    let _ = end.recv_timeout(GOODBYE);
+    while Arc::strong_count(&service) > 1 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
     }
-    Ok(())
+    if Arc::strong_count(&service) > 1 {
+        tracing::warn!("some work did not end in time; it is cut off");
+        // The store must not be closed by another thread while the process ends: RocksDB's own globals go then.
+        std::mem::forget(service);
+    }
 }
 
 async fn listen(host: &str, port: u16) -> Result<TcpListener> {

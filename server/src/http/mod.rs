@@ -12,7 +12,7 @@ mod lifecycle;
 mod probes;
 mod state;
 
-pub use lifecycle::serve;
+pub use lifecycle::{close, serve};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;

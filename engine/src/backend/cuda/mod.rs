@@ -29,7 +29,7 @@ pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
 pub(crate) use device::{Device, Memory, Pinned};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};
-pub use probe::{Library, libraries};
+pub use probe::missing_libraries;
 
 /// The GPU that these settings name, in words.
 ///

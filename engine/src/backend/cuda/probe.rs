@@ -1,8 +1,6 @@
 //! Finds CUDA's libraries before anything calls them: the binding panics when a library or a symbol is missing.
 
-use std::ffi::CString;
-use std::os::raw::c_char;
-use std::path::Path;
+use std::ffi::{CStr, CString};
 use std::sync::OnceLock;
 
 use cudarc::{cublaslt, driver, nvrtc};
@@ -20,36 +18,46 @@ const FOLDERS: [&str; 6] = [
 ];
 
 /// One of CUDA's libraries as it was found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Library {
+struct Library {
     /// File name without version.
-    pub name: &'static str,
+    name: &'static str,
     /// What it is needed for.
-    pub purpose: &'static str,
+    purpose: &'static str,
     /// `None`: found with all its symbols. Otherwise what is missing.
-    pub missing: Option<String>,
+    missing: Option<String>,
 }
 
-/// The libraries that the CUDA backend needs. Looks for them once per process.
-pub fn libraries() -> &'static [Library] {
-    static FOUND: OnceLock<Vec<Library>> = OnceLock::new();
-    FOUND.get_or_init(|| vec![driver_library(), nvrtc_library(), cublaslt_library()])
+const NOT_FOUND: &str = "not found";
+
+/// Which of the libraries that the CUDA backend needs are missing, and what was looked for; `None`: they are there. Looks
+/// for them once per process.
+pub fn missing_libraries() -> Option<&'static str> {
+    static MISSING: OnceLock<Option<String>> = OnceLock::new();
+    MISSING.get_or_init(|| describe(&[driver_library(), nvrtc_library(), cublaslt_library()])).as_deref()
+}
+
+fn describe(libraries: &[Library]) -> Option<String> {
+    let missing = libraries.iter().filter_map(|library| {
+        let why = library.missing.as_ref()?;
+        Some(format!("{} ({}) is {why}", library.name, library.purpose))
+    });
+    let mut missing: Vec<String> = missing.collect();
+    if libraries.iter().any(|library| library.missing.as_deref() == Some(NOT_FOUND)) {
+        missing.push(format!("the system's loader was asked, and {}", FOLDERS.join(", ")));
+    }
+    (!missing.is_empty()).then(|| missing.join("; "))
 }
 
 /// # Errors
 /// [`EngineError::NoDevice`] with everything that is missing.
 pub(crate) fn require_libraries() -> Result<()> {
-    let missing: Vec<String> = libraries()
-        .iter()
-        .filter_map(|l| l.missing.as_ref().map(|why| format!("{} ({}): {why}", l.name, l.purpose)))
-        .collect();
-    if missing.is_empty() { Ok(()) } else { Err(EngineError::NoDevice { why: missing.join("; ") }) }
+    missing_libraries().map_or(Ok(()), |why| Err(EngineError::NoDevice { why: why.into() }))
 }
 
 macro_rules! library {
     ($function:ident, $module:ident, $name:literal, $purpose:literal, $symbols:expr) => {
         fn $function() -> Library {
-            preload($name);
+            let refused = preload($name);
             // SAFETY: opening CUDA's own libraries runs their initialisers, which are sound.
             let present = unsafe { $module::sys::is_culib_present() };
             let missing = if present {
@@ -58,9 +66,9 @@ macro_rules! library {
                     $module::sys::culib().get::<unsafe extern "C" fn()>(symbol.as_bytes()).is_err()
                 };
                 let absent: Vec<&str> = $symbols.iter().filter(absent).copied().collect();
-                (!absent.is_empty()).then(|| format!("it is too old: it lacks {}", absent.join(", ")))
+                lacking(&absent, $symbols.len())
             } else {
-                Some(format!("not found by the system's loader nor in {}", FOLDERS.join(", ")))
+                Some(refused.map_or(NOT_FOUND.into(), |why| format!("found, but the system does not load it: {why}")))
             };
             Library { name: $name, purpose: $purpose, missing }
         }
@@ -73,6 +81,8 @@ library!(
     "libcuda.so",
     "the NVIDIA driver",
     [
+        "cuGetErrorName",
+        "cuGetErrorString",
         "cuInit",
         "cuDeviceGet",
         "cuDeviceGetCount",
@@ -151,36 +161,77 @@ library!(
     ]
 );
 
-/// Loads a library by its path when its name alone does not lead to it; afterwards the name does.
-fn preload(name: &str) {
-    let open = |path: &Path| {
-        let Ok(path) = CString::new(path.to_string_lossy().as_bytes()) else { return false };
-        // SAFETY: a NUL-terminated path. The handle is kept open on purpose, for the rest of the process.
-        !unsafe { libc::dlopen(path.as_ptr() as *const c_char, libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
-    };
-    let versions = [".13", ".12", ".1", ""];
-    if versions.iter().any(|version| open(Path::new(&format!("{name}{version}")))) {
-        return;
+/// What is wrong with a library that lacks some of `all` symbols.
+fn lacking(absent: &[&str], all: usize) -> Option<String> {
+    match absent {
+        [] => None,
+        absent if absent.len() == all => Some("found, but has none of the functions that such a library has".into()),
+        absent => Some(format!("too old: it lacks {}", absent.join(", "))),
     }
-    for folder in FOLDERS {
-        if versions.iter().any(|version| open(&Path::new(folder).join(format!("{name}{version}")))) {
-            return;
+}
+
+/// Loads a library by its path when its name alone does not lead to it; afterwards the name does. Where there are files of this
+/// name that the system refuses to load: why it refused the first of them.
+fn preload(name: &str) -> Option<String> {
+    let versions = [".13", ".12", ".1", ""];
+    let files = || versions.iter().map(|version| format!("{name}{version}"));
+    let paths = files().chain(FOLDERS.iter().flat_map(|folder| files().map(move |file| format!("{folder}/{file}"))));
+    let mut refused = None;
+    for path in paths {
+        match open(&path) {
+            Ok(()) => return None,
+            // The loader has no number for it. A file that lacks another one says so of that one.
+            Err(why) if why.starts_with(&path) && why.contains("No such file") => {}
+            Err(why) => refused = refused.or(Some(why)),
         }
     }
+    refused
+}
+
+/// Loads a library for the rest of the process.
+fn open(path: &str) -> std::result::Result<(), String> {
+    let path = CString::new(path).map_err(|error| error.to_string())?;
+    // SAFETY: a NUL-terminated path. The handle is kept open on purpose.
+    if !unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null() {
+        return Ok(());
+    }
+    // SAFETY: asked by the thread whose call failed; the text is copied before the next call.
+    let text = unsafe { libc::dlerror() };
+    if text.is_null() {
+        return Err("it gives no reason".into());
+    }
+    // SAFETY: a NUL-terminated text of the loader's.
+    Err(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
-    fn every_library_is_accounted_for_and_nothing_panics() {
-        let found = libraries();
-        assert_eq!(found.iter().map(|l| l.name).collect::<Vec<_>>(), ["libcuda.so", "libnvrtc.so", "libcublasLt.so"]);
-        let missing = found.iter().filter(|l| l.missing.is_some()).count();
-        assert_eq!(require_libraries().is_err(), missing > 0);
+    fn what_is_missing_is_said_once_and_nothing_panics() {
+        assert_eq!(require_libraries().is_err(), missing_libraries().is_some());
         if let Err(error) = require_libraries() {
             assert!(error.to_string().contains("quire doctor"), "{error}");
         }
+        let library = |missing: Option<&str>| Library { name: "a.so", purpose: "x", missing: missing.map(Into::into) };
+        assert_eq!(describe(&[library(None), library(None)]), None);
+        let text = describe(&[library(Some(NOT_FOUND)), library(Some(NOT_FOUND)), library(Some("too old"))]).unwrap();
+        assert!(text.starts_with("a.so (x) is not found; a.so (x) is not found; a.so (x) is too old; the"), "{text}");
+        assert_eq!(text.matches(FOLDERS[0]).count(), 1, "{text}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_library_is_told_from_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().join("libquire-test.so").to_str().unwrap().to_owned();
+        assert_eq!(preload(&name), None);
+        std::fs::write(format!("{name}.1"), "text").unwrap();
+        let why = preload(&name).unwrap();
+        assert!(why.contains("libquire-test.so.1"), "{why}");
+        assert_eq!(lacking(&[], 3), None);
+        assert!(lacking(&["f"], 3).unwrap().ends_with("it lacks f"));
+        assert!(!lacking(&["f", "g"], 2).unwrap().contains("old"));
     }
 }

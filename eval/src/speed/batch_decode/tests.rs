@@ -77,8 +77,10 @@ fn a_prompt_as_long_as_the_context_is_cut_and_keeps_its_name() {
     let report = bench_batch_decode(&engine(1024), &DecodePeers::default(), &case, &mut |_| {}).unwrap();
     assert_eq!(report.records[0].case, "ref/1k/b1/full");
     assert_eq!(report.records[0].config["prompt_tokens"], 1024 - (6 + WARM_UP + 2));
-    let none = bench_batch_decode(&engine(12), &DecodePeers::default(), &case, &mut |_| {});
-    assert!(matches!(none, Err(EvalError::BadOption { what: "the model's context", .. })));
+    for context in [12, 1023] {
+        let none = bench_batch_decode(&engine(context), &DecodePeers::default(), &case, &mut |_| {});
+        assert!(matches!(none, Err(EvalError::BadOption { what: "the prompt's length", .. })));
+    }
 }
 
 #[test]

@@ -141,7 +141,7 @@ struct Chat<'a> {
 }
 
 impl Chat<'_> {
-    /// Until the input ends. What goes wrong is told to whoever types, and ends a conversation from a pipe.
+    /// Until the input ends, or nobody reads the answers any more. What goes wrong is told to whoever types, and ends a conversation from a pipe.
     async fn converse(mut self) -> Result<()> {
         if self.interactive {
             self.out.note("/help lists commands, Ctrl-D ends");
@@ -176,6 +176,9 @@ impl Chat<'_> {
             match step {
                 Err(error) if self.interactive => self.out.error(&error),
                 step => step?,
+            }
+            if self.out.is_closed() {
+                return Ok(());
             }
             if ended {
                 if self.interactive {
