@@ -18,8 +18,6 @@ use crate::tasks::DataSource;
 
 /// Steps that are not counted after the last sequence has begun: buffers and graphs are made in them.
 const WARM_UP: usize = 8;
-/// Longest static cache that the peer is compiled for: beyond, compilation and masks take minutes.
-const COMPILED_TOKENS: usize = 8192;
 
 /// Where the tokens of prompts come from.
 #[derive(Debug, Clone)]
@@ -124,7 +122,7 @@ impl DecodePeers {
 }
 
 /// Times transformers on the same lengths and batches, with random weights and caches of the model's shape: eager with a
-/// dynamic cache, and compiled with a static cache up to 8192 tokens. To be called before an engine takes the device's
+/// dynamic cache, and compiled with a static cache. To be called before an engine takes the device's
 /// memory. A part that fails is left out and named in the records' settings.
 ///
 /// # Errors
@@ -147,9 +145,6 @@ pub fn time_decode_peers(
             for (kind, name) in
                 [("eager", "transformers eager dynamic cache"), ("compiled", "transformers compiled static cache")]
             {
-                if kind == "compiled" && length > COMPILED_TOKENS {
-                    continue;
-                }
                 let part = format!("decode:{kind}:{length}:{batch}");
                 match process.time(&part)? {
                     Ok(samples) => {
