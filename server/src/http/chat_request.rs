@@ -233,7 +233,9 @@ fn logit_bias(value: &Value) -> Result<Vec<(u32, f32)>> {
         return Err(invalid("logit_bias", format!("expected an object of token ids and numbers, found {value}")));
     };
     let pair = |(token, bias): (&String, &Value)| {
-        let id = token.parse().map_err(|_| invalid("logit_bias", format!("expected a token id, found `{token}`")))?;
+        // Written in one way only, so that no token is named twice.
+        let id = token.parse().ok().filter(|id: &u32| id.to_string() == *token);
+        let id = id.ok_or_else(|| invalid("logit_bias", format!("expected a token id, found `{token}`")))?;
         Ok((id, number("logit_bias", bias)?))
     };
     fields.iter().map(pair).collect()
@@ -331,6 +333,7 @@ mod tests {
             (json!({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens"),
             (json!({"stop": ["a", ""]}), "stop"),
             (json!({"logit_bias": {"x": 1}}), "logit_bias"),
+            (json!({"logit_bias": {"5": 60, "05": 60}}), "logit_bias"),
             (json!({"messages": []}), "messages"),
             (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role"),
             (json!({"messages": [{"role": "user", "content": "x", "name": "y"}]}), "messages[0].name"),
