@@ -87,7 +87,8 @@ impl Engine {
         let (page, budget) = (limits.page_bytes, limits.budget);
         if !page.fits(budget) {
             let (needed, budget) = (page.device + page.host, budget.device.max(budget.host));
-            return Err(EngineError::OutOfMemory { what: "one page of KV".into(), needed, budget });
+            let why = format!("a KV budget of {budget} bytes holds no page of {needed}: raise kv_budget_bytes");
+            return Err(EngineError::InvalidRequest(why));
         }
         let fingerprint = fingerprint(&weights, &model.spec);
         let (commands, receiver) = channel();

@@ -96,6 +96,38 @@ impl BatchDecodeOptions {
         format!("/t{temperature}{top_k}{top_p}")
     }
 
+    /// Refuses what a context of so many tokens has no room for.
+    ///
+    /// # Errors
+    /// [`EvalError::BadOption`].
+    pub fn check_context(&self, context: usize) -> Result<()> {
+        let cases = self.lengths.iter().flat_map(|length| self.batches.iter().map(move |batch| (*length, *batch)));
+        cases.into_iter().try_for_each(|(length, batch)| self.prompt_tokens(length, batch, context).map(drop))
+    }
+
+    /// Tokens of a prompt. One as long as the context is cut so that the answer fits; no longer one is, nor one of which little
+    /// would be left.
+    fn prompt_tokens(&self, length: usize, batch: usize, context: usize) -> Result<usize> {
+        let answer = self.answer_tokens(length, batch);
+        let tokens = length.min(context.saturating_sub(answer));
+        if length > context || tokens < length.div_ceil(2) {
+            let found = format!("{length} tokens, and {answer} of the answer of one in {batch}");
+            let expected = format!("at most the context of {context}: fewer tokens or sequences, or a longer context");
+            return Err(EvalError::BadOption { what: "the prompt's length", found, expected });
+        }
+        Ok(tokens)
+    }
+
+    /// Tokens of an answer: those that are timed, those before them, and what a sequence writes while the others are
+    /// read. How long that takes is the scheduler's choice: a quarter of a reading step a token is allowed for. The first of
+    /// several may write some more before the others are handed in, where a step takes less than a millisecond.
+    fn answer_tokens(&self, length: usize, batch: usize) -> usize {
+        let step = (self.prefill_chunk.min(self.mixed_prefill_tokens) / 4).max(1);
+        let handing_in = if batch > 1 { 64 } else { 0 };
+        let meanwhile = batch.saturating_sub(1).saturating_mul(length.div_ceil(step).saturating_add(1));
+        self.tokens.saturating_add(WARM_UP + 2 + handing_in).saturating_add(meanwhile)
+    }
+
     fn name_of(&self, length: usize) -> String {
         match &self.length_name {
             Some(name) => name.clone(),
@@ -178,6 +210,7 @@ pub fn bench_batch_decode(
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<SpeedReport> {
     options.check()?;
+    options.check_context(engine.max_context())?;
     let rounds = options.lengths.len() * options.batches.len() * options.strategies.len() * options.repeats;
     let tokens = options.lengths.iter().sum::<usize>() * options.batches.iter().sum::<usize>();
     let mut cases = Vec::new();
@@ -188,8 +221,6 @@ pub fn bench_batch_decode(
             }
         }
     }
-    // Before minutes of measuring.
-    cases.iter().try_for_each(|case| case.prompt_tokens().map(drop))?;
     let mut meter = Meter::new(rounds, (tokens * options.strategies.len() * options.repeats) as f64, progress);
     let run = RunInfo::start(&options.output);
     let mut records = Vec::new();
@@ -229,30 +260,9 @@ impl Case<'_> {
         format!("{}/{length}/b{batch}/{strategy}{sampling}", options.model_label)
     }
 
-    /// Tokens of an answer: those that are timed, those before them, and what a sequence writes while the others are
-    /// read. How long that takes is the scheduler's choice: a quarter of a reading step a token is allowed for. The first of
-    /// several may write some more before the others are handed in, where a step takes less than a millisecond.
-    fn answer_tokens(&self) -> usize {
-        let step = (self.options.prefill_chunk.min(self.options.mixed_prefill_tokens) / 4).max(1);
-        let handing_in = if self.batch > 1 { 64 } else { 0 };
-        self.options.tokens + WARM_UP + 2 + handing_in + (self.batch - 1) * (self.length.div_ceil(step) + 1)
-    }
-
-    /// Tokens of a prompt. One as long as the context is cut so that the answer fits; no longer one is, nor one of which little
-    /// would be left.
-    fn prompt_tokens(&self) -> Result<usize> {
-        let (answer, context) = (self.answer_tokens(), self.engine.max_context());
-        let tokens = self.length.min(context.saturating_sub(answer));
-        if self.length > context || tokens < self.length.div_ceil(2) {
-            let found = format!("{} tokens, and {answer} of an answer", self.length);
-            let expected = format!("at most the context of {context}: fewer tokens or sequences, or a longer context");
-            return Err(EvalError::BadOption { what: "the prompt's length", found, expected });
-        }
-        Ok(tokens)
-    }
-
     fn measure(&self, meter: &mut Meter<'_>) -> Result<Measured> {
-        let (answer, prompt_tokens) = (self.answer_tokens(), self.prompt_tokens()?);
+        let answer = self.options.answer_tokens(self.length, self.batch);
+        let prompt_tokens = self.options.prompt_tokens(self.length, self.batch, self.engine.max_context())?;
         let prompts = self.prompts(prompt_tokens)?;
         let (mut steps, mut kv_tokens) = (Vec::new(), 0.0);
         for _ in 0..self.options.repeats {

@@ -1,6 +1,6 @@
 //! Benches of an engine under load and of a device, from the command line to their options.
 
-use engine::{CudaConfig, Engine, EngineConfig, SamplingParams, find_gpu};
+use engine::{CudaConfig, Engine, EngineConfig, ModelSpec, SamplingParams, find_gpu};
 use eval::{
     AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions,
     PromptSource, bench_attention_decode, bench_batch_decode, bench_mixed_load, time_decode_peers,
@@ -50,6 +50,9 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
         model_label: speed.label,
         output: output(&speed.records)?,
     };
+    // Before minutes of measuring.
+    let context = ModelSpec::from_dir(&config.model_dir)?.max_context;
+    options.check_context(config.max_context.map_or(context, |limit| limit.min(context)))?;
     let peer = GpuPeerOptions {
         python: speed.python,
         model_dir: Some(config.model_dir.clone()),

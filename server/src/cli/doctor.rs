@@ -154,7 +154,7 @@ fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
             (checks, Some(engine))
         }
         Err(error) => {
-            use engine::EngineError::{Device, Kernel, NoDevice, OutOfMemory};
+            use engine::EngineError::{Device, InvalidRequest, Kernel, NoDevice, OutOfMemory};
             if let QuireError::Engine(NoDevice { .. }) = &error {
                 let advice = "put right what `gpu` says, or set --device cpu";
                 checks.push(Check::note("weights", "not loaded: there is no usable GPU".into(), advice));
@@ -163,6 +163,7 @@ fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
             let fix = match &error {
                 QuireError::Engine(Device { .. } | Kernel { .. }) => "check `nvidia-smi`, or set --device cpu",
                 QuireError::Engine(OutOfMemory { .. }) => "free or allow more memory, or set another --device",
+                QuireError::Engine(InvalidRequest(_)) => "put right the setting that it names",
                 _ => fix,
             };
             checks.push(Check::bad("weights", error.to_string(), fix.into()));

@@ -61,8 +61,13 @@ pub async fn serve(
 
     app.drain();
     tracing::info!("draining: requests are refused, running ones get {} s", settings.drain_seconds);
-    if tokio::time::timeout(Duration::from_secs(settings.drain_seconds), app.idle()).await.is_err() {
-        tracing::warn!("requests were still running after {} s; they are cut off", settings.drain_seconds);
+    tokio::select! {
+        idle = tokio::time::timeout(Duration::from_secs(settings.drain_seconds), app.idle()) => if idle.is_err() {
+            tracing::warn!("requests were still running after {} s; they are cut off", settings.drain_seconds);
+        },
+        // Whoever asks twice does not want to wait.
+        _ = terminate.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
+        _ = interrupt.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
     }
     let _ = stop.send(());
     if tokio::time::timeout(GOODBYE, server).await.is_err() {
@@ -71,9 +76,9 @@ pub async fn serve(
     Ok(app.loaded().map(Arc::clone))
 }
 
-/// Ends the engine, whose requests nobody waits for any more, and closes the store. Every write of the store was synced when
-/// it was made: what does not end in time is left as it is.
-pub fn close(service: Arc<Service>) {
+/// Ends the engine, whose requests nobody waits for any more, and closes the store. False: something did not end in time, and
+/// the store is left open. Every write of it was synced when it was made.
+pub fn close(service: Arc<Service>) -> bool {
     let deadline = Instant::now() + GOODBYE;
     let (ended, end) = mpsc::channel();
     let engine = service.engine().clone();
@@ -82,15 +87,18 @@ pub fn close(service: Arc<Service>) {
         drop(engine);
         let _ = ended.send(());
     });
-    let _ = end.recv_timeout(GOODBYE);
+    let engine_ended = end.recv_timeout(GOODBYE).is_ok();
     while Arc::strong_count(&service) > 1 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
     }
-    if Arc::strong_count(&service) > 1 {
+    // An engine that still runs may hold chunks of the store.
+    let ended = engine_ended && Arc::strong_count(&service) == 1;
+    if !ended {
         tracing::warn!("some work did not end in time; it is cut off");
-        // The store must not be closed by another thread while the process ends: RocksDB's own globals go then.
+        // Nobody else may be the last to let go of the store.
         std::mem::forget(service);
     }
+    ended
 }
 
 async fn listen(host: &str, port: u16) -> Result<TcpListener> {

@@ -181,7 +181,7 @@ fn preload(name: &str) -> Option<String> {
         match open(&path) {
             Ok(()) => return None,
             // The loader has no number for it. A file that lacks another one says so of that one.
-            Err(why) if why.starts_with(&path) && why.contains("No such file") => {}
+            Err(why) if why.starts_with(&format!("{path}:")) && why.contains("No such file") => {}
             Err(why) => refused = refused.or(Some(why)),
         }
     }

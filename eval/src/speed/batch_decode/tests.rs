@@ -106,6 +106,15 @@ fn senseless_options_are_refused() {
         BatchDecodeOptions { sampling: SamplingParams { top_k: 5, ..Default::default() }, ..options() },
         BatchDecodeOptions { lengths: vec![8, 16], length_name: Some("short".into()), ..options() },
     ];
+    let fits = BatchDecodeOptions { lengths: vec![100], batches: vec![1], ..options() };
+    assert!(fits.check_context(100 + 6 + WARM_UP + 2).is_ok());
+    for without_room in [
+        BatchDecodeOptions { lengths: vec![8000], ..fits.clone() },
+        BatchDecodeOptions { batches: vec![1, usize::MAX], ..fits.clone() },
+        BatchDecodeOptions { tokens: usize::MAX, ..fits.clone() },
+    ] {
+        assert!(matches!(without_room.check_context(4096), Err(EvalError::BadOption { .. })), "{without_room:?}");
+    }
     for options in bad {
         assert!(matches!(options.check(), Err(EvalError::BadOption { .. })), "{options:?}");
     }

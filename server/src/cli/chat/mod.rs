@@ -234,6 +234,9 @@ impl Chat<'_> {
                         if !self.out.json {
                             self.out.text(&piece);
                         }
+                        if self.out.is_closed() {
+                            break None;
+                        }
                         said.push_str(&piece);
                     }
                     Some(Ok(Piece::Done(answer))) => break Some(answer),
