@@ -167,6 +167,7 @@ fn parity_of_draws_in_vocabularies_of_any_size() {
             }
         }
     }
+    println!("{others} of {choices_made} differ");
     assert!(choices_made > 800 && others * 100 <= choices_made, "{others} of {choices_made} differ");
 }
 
