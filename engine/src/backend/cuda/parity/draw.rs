@@ -168,7 +168,7 @@ fn parity_of_draws_in_vocabularies_of_any_size() {
         }
     }
     println!("{others} of {choices_made} differ");
-    assert!(choices_made > 800 && others * 100 <= choices_made, "{others} of {choices_made} differ");
+    assert!(choices_made > 800 && others <= 2, "{others} of {choices_made} differ");
 }
 
 /// Whether a token is what is drawn by `adjusted` logits where the sums of weights are a little smaller or larger. False also where
