@@ -6,7 +6,7 @@ use std::str::FromStr;
 use crate::shape::KvShape;
 
 /// Separates this use of blake3 from every other one; a change of the derivation changes it.
-const CONTEXT: &str = "quire chunk-cache 2026-11 chunk key v1";
+const CONTEXT: &str = "quire chunk-cache 2026-11 chunk key v2";
 
 /// Names one chunk's attention state. Two chunks with the same key hold the same numbers: the key is
 /// derived from everything the numbers depend on (see [`KeyInputs`]).
@@ -25,6 +25,10 @@ pub struct KeyInputs<'a> {
     /// Parameters of the rotary embedding, in any canonical text form. Stored keys are position-free,
     /// but every layer after the first saw rotated keys.
     pub rope: &'a str,
+    /// How the numbers were computed, in any canonical text form: a version that is raised when a build computes others, and
+    /// the settings and machines that change them by more than `kv` rounds away (activations rounded to bf16, say). Machines
+    /// that differ by less have the same text, so that a store may move between them.
+    pub numerics: &'a str,
     /// Layout and element type of the stored state.
     pub kv: KvShape,
     /// Keeps tenants apart: with different salts the same text has different keys.
@@ -43,6 +47,7 @@ impl ChunkKey {
         field(&mut hasher, inputs.model);
         field(&mut hasher, inputs.tokenizer);
         field(&mut hasher, inputs.rope.as_bytes());
+        field(&mut hasher, inputs.numerics.as_bytes());
         field(&mut hasher, &inputs.kv.fingerprint());
         field(&mut hasher, inputs.tenant_salt);
         ids(&mut hasher, inputs.prefix);
@@ -128,6 +133,7 @@ mod tests {
             model: &[1; 32],
             tokenizer: &[2; 32],
             rope: "default 10000",
+            numerics: "1, exact",
             kv: KvShape { layers: 2, kv_heads: 3, head_dim: 4, dtype: KvDtype::Bf16 },
             tenant_salt: b"a",
             prefix: &[1],
@@ -143,6 +149,10 @@ mod tests {
             KeyInputs { model: &[9; 32], ..base() },
             KeyInputs { tokenizer: &[9; 32], ..base() },
             KeyInputs { rope: "default 500000", ..base() },
+            KeyInputs { numerics: "2, exact", ..base() },
+            KeyInputs { numerics: "1, fast", ..base() },
+            // The same bytes, cut elsewhere between two fields.
+            KeyInputs { rope: "default 100001", numerics: ", exact", ..base() },
             KeyInputs { kv: KvShape { layers: 3, ..kv }, ..base() },
             KeyInputs { kv: KvShape { kv_heads: 4, ..kv }, ..base() },
             KeyInputs { kv: KvShape { head_dim: 3, ..kv }, ..base() },
@@ -166,7 +176,7 @@ mod tests {
         // Stores written by earlier builds are found again only while this value stays.
         assert_eq!(ChunkKey::derive(&base()).to_string(), FROZEN);
     }
-    const FROZEN: &str = "a695caea7db4e4d66fd9be5ddd03e7a40fe89254269f7f4498934f78fad42f6b";
+    const FROZEN: &str = "81cad49228214de74481bb5aa94432d3590d17390d72ae997b137efbba658991";
 
     #[test]
     fn successor_counts_up_and_ends() {

@@ -28,7 +28,7 @@
 //! })?;
 //!
 //! let key = ChunkKey::derive(&KeyInputs {
-//!     model: &[1; 32], tokenizer: &[2; 32], rope: "default 10000", kv: shape,
+//!     model: &[1; 32], tokenizer: &[2; 32], rope: "default 10000", numerics: "1", kv: shape,
 //!     tenant_salt: b"", prefix: &[0], tokens: &[17, 4, 99],
 //! });
 //! // Three tokens of one head of four bf16 numbers: 24 bytes of keys, 24 of values.

@@ -53,6 +53,8 @@ pub struct KvStore {
     engine: Engine,
     shape: chunk_cache::KvShape,
     rope: String,
+    /// How the engine computes, as far as it changes what is stored.
+    numerics: String,
     salt: Vec<u8>,
     corrupt: Arc<AtomicU64>,
 }
@@ -79,6 +81,7 @@ impl KvStore {
             engine: engine.clone(),
             shape,
             rope: engine.spec().rope.fingerprint(),
+            numerics: engine.numerics(),
             salt: salt.as_bytes().to_vec(),
             corrupt: Arc::default(),
         })
@@ -103,6 +106,7 @@ impl KvStore {
             model: &self.engine.model_fingerprint(),
             tokenizer: &self.engine.tokenizer_fingerprint(),
             rope: &self.rope,
+            numerics: &self.numerics,
             kv: self.shape,
             tenant_salt: &self.salt,
             prefix,
