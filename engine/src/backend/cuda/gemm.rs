@@ -1,4 +1,8 @@
-//! Matrix products through cuBLASLt, with plans that are chosen once and kept.
+//! Matrix products through cuBLASLt, with plans that are made once and kept.
+//!
+//! A plan is cuBLASLt's own first choice for the shape: a rule of the library's, the same at every start. Timing its choices
+//! would at times find a faster one, and another one at the next start: the order in which a product is summed, and with it an
+//! answer of equal seed, would differ from start to start.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -6,15 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result as lt, sys};
 
-use super::device::{Device, Event, Memory};
+use super::device::{Device, Memory};
 use crate::error::{EngineError, Result};
 
 /// Scratch memory that algorithms may use: what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 64 << 20;
-/// Algorithms that are timed when a plan is made for a batch that will be repeated.
-const CANDIDATES: usize = 8;
-/// Timed repetitions of a candidate.
-const REPEATS: usize = 8;
 
 fn failed(action: &'static str) -> impl FnOnce(lt::CublasError) -> EngineError {
     move |error| EngineError::Device { action, reason: error.to_string() }
@@ -62,37 +62,13 @@ impl Gemm {
         Ok(Gemm { device: Arc::clone(device), handle, workspace, plans: Mutex::default() })
     }
 
-    /// `y [rows, outputs] = x [rows, inputs] W^T` with `W [outputs, inputs]`, all row-major; addresses of device memory.
-    pub(crate) fn product(&self, shape: ProductShape, x: u64, weights: u64, y: u64) -> Result<()> {
-        let plan = self.plan(shape)?;
-        self.run(&plan, &plan.algorithm, x, weights, y)
-    }
-
-    /// Chooses the plan of `shape` by timing candidates on these operands; `y` is overwritten. For shapes that come again
-    /// and again, before their launches are captured.
-    pub(crate) fn tune(&self, shape: ProductShape, x: u64, weights: u64, y: u64) -> Result<()> {
-        let (mut plan, candidates) = Plan::candidates(self.handle, shape, CANDIDATES)?;
-        let mut best = f64::INFINITY;
-        for candidate in candidates {
-            if self.run(&plan, &candidate, x, weights, y).is_err() {
-                continue;
-            }
-            let begin = Event::record(&self.device)?;
-            for _ in 0..REPEATS {
-                self.run(&plan, &candidate, x, weights, y)?;
-            }
-            let seconds = Event::record(&self.device)?.seconds_since(&begin)?;
-            if seconds < best {
-                (best, plan.algorithm) = (seconds, candidate);
-            }
+    /// `y [rows, outputs] = x [rows, inputs] W^T` with `W [outputs, inputs]`, all row-major; addresses of device memory, each a
+    /// multiple of 256. `accumulate`: what `y` holds is added.
+    pub(crate) fn product(&self, shape: ProductShape, x: u64, weights: u64, y: u64, accumulate: bool) -> Result<()> {
+        if shape.rows == 0 {
+            return Ok(());
         }
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner).insert(shape, Arc::new(plan));
-        Ok(())
-    }
-
-    /// Whether a plan for the shape is there.
-    pub(crate) fn has(&self, shape: ProductShape) -> bool {
-        self.plans.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&shape)
+        self.run(&*self.plan(shape)?, x, weights, y, accumulate)
     }
 
     fn plan(&self, shape: ProductShape) -> Result<Arc<Plan>> {
@@ -100,13 +76,13 @@ impl Gemm {
         if let Some(plan) = plans.get(&shape) {
             return Ok(Arc::clone(plan));
         }
-        let plan = Arc::new(Plan::candidates(self.handle, shape, 1)?.0);
+        let plan = Arc::new(Plan::new(self.handle, shape)?);
         plans.insert(shape, Arc::clone(&plan));
         Ok(plan)
     }
 
-    fn run(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t, x: u64, weights: u64, y: u64) -> Result<()> {
-        let (one, zero) = (1.0f32, 0.0f32);
+    fn run(&self, plan: &Plan, x: u64, weights: u64, y: u64, accumulate: bool) -> Result<()> {
+        let (one, before) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
         let number = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
         // SAFETY: descriptors live in the plan; the operands' sizes are those of the plan's shape, by the callers; the
         // stream orders the workspace's users.
@@ -115,7 +91,7 @@ impl Gemm {
                 self.handle,
                 plan.operation,
                 number(&one),
-                number(&zero),
+                number(&before),
                 weights as *const c_void,
                 plan.weights,
                 x as *const c_void,
@@ -124,7 +100,7 @@ impl Gemm {
                 plan.output,
                 y as *mut c_void,
                 plan.output,
-                algorithm,
+                &plan.algorithm,
                 self.workspace.address() as *mut c_void,
                 WORKSPACE,
                 self.device.stream().cast(),
@@ -143,13 +119,9 @@ impl Drop for Gemm {
 }
 
 impl Plan {
-    /// A plan with cuBLASLt's first choice, and up to `count` choices. In its column-major terms the product is
+    /// A plan with cuBLASLt's first choice. In its column-major terms the product is
     /// `Y^T [outputs, rows] = W [inputs, outputs]^T X^T [inputs, rows]`.
-    fn candidates(
-        handle: sys::cublasLtHandle_t,
-        shape: ProductShape,
-        count: usize,
-    ) -> Result<(Plan, Vec<sys::cublasLtMatmulAlgo_t>)> {
+    fn new(handle: sys::cublasLtHandle_t, shape: ProductShape) -> Result<Plan> {
         let ProductShape { rows, outputs, inputs } = shape;
         let layout = |kind, rows: usize, columns: usize| {
             lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
@@ -177,19 +149,17 @@ impl Plan {
             )
         }
         .map_err(failed("describe a product"))?;
-        let found = plan.choices(handle, count)?;
-        plan.algorithm = found[0];
-        Ok((plan, found))
+        plan.algorithm = plan.first_choice(handle)?;
+        Ok(plan)
     }
 
-    /// cuBLASLt's choices, best first; at least one.
-    fn choices(&self, handle: sys::cublasLtHandle_t, count: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+    fn first_choice(&self, handle: sys::cublasLtHandle_t) -> Result<sys::cublasLtMatmulAlgo_t> {
         let preference = lt::create_matmul_pref().map_err(failed("describe preferences"))?;
         let workspace = WORKSPACE;
         // SAFETY: plain numbers, written by the library.
-        let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = vec![unsafe { std::mem::zeroed() }; count];
+        let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut returned = 0;
-        // SAFETY: all descriptors live; `found` has room for `count` results.
+        // SAFETY: all descriptors live; `found` has room for one result.
         let status = unsafe {
             lt::set_matmul_pref_attribute(
                 preference,
@@ -206,23 +176,20 @@ impl Plan {
                 self.output,
                 self.output,
                 preference,
-                count as i32,
-                found.as_mut_ptr(),
+                1,
+                &mut found,
                 &mut returned,
             );
             let _ = lt::destroy_matmul_pref(preference);
             status
         };
         status.result().map_err(failed("choose an algorithm for a product"))?;
-        let good =
-            found.iter().take(returned as usize).filter(|f| f.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
-        let algorithms: Vec<_> = good.map(|f| f.algo).collect();
-        if algorithms.is_empty() {
+        if returned < 1 || found.state != sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
             return Err(failed("choose an algorithm for a product")(lt::CublasError(
                 sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
             )));
         }
-        Ok(algorithms)
+        Ok(found.algo)
     }
 }
 

@@ -15,6 +15,7 @@ use super::device::{Device, Event, Pinned, failed};
 use super::model::{CudaModel, LOGIT_ROWS};
 use crate::error::Result;
 use crate::model::transformer::Piece;
+use crate::unwind::guarded;
 
 /// Numbers of sequences that graphs are captured for, up to the rows of a block of logits.
 const SIZES: [usize; 12] = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64];
@@ -65,7 +66,7 @@ impl Graphs {
         SIZES.into_iter().find(|size| *size >= sequences).filter(|size| *size <= most)
     }
 
-    /// A decode step of `size` rows, up to the chosen tokens. The first of a size runs launch by launch, which also times the
+    /// A decode step of `size` rows, up to the chosen tokens. The first of a size runs launch by launch, which also makes the
     /// plans of its products, and is captured behind that.
     pub(crate) fn step(&mut self, model: &CudaModel, size: usize, pieces: &[Piece<'_>]) -> Result<usize> {
         let batch = model.lay_out(pieces, size);
@@ -81,10 +82,7 @@ impl Graphs {
                 captured.parts
             }
             None => {
-                model.tuning.store(true, Ordering::Relaxed);
-                let first = run(model, &batch);
-                model.tuning.store(false, Ordering::Relaxed);
-                let parts = first?;
+                let parts = run(model, &batch)?;
                 model.device.synchronize()?;
                 let captured = Captured::capture(&model.device, || run(model, &batch))?;
                 tracing::debug!(size, "a decode step was captured as a graph");
@@ -117,7 +115,7 @@ impl Captured {
         // SAFETY: the stream lives; a capture that was begun is ended below, whatever happens between.
         unsafe { result::stream::begin_capture(device.stream(), mode) }
             .map_err(failed("begin the capture of a graph"))?;
-        let launched = launches();
+        let launched = guarded("capturing a graph", launches);
         // SAFETY: a capture was begun on this stream.
         let graph = unsafe { result::stream::end_capture(device.stream()) }.map_err(failed("capture a graph"));
         let (parts, graph) = (launched?, graph?);

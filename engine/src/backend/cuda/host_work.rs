@@ -12,6 +12,7 @@ use crate::attention::dense::Queries;
 use crate::backend::cpu::Cpu;
 use crate::error::Result;
 use crate::model::transformer::Piece;
+use crate::unwind::guarded;
 
 /// Runs behind every layer's attention. While it searches on the host the GPU waits: strategies that need it run launch by launch.
 /// Keys and values that are tapped leave beside the kernels, and are taken two layers later.
@@ -98,7 +99,7 @@ fn tap_queries(piece: &mut Piece<'_>, model: &CudaModel, layer: usize, rows: &Ra
 
 /// Attention over cold segments, searched on the host, merged into the device's state.
 fn cold(cpu: &Cpu, piece: &mut Piece<'_>, model: &CudaModel, layer: usize, rows: &Range<usize>) -> Result<()> {
-    let Some(config) = piece.attention else { return Ok(()) };
+    let Some(config) = piece.attention.filter(|_| piece.failed.is_none()) else { return Ok(()) };
     let last = piece.kv.len();
     let positions: Vec<usize> = (last - rows.len()..last).collect();
     let spec = &model.spec;
@@ -111,7 +112,15 @@ fn cold(cpu: &Cpu, piece: &mut Piece<'_>, model: &CudaModel, layer: usize, rows:
     let (w, width) = (&model.workspace, spec.heads * spec.head_dim);
     let q = rows_of(&w.q, rows, width)?;
     queries.q = &q;
-    let state = piece.kv.attend_cold(cpu, layer, &queries, config, &mut piece.stats)?;
+    let search = || piece.kv.attend_cold(cpu, layer, &queries, config, &mut piece.stats);
+    let state = match guarded("searching cold keys", search) {
+        Ok(state) => state,
+        // A search that fails or panics ends its own sequence only.
+        Err(error) => {
+            piece.failed = Some(error);
+            return Ok(());
+        }
+    };
     w.other.write(rows.start * width, &state.out)?;
     w.other_lse.write(rows.start * spec.heads, &state.lse)?;
     model.ops.merge(model, rows)

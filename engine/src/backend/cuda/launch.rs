@@ -23,6 +23,11 @@ impl Shape {
     pub(crate) fn new(grid: usize, block: usize) -> Shape {
         Shape { grid: (grid, 1), block, shared: 0, early: true }
     }
+
+    /// Whether the grid has no block.
+    fn is_empty(&self) -> bool {
+        self.grid.0 == 0 || self.grid.1 == 0
+    }
 }
 
 /// Arguments of a kernel, in its order. Each takes eight bytes here, of which the kernel reads as many as its type has.
@@ -89,8 +94,12 @@ macro_rules! arguments {
 pub(crate) use arguments;
 
 impl Device {
-    /// Puts a launch on the stream. Whether memory suffices for the arguments is the caller's to know.
+    /// Puts a launch on the stream; without blocks there is nothing to do, which CUDA would call an error. Whether memory
+    /// suffices for the arguments is the caller's to know.
     pub(crate) fn launch(&self, kernel: Kernel, shape: Shape, mut arguments: Arguments) -> Result<()> {
+        if shape.is_empty() {
+            return Ok(());
+        }
         let mut pointers: [*mut std::ffi::c_void; ARGUMENTS] = [std::ptr::null_mut(); ARGUMENTS];
         for (pointer, word) in pointers.iter_mut().zip(arguments.words.iter_mut()) {
             *pointer = std::ptr::from_mut(word).cast();
@@ -120,5 +129,17 @@ impl Device {
                 action: "start a kernel",
                 reason: format!("{}, {shape:?}: {error}", kernel.file),
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_without_blocks_in_either_direction_is_empty() {
+        let grid = |grid| Shape { grid, ..Shape::new(1, 256) };
+        assert!(grid((0, 1)).is_empty() && grid((7, 0)).is_empty() && grid((0, 0)).is_empty());
+        assert!(!grid((1, 1)).is_empty());
     }
 }

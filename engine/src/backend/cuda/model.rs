@@ -1,7 +1,7 @@
 //! A model on a GPU: weights, kernels, workspace, and the pool of KV pages.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::batch::{self, Batch, lay_out, tables_of};
@@ -60,8 +60,6 @@ pub(crate) struct CudaModel {
     pub(crate) vector_rows: usize,
     /// Whether activations are rounded to bf16 where prompts are read.
     pub(crate) fast_prefill: bool,
-    /// Whether plans of products are timed when first needed: on while a batch is run that will come again.
-    pub(crate) tuning: AtomicBool,
     /// After a replayed graph: its rows and parts of logits, `rows << 8 | parts`; else 0.
     pub(crate) head_done: AtomicUsize,
     /// Where the last batch's bans lie.
@@ -156,6 +154,21 @@ fn blend_bytes(spec: &ModelSpec, shape: KvShape, context: usize, left: u64) -> u
     (tokens * token + SLACK).min(left)
 }
 
+/// Widest head that the kernels serve (`attention_any.cu`, `rope_append.cu`, `kv_rows.cu`).
+const MOST_HEAD_DIM: usize = 256;
+
+fn check_head_dim(head_dim: usize) -> Result<()> {
+    if head_dim <= MOST_HEAD_DIM && head_dim.is_multiple_of(16) {
+        return Ok(());
+    }
+    Err(EngineError::Unsupported {
+        what: "head dimension on a GPU",
+        found: head_dim.to_string(),
+        supported: format!("multiples of 16 up to {MOST_HEAD_DIM}"),
+        advice: "Set the device to `cpu`, which serves any multiple of 16",
+    })
+}
+
 /// Sizes that a [`CudaModel`] is made for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -173,7 +186,8 @@ impl CudaModel {
     /// Opens the GPU, compiles or loads the kernels, and brings the weights over.
     ///
     /// # Errors
-    /// [`EngineError::NoDevice`], [`EngineError::Kernel`], [`EngineError::OutOfMemory`], and what is wrong with the weights.
+    /// [`EngineError::NoDevice`], [`EngineError::Kernel`], [`EngineError::OutOfMemory`], [`EngineError::Unsupported`] for heads
+    /// that no kernel serves, and what is wrong with the weights.
     pub(crate) fn load(
         config: &CudaConfig,
         spec: &ModelSpec,
@@ -185,6 +199,7 @@ impl CudaModel {
     ) -> Result<CudaModel> {
         let limits = Limits { sequences: rounded(limits.sequences), ..limits };
         let device = Device::open(config.ordinal, config.memory_budget_bytes)?;
+        check_head_dim(spec.head_dim)?;
         // Kernels are read or compiled while weights are copied.
         let (modules, loaded) = std::thread::scope(|scope| {
             let modules = scope.spawn(|| Modules::load(&device, config.kernel_cache.as_deref(), config.portable));
@@ -224,7 +239,6 @@ impl CudaModel {
             pool,
             vector_rows: vector_rows(&device),
             fast_prefill: config.fast_prefill,
-            tuning: AtomicBool::new(false),
             head_done: AtomicUsize::new(0),
             banned: AtomicU64::new(0),
             graphs: Mutex::new(graphs),
@@ -403,4 +417,20 @@ impl CudaModel {
 pub(crate) enum Next {
     Token(Sampled),
     Logits(Vec<f32>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_that_no_kernel_serves_are_refused_by_name() {
+        assert!([16, 48, 64, 80, 96, 128, 256].into_iter().all(|dim| check_head_dim(dim).is_ok()));
+        let refused = check_head_dim(272).unwrap_err();
+        assert!(
+            matches!(refused, EngineError::Unsupported { .. }) && refused.to_string().contains("found 272"),
+            "{refused}"
+        );
+        assert!(check_head_dim(40).is_err());
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::batch::{Batch, Span};
 use super::device::{Device, Memory};
-use super::forward::{Pending, VECTOR_ROWS};
+use super::forward::{Pending, Qkv, VECTOR_ROWS};
 use super::launch::{Shape, arguments};
 use super::model::{CudaModel, Limits};
 use super::module::{Kernel, Modules, PREFILL, PREFILL_HOPPER};
@@ -41,6 +41,13 @@ pub(crate) struct Residual<'a> {
 pub(crate) enum NormOut<'a> {
     /// Only the residual stream is updated.
     Nowhere,
+    F32(&'a Memory),
+    /// In so many bf16 parts.
+    Split(&'a Memory, usize),
+}
+
+/// Where the activations of an MLP go.
+pub(crate) enum Activated<'a> {
     F32(&'a Memory),
     /// In so many bf16 parts.
     Split(&'a Memory, usize),
@@ -97,6 +104,7 @@ pub(crate) struct Ops {
     spec: ModelSpec,
     embed_bf16: Kernel,
     embed_f32: Kernel,
+    embed_halves: Kernel,
     add_norm: Kernel,
     rope_append: Kernel,
     write_rows: Kernel,
@@ -150,6 +158,7 @@ impl Ops {
             spec: spec.clone(),
             embed_bf16: plain("embed.cu", "embed_bf16")?,
             embed_f32: plain("embed.cu", "embed_f32")?,
+            embed_halves: plain("embed.cu", "embed_halves")?,
             add_norm: plain("norm.cu", "add_norm")?,
             rope_append: plain("rope_append.cu", &format!("rope_append_{kv}"))?,
             write_rows: plain("kv_rows.cu", &format!("write_rows_{kv}"))?,
@@ -177,8 +186,16 @@ impl Ops {
     }
 
     pub(crate) fn embed(&self, tokens: u64, table: &Matrix, x: &Memory, n: usize) -> Result<()> {
-        let kernel = if table.format == Format::Bf16 { self.embed_bf16 } else { self.embed_f32 };
-        self.device.launch(kernel, Shape::new(n, THREADS), arguments![tokens, &table.memory, x, n, table.inputs])
+        let (shape, width) = (Shape::new(n, THREADS), table.inputs);
+        let kernel = match table.format {
+            Format::Bf16 => self.embed_bf16,
+            Format::F32 => self.embed_f32,
+            Format::Halves => {
+                let arguments = arguments![tokens, &table.memory, table.low().unwrap_or(0), x, n, width];
+                return self.device.launch(self.embed_halves, shape, arguments);
+            }
+        };
+        self.device.launch(kernel, shape, arguments![tokens, &table.memory, x, n, width])
     }
 
     /// Picks rows (numbers at the address `rows`) of a matrix.
@@ -204,15 +221,13 @@ impl Ops {
     }
 
     /// Rotates queries to the workspace; rotates keys and writes them with the values to the pages.
-    pub(crate) fn rope_append(&self, model: &CudaModel, layer: usize, batch: &Batch, parts: usize) -> Result<()> {
+    pub(crate) fn rope_append(&self, model: &CudaModel, layer: usize, batch: &Batch, qkv: Qkv<'_>) -> Result<()> {
         let (w, spec, l) = (&model.workspace, &self.spec, &model.weights.layers[layer]);
-        // The matrix-vector kernels have added the bias.
-        let bias = if model.is_vector(batch.rows) { None } else { l.qkv_bias.as_ref() };
         let tap = |memory| batch.tapped.then_some(memory);
         let arguments = arguments![
             &w.qkv,
-            parts,
-            bias,
+            qkv.parts,
+            qkv.bias,
             l.q_norm.as_ref(),
             l.k_norm.as_ref(),
             spec.norm_eps,
@@ -242,19 +257,22 @@ impl Ops {
         self.device.launch(self.split, shape, arguments![x, out, parts, n, width])
     }
 
-    /// `[n, 2 width]` gates and ups in parts to `[n, width]` in as many bf16 parts.
+    /// `[n, 2 width]` gates and ups in parts to `[n, width]`.
     pub(crate) fn swiglu(
         &self,
         gate_up: &Memory,
-        bias: Option<&Memory>,
-        out: &Memory,
         parts: usize,
+        bias: Option<&Memory>,
+        out: Activated<'_>,
         n: usize,
         width: usize,
     ) -> Result<()> {
+        let (plain, split, split_parts) = match out {
+            Activated::F32(memory) => (Some(memory), None, 0),
+            Activated::Split(memory, parts) => (None, Some(memory), parts),
+        };
         let shape = Shape { grid: (width.div_ceil(4 * THREADS), n.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
-        let nowhere: Option<&Memory> = None;
-        let arguments = arguments![gate_up, parts, bias, nowhere, out, parts, n, width];
+        let arguments = arguments![gate_up, parts, bias, plain, split, split_parts, n, width];
         self.device.launch(self.swiglu, shape, arguments)
     }
 
@@ -318,6 +336,7 @@ impl Ops {
             let shape = Shape { grid: (outputs.div_ceil(8), n), ..Shape::new(1, THREADS) };
             return (self.vectors_f32[kind], shape);
         }
+        debug_assert!(matrix.format == Format::Bf16 && n <= VECTOR_ROWS);
         let size = [1, 2, 4, 8].iter().position(|rows| *rows >= n).unwrap_or(3);
         let shared = vector_shared(n, matrix.inputs).min(self.device.shared_memory);
         (bf16[size], Shape { shared, ..Shape::new(self.device.multiprocessors, THREADS) })

@@ -18,12 +18,12 @@ use half::bf16;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use self::models::{LAYERS, LIMITS, PLAIN, SHAPES, Tiny, VOCAB, config, rng};
+use self::models::{LAYERS, LIMITS, PLAIN, SHAPES, Stored, Tiny, VOCAB, config, rng};
 use super::gemm::{Gemm, ProductShape};
 use super::model::{CudaConfig, CudaModel, Limits, Next};
 use super::weights::{Format, Matrix};
 use super::{Device, Memory};
-use crate::blend::blend;
+use crate::blend::{blend, blend_behind};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::kv::KvDtype;
@@ -98,6 +98,26 @@ fn parity_of_portable_prefill() {
     let portable = CudaConfig { portable: true, ..config() };
     for (number, tiny) in SHAPES.iter().enumerate().filter(|(_, tiny)| [64, 128].contains(&tiny.head_dim)) {
         check_prefill(tiny, tiny.pair_as(20 + number as u64, &portable, LIMITS), number);
+    }
+}
+
+/// Each matrix is multiplied in its own way: f16 as two bf16 halves, and in mixed checkpoints each as it is stored.
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_f16_and_of_mixed_weights() {
+    let f16 = Tiny { stored: Stored::F16, ..PLAIN };
+    let mixed = Tiny { stored: Stored::Mixed, ..PLAIN };
+    let models = [
+        f16,
+        Tiny { kv: KvDtype::F32, hidden: 200, ..f16 },
+        Tiny { heads: 4, kv_heads: 4, head_dim: 128, family: "Qwen3ForCausalLM", ..f16 },
+        mixed,
+        // Nine tensors a layer, twelve, eleven: the formats fall on other matrices in each.
+        Tiny { family: "Qwen2ForCausalLM", ..mixed },
+        Tiny { family: "Qwen3ForCausalLM", kv: KvDtype::F32, ..mixed },
+    ];
+    for (number, tiny) in models.iter().enumerate() {
+        check_prefill(tiny, tiny.pair(300 + number as u64), 60 + number);
     }
 }
 
@@ -229,21 +249,13 @@ fn parity_of_window_and_retrieval() {
             (Strategy::Retrieval, IndexKind::Flat, 4000, 1e-2),
             (Strategy::Retrieval, IndexKind::Clusters, 40, 8e-2),
         ] {
-            let attention = AttentionConfig {
-                strategy,
-                index,
-                sinks: 5,
-                window: 70,
-                k,
-                wait_for_index: true,
-                ..AttentionConfig::default()
-            };
+            let attention = AttentionConfig { strategy, index, sinks: 5, window: 70, k, ..AttentionConfig::default() };
             let run = |model: &Transformer| {
                 let mut rng = rng(4);
                 let mut kv = model.new_kv();
                 let mut out = logits(model, &mut kv, &tokens(&mut rng, 690), None);
                 for n in [1, 1, 20, 1, 300, 1, 1] {
-                    kv.settle(&attention).unwrap();
+                    kv.settle_and_wait(&attention, model);
                     out.extend(logits(model, &mut kv, &tokens(&mut rng, n), Some(&attention)));
                 }
                 (out, kv.has_cold())
@@ -365,6 +377,53 @@ fn memory_that_runs_out_is_a_typed_error_and_nothing_is_lost() {
     assert!(logits(&model, &mut model.new_kv(), &text, None).iter().all(|x| x.is_finite()));
 }
 
+/// What is computed is nothing: the prefix is there, and the chunks are used as they are.
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_a_blend_in_which_nothing_is_computed() {
+    let (host, device) = PLAIN.pair(14);
+    let mut rng = rng(15);
+    let (prefix, text, question) = (tokens(&mut rng, 64), tokens(&mut rng, 150), tokens(&mut rng, 9));
+    for mode in [BlendMode::Reuse, BlendMode::CacheBlend] {
+        let run = |model: &Transformer| {
+            let kv = ChunkKv::compute(model, &[1], &text, 256).unwrap();
+            let chunk = PromptChunk { tokens: text.as_slice().into(), prefix: [1].into(), source: Some(Arc::new(kv)) };
+            let mut start = model.new_kv();
+            model.forward(&mut [Piece::exact(&mut start, &prefix, Want::Nothing)]).unwrap();
+            let config = BlendConfig { mode, ratio: 0.0, check_layer: 1 };
+            let mut out = Vec::new();
+            for _ in 0..2 {
+                let chunks = [chunk.clone(), chunk.clone()];
+                let blended = blend_behind(model, &start, &prefix, &chunks, &config, &|| false).unwrap();
+                assert_eq!(blended.stats.recomputed_tokens, 0);
+                out.extend(logits(model, &mut blended.kv.clone(), &question, None));
+            }
+            out
+        };
+        assert_close(&run(&device), &run(&host), tolerance(&PLAIN), &format!("{mode}"));
+    }
+}
+
+/// An index of a context that is longer than what is read from the GPU between two steps.
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_a_long_context_behind_an_index() {
+    let (host, device) = PLAIN.pair(16);
+    let attention =
+        AttentionConfig { strategy: Strategy::Retrieval, sinks: 5, window: 70, k: 6000, ..AttentionConfig::default() };
+    let run = |model: &Transformer| {
+        let mut rng = rng(17);
+        let mut kv = model.new_kv();
+        for _ in 0..8 {
+            logits(model, &mut kv, &tokens(&mut rng, 640), None);
+        }
+        kv.settle_and_wait(&attention, model);
+        assert!(kv.has_cold());
+        logits(model, &mut kv, &tokens(&mut rng, 3), Some(&attention))
+    };
+    assert_close(&run(&device), &run(&host), 1e-2, "all keys behind an index");
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn parity_of_products_in_double_precision() {
@@ -399,6 +458,7 @@ fn parity_of_products_in_double_precision() {
                 split.address(),
                 matrix.memory.address(),
                 y.address(),
+                false,
             )
             .unwrap();
             let both = read(&y, 2 * n * outputs);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::result;
+use half::{bf16, f16};
 
 use super::device::{Device, Memory, Pinned, failed};
 use crate::error::{EngineError, Result};
@@ -28,6 +29,9 @@ pub(crate) struct Matrix {
 pub(crate) enum Format {
     Bf16,
     F32,
+    /// Two bf16 matrices whose sum is the matrix, behind each other: the high and the low half of f16, which has eleven
+    /// significant bits where two bf16 have sixteen.
+    Halves,
 }
 
 /// One transformer block. Projections that read the same input are stacked into one matrix.
@@ -56,10 +60,20 @@ pub(crate) struct DeviceWeights {
 }
 
 impl Matrix {
+    /// The address of the second one of two halves.
+    pub(crate) fn low(&self) -> Option<u64> {
+        (self.format == Format::Halves).then(|| self.memory.at::<u8>(half_bytes(self.outputs, self.inputs)))
+    }
+
     /// Bytes that a product reads.
     pub(crate) fn bytes(&self) -> usize {
         self.memory.bytes()
     }
+}
+
+/// Bytes from one half of a matrix to the other: cuBLASLt takes operands to begin at multiples of 256.
+fn half_bytes(outputs: usize, inputs: usize) -> usize {
+    (2 * outputs * inputs).next_multiple_of(256)
 }
 
 impl DeviceWeights {
@@ -108,38 +122,80 @@ struct Copy<'a> {
 enum Source<'a> {
     File(&'a [u8]),
     Made(Vec<f32>),
+    /// bf16 or f16 of the file, of which the high or the low half is copied.
+    Half {
+        bytes: &'a [u8],
+        dtype: Dtype,
+        low: bool,
+    },
 }
 
 impl Source<'_> {
+    /// As many as are copied.
     fn bytes(&self) -> &[u8] {
         match self {
-            Source::File(bytes) => bytes,
+            Source::File(bytes) | Source::Half { bytes, .. } => bytes,
             Source::Made(numbers) => bytemuck::cast_slice(numbers),
+        }
+    }
+
+    /// Puts a piece of the bytes, as it is copied, into `to`.
+    fn stage(&self, piece: &[u8], to: &mut [u8]) {
+        let Source::Half { dtype, low, .. } = self else { return to.copy_from_slice(piece) };
+        for (from, to) in piece.chunks_exact(2).zip(to.chunks_exact_mut(2)) {
+            let (high, rest) = halves(*dtype, u16::from_le_bytes([from[0], from[1]]));
+            to.copy_from_slice(&(if *low { rest } else { high }).to_le_bytes());
         }
     }
 }
 
+/// A number of 16 bits as the sum of two bf16.
+fn halves(dtype: Dtype, bits: u16) -> (bf16, bf16) {
+    if dtype == Dtype::Bf16 {
+        return (bf16::from_bits(bits), bf16::ZERO);
+    }
+    let whole = f16::from_bits(bits).to_f32();
+    let high = bf16::from_f32(whole);
+    let low = if whole.is_finite() { bf16::from_f32(whole - high.to_f32()) } else { bf16::ZERO };
+    (high, low)
+}
+
 impl<'a> Loader<'a> {
-    /// Stacks tensors `[outputs, inputs]`. What is not all bf16 becomes f32.
+    /// Stacks tensors `[outputs, inputs]`. All bf16 stays bf16; f16, or both, becomes halves; anything else f32.
     fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Result<Matrix> {
         let tensors = parts
             .iter()
             .map(|(name, outputs)| self.weights.tensor(name, &[*outputs, inputs]))
             .collect::<Result<Vec<Tensor<'a>>>>()?;
-        let bf16 = tensors.iter().all(|t| t.dtype == Dtype::Bf16);
-        let (format, size) = if bf16 { (Format::Bf16, 2) } else { (Format::F32, 4) };
         let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
-        let memory = self.device.allocate(outputs * inputs * size, "the model's weights")?;
+        let format = if tensors.iter().all(|t| t.dtype == Dtype::Bf16) {
+            Format::Bf16
+        } else if tensors.iter().all(|t| t.dtype != Dtype::F32) {
+            Format::Halves
+        } else {
+            Format::F32
+        };
+        let bytes = match format {
+            Format::Bf16 => outputs * inputs * 2,
+            Format::F32 => outputs * inputs * 4,
+            Format::Halves => 2 * half_bytes(outputs, inputs),
+        };
+        let memory = self.device.allocate(bytes, "the model's weights")?;
         let mut to = memory.address();
         for tensor in tensors {
-            let from = if bf16 || tensor.dtype == Dtype::F32 {
-                Source::File(tensor.data)
-            } else {
-                Source::Made(tensor.to_f32())
+            let (bytes, dtype) = (tensor.data, tensor.dtype);
+            let from = match format {
+                Format::F32 if dtype != Dtype::F32 => Source::Made(tensor.to_f32()),
+                Format::F32 | Format::Bf16 => Source::File(bytes),
+                Format::Halves => {
+                    let to = to + half_bytes(outputs, inputs) as u64;
+                    self.copies.push(Copy { from: Source::Half { bytes, dtype, low: true }, to });
+                    Source::Half { bytes, dtype, low: false }
+                }
             };
-            let bytes = from.bytes().len() as u64;
+            let copied = from.bytes().len() as u64;
             self.copies.push(Copy { from, to });
-            to += bytes;
+            to += copied;
         }
         Ok(Matrix { memory, outputs, inputs, format })
     }
@@ -193,12 +249,12 @@ impl<'a> Loader<'a> {
     /// Makes the copies: each thread takes the next piece, copies it into page-locked memory of its own (which also reads
     /// it from the disk if need be) and sends it on.
     fn run(self) -> Result<()> {
-        let pieces: Vec<(&[u8], u64)> = self
+        let pieces: Vec<(&Source<'_>, &[u8], u64)> = self
             .copies
             .iter()
             .flat_map(|copy| {
                 let bytes = copy.from.bytes().chunks(PIECE).enumerate();
-                bytes.map(|(i, piece)| (piece, copy.to + (i * PIECE) as u64))
+                bytes.map(|(i, piece)| (&copy.from, piece, copy.to + (i * PIECE) as u64))
             })
             .collect();
         let next = AtomicUsize::new(0);
@@ -209,8 +265,8 @@ impl<'a> Loader<'a> {
             let stream = stream.map_err(failed("make a stream"))?;
             let mut staging = Pinned::new(self.device, PIECE)?;
             let outcome = loop {
-                let Some((bytes, to)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { break Ok(()) };
-                staging.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+                let Some((from, bytes, to)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { break Ok(()) };
+                from.stage(bytes, &mut staging.bytes_mut()[..bytes.len()]);
                 // SAFETY: the destination was allocated for exactly these bytes; the staging memory stays untouched until the
                 // stream has been waited for.
                 let sent = unsafe {
@@ -230,5 +286,40 @@ impl<'a> Loader<'a> {
             let lost = || EngineError::Internal("a thread that copies weights to the GPU panicked".into());
             running.into_iter().try_for_each(|thread| thread.join().map_err(|_| lost())?)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finite_f16_is_the_sum_of_its_halves() {
+        for bits in 0..=u16::MAX {
+            let whole = f16::from_bits(bits).to_f32();
+            let (high, low) = halves(Dtype::F16, bits);
+            match whole.is_finite() {
+                true => assert_eq!(high.to_f32() + low.to_f32(), whole, "{bits:#x}"),
+                false => assert!(!(high.to_f32() + low.to_f32()).is_finite(), "{bits:#x}"),
+            }
+            let (high, low) = halves(Dtype::Bf16, bits);
+            assert_eq!((high.to_bits(), low), (bits, bf16::ZERO));
+        }
+    }
+
+    #[test]
+    fn pieces_are_staged_as_they_are_copied() {
+        let numbers = [1.0f32, 1.0 + 1.0 / 512.0, -65504.0, 6e-8];
+        let bytes: Vec<u8> = numbers.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
+        let staged = |low| {
+            let mut out = vec![0; bytes.len()];
+            Source::Half { bytes: &bytes, dtype: Dtype::F16, low }.stage(&bytes, &mut out);
+            out.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect::<Vec<f32>>()
+        };
+        let sums: Vec<f32> = staged(false).iter().zip(staged(true)).map(|(high, low)| high + low).collect();
+        assert_eq!(sums, numbers.map(|x| f16::from_f32(x).to_f32()));
+        let mut out = vec![0; bytes.len()];
+        Source::File(&bytes).stage(&bytes, &mut out);
+        assert_eq!((out, half_bytes(3, 5), half_bytes(16, 8)), (bytes, 256, 256));
     }
 }

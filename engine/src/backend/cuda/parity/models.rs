@@ -4,12 +4,22 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-use half::bf16;
+use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::TensorView;
 
 use super::{CudaConfig, CudaModel, KvDtype, Limits, ModelSpec, Transformer, Weights};
+
+/// How matrices are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stored {
+    /// All as [`Tiny::bf16`] says.
+    Alike,
+    F16,
+    /// In bf16, f32 and f16, each tensor in another format than the one before it.
+    Mixed,
+}
 
 /// A small random model.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +31,7 @@ pub(super) struct Tiny {
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) bf16: bool,
+    pub(super) stored: Stored,
     pub(super) kv: KvDtype,
     pub(super) window: Option<usize>,
 }
@@ -33,6 +44,7 @@ pub(super) const PLAIN: Tiny = Tiny {
     kv_heads: 2,
     head_dim: 64,
     bf16: true,
+    stored: Stored::Alike,
     kv: KvDtype::Bf16,
     window: None,
 };
@@ -71,16 +83,24 @@ impl Tiny {
             "eos_token_id": [2, 7],
         });
         std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-        let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        let mut tensors: Vec<(String, Vec<usize>, safetensors::Dtype, Vec<u8>)> = Vec::new();
         let mut add = |name: String, shape: Vec<usize>, around: f32| {
             let inputs = *shape.last().unwrap();
             let spread = if shape.len() == 2 { (3.0 / inputs as f32).sqrt() } else { 0.3 };
             let numbers = (0..shape.iter().product()).map(|_| around + spread * rng.random_range(-1.0f32..1.0));
-            let bytes = match self.bf16 {
-                true => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
-                false => numbers.flat_map(f32::to_le_bytes).collect(),
+            use safetensors::Dtype::{BF16, F16, F32};
+            let dtype = match self.stored {
+                Stored::Alike if self.bf16 => BF16,
+                Stored::Alike => F32,
+                Stored::F16 => F16,
+                Stored::Mixed => [BF16, F32, F16, BF16, F16][tensors.len() % 5],
             };
-            tensors.push((name, shape, bytes));
+            let bytes = match dtype {
+                BF16 => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+                F16 => numbers.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
+                _ => numbers.flat_map(f32::to_le_bytes).collect(),
+            };
+            tensors.push((name, shape, dtype, bytes));
         };
         add("model.embed_tokens.weight".into(), vec![VOCAB, self.hidden], 0.0);
         add("lm_head.weight".into(), vec![VOCAB, self.hidden], 0.0);
@@ -107,10 +127,9 @@ impl Tiny {
             add("input_layernorm.weight", vec![self.hidden], 1.0);
             add("post_attention_layernorm.weight", vec![self.hidden], 1.0);
         }
-        let dtype = if self.bf16 { safetensors::Dtype::BF16 } else { safetensors::Dtype::F32 };
         let views = tensors
             .iter()
-            .map(|(name, shape, bytes)| (name.clone(), TensorView::new(dtype, shape.clone(), bytes).unwrap()));
+            .map(|(name, shape, dtype, bytes)| (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
         safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
     }
 
