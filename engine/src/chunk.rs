@@ -6,6 +6,7 @@ use crate::backend::cpu::pool::Shards;
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
 use crate::model::transformer::{Piece, Transformer, Want};
+use crate::unwind::guarded;
 
 /// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`,
 /// little-endian, in the engine's KV format.
@@ -94,9 +95,9 @@ pub struct PromptChunk {
     pub source: Option<Arc<dyn ChunkSource>>,
 }
 
-/// Reads one layer of a chunk and checks that it has the expected size.
+/// Reads one layer of a chunk and checks that it has the expected size. A source that panics has failed.
 pub(crate) fn read_layer(source: &dyn ChunkSource, shape: &KvShape, tokens: usize, layer: usize) -> Result<ChunkLayer> {
-    let found = source.layer(layer)?;
+    let found = guarded("reading a cached chunk", || source.layer(layer))?;
     let expected = tokens * shape.width() * shape.dtype.size();
     for (what, bytes) in [("keys", &found.keys), ("values", &found.values)] {
         if bytes.len() != expected {

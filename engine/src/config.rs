@@ -33,12 +33,16 @@ pub struct EngineConfig {
     pub mixed_prefill_tokens: usize,
     /// Tokens of one prompt that are read in a step at most; also those of a step of computing a chunk.
     pub prefill_chunk: usize,
-    /// Bytes of KV that all running sequences and the prefix cache may hold; 0: half of the machine's memory.
+    /// Bytes of KV that all running sequences and the prefix cache may hold; 0: three quarters of what weights leave of the
+    /// memory that the process may use, on a GPU all that is left there.
     pub kv_budget_bytes: u64,
     /// Keep the KV of prompts and share it with later prompts that begin alike.
     pub prefix_cache: bool,
     /// Requests that may wait.
     pub queue: usize,
+    /// For measurements: what leaves the window of a request waits for its index, instead of being attended exactly meanwhile.
+    /// Repeatable, not faster. Other requests go on.
+    pub wait_for_index: bool,
 }
 
 impl Default for EngineConfig {
@@ -57,6 +61,7 @@ impl Default for EngineConfig {
             kv_budget_bytes: 0,
             prefix_cache: true,
             queue: 64,
+            wait_for_index: false,
         }
     }
 }
@@ -140,8 +145,6 @@ pub struct AttentionConfig {
     /// The index over cold keys.
     #[serde(with = "index_name")]
     pub index: ann_index::IndexKind,
-    /// Wait for an index instead of attending its tokens exactly meanwhile: repeatable, not faster.
-    pub wait_for_index: bool,
 }
 
 /// An index by its name.
@@ -167,7 +170,6 @@ impl Default for AttentionConfig {
             k: 128,
             ef: 256,
             index: ann_index::IndexKind::Flat,
-            wait_for_index: false,
         }
     }
 }

@@ -13,17 +13,20 @@ use crate::backend::cpu::Isa;
 use crate::backend::cuda::{Limits as StepLimits, copy_bandwidth_of};
 use crate::chat::PromptFormat;
 use crate::chunk::{ChunkKv, PromptChunk};
-use crate::config::{BlendConfig, DeviceChoice, EngineConfig, Strategy};
+use crate::config::{AttentionConfig, BlendConfig, DeviceChoice, EngineConfig, Strategy};
 use crate::error::{EngineError, Result};
+use crate::kv::building::cold_bytes;
 use crate::kv::prefix::page_size;
 use crate::kv::{KvDtype, KvShape};
+use crate::memory;
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
+use crate::numerics;
 use crate::prefix_cache::PageKey;
 use crate::request::{AttentionInputs, EventStream, PreparedContext, Prompt, Request};
 use crate::runner::{Command, Computation, Load, Runner, ask, never_fits};
 use crate::scheduler::{Bytes, Limits};
-use crate::sequence::Submitted;
+use crate::sequence::{Submitted, Waiting};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -69,6 +72,9 @@ struct Inner {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// What a machine is taken to have that does not say.
+const UNKNOWN_MEMORY: u64 = 8 << 30;
+
 static NEXT_IDENTITY: AtomicU64 = AtomicU64::new(1);
 
 impl Engine {
@@ -87,7 +93,10 @@ impl Engine {
         let (page, budget) = (limits.page_bytes, limits.budget);
         if !page.fits(budget) {
             let (needed, budget) = (page.device + page.host, budget.device.max(budget.host));
-            let why = format!("a KV budget of {budget} bytes holds no page of {needed}: raise kv_budget_bytes");
+            let why = format!(
+                "a KV budget of {budget} bytes holds no page of {needed}: raise kv_budget_bytes, or use a smaller model \
+                 where its weights leave no more"
+            );
             return Err(EngineError::InvalidRequest(why));
         }
         let fingerprint = fingerprint(&weights, &model.spec);
@@ -195,6 +204,13 @@ impl Engine {
         self.inner.fingerprint
     }
 
+    /// How this engine computes the state of chunks, in words: engines whose words differ compute other numbers, by more than
+    /// what rounding to the KV format leaves of the difference.
+    #[must_use]
+    pub fn numerics(&self) -> String {
+        numerics::name(self.inner.model.activations(), self.kv_shape().dtype)
+    }
+
     /// Hash of the tokenizer.
     #[must_use]
     pub fn tokenizer_fingerprint(&self) -> [u8; 32] {
@@ -214,15 +230,16 @@ impl Engine {
         let limit = self.inner.queue;
         // Those that only wait for the next step to begin are not the queue's.
         let free = self.inner.limits.max_sequences.saturating_sub(load.running.load(Ordering::Relaxed));
-        if load.waiting.fetch_add(1, Ordering::AcqRel) >= (limit + free).max(1) {
-            load.waiting.fetch_sub(1, Ordering::AcqRel);
+        let (waiting, others) = Waiting::new(load);
+        if others >= (limit + free).max(1) {
             return Err(EngineError::QueueFull { limit });
         }
         let (events, stream) = unbounded_channel();
-        let submitted = Submitted { request: Box::new(request), events, at: Instant::now() };
+        let submitted = Submitted { request: Box::new(request), events, at: Instant::now(), waiting };
+        // Behind a shutdown nobody takes it: then its stream ends with `Stopped`.
         let sent = self.inner.commands.send(Command::Submit(submitted));
         sent.map_err(|_| EngineError::Stopped("its thread has ended".into()))?;
-        Ok(EventStream { events: stream })
+        Ok(EventStream::new(stream))
     }
 
     fn validate(&self, request: &Request) -> Result<()> {
@@ -252,8 +269,19 @@ impl Engine {
         self.check_tokens(&request.prompt)?;
         // At least one token of the answer has to fit.
         self.check_length(context + request.prompt.len() + request.max_tokens.min(1))?;
+        self.check_index(context + request.prompt.len(), &request.attention)?;
         let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.inner.max_context);
         self.check_budget(tokens)
+    }
+
+    /// On a GPU, what an index over a prompt of so many tokens takes of the host's memory.
+    fn check_index(&self, tokens: usize, attention: &AttentionConfig) -> Result<()> {
+        if self.inner.model.device().is_none() || attention.strategy != Strategy::Retrieval {
+            return Ok(());
+        }
+        let host = cold_bytes(tokens, attention, self.kv_shape().token_bytes());
+        let (needed, budget) = (Bytes { device: 0, host }, self.inner.limits.budget);
+        if needed.fits(budget) { Ok(()) } else { Err(never_fits(needed, budget)) }
     }
 
     fn check_chunks(&self, chunks: &[PromptChunk]) -> Result<()> {
@@ -397,7 +425,8 @@ impl Drop for Inner {
 /// What the scheduler may hand out: on a GPU the pages of its pool, and the host's memory for what is cold.
 fn limits(model: &Transformer, config: &EngineConfig) -> Limits {
     let (page_tokens, page_bytes) = page_size(model);
-    let host = if config.kv_budget_bytes > 0 { config.kv_budget_bytes } else { half_of_memory() };
+    let left = || memory::for_kv(memory::limit().unwrap_or(UNKNOWN_MEMORY), model.host_bytes() as u64);
+    let host = if config.kv_budget_bytes > 0 { config.kv_budget_bytes } else { left() };
     let device = model.device().map(|device| device.kv_bytes());
     Limits {
         step_tokens: config.step_tokens,
@@ -428,6 +457,10 @@ fn load_model(spec: ModelSpec, weights: &Weights, config: &EngineConfig, max_con
                     tracing::debug!(why, "no GPU is used");
                     Transformer::load(spec, weights, threads, kv)
                 }
+                Err(error @ EngineError::Unsupported { .. }) => {
+                    tracing::warn!(%error, "the GPU is not used");
+                    Transformer::load(spec, weights, threads, kv)
+                }
                 loaded => loaded,
             }
         }
@@ -445,15 +478,6 @@ fn fingerprint(weights: &Weights, spec: &ModelSpec) -> [u8; 32] {
 fn prefix_root(fingerprint: &[u8; 32], shape: &KvShape, page: usize) -> PageKey {
     let format = format!("{shape:?}, pages of {page}");
     PageKey::root(&[fingerprint, format.as_bytes()].concat())
-}
-
-/// Half of the machine's memory; 4 GiB where the system does not say.
-fn half_of_memory() -> u64 {
-    let total = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    });
-    total.map_or(4 << 30, |kib| kib * 1024 / 2)
 }
 
 /// A model alone, for comparing logits and for measurements.

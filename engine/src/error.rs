@@ -258,6 +258,17 @@ pub enum EngineError {
     #[error("the request was cancelled")]
     Cancelled,
 
+    /// The program panicked while it worked for this request; others go on.
+    #[error(
+        "internal error while {doing}: {message}. This is a defect of the program: please report it. Other requests go on"
+    )]
+    Panicked {
+        /// What was being done.
+        doing: &'static str,
+        /// What the panic says.
+        message: String,
+    },
+
     /// The engine's thread has stopped and takes no more requests.
     #[error("the engine has stopped: {0}. Restart the process")]
     Stopped(String),

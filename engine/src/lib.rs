@@ -18,7 +18,9 @@ mod config;
 mod engine;
 mod error;
 mod kv;
+mod memory;
 mod model;
+mod numerics;
 mod prefix_cache;
 #[cfg(test)]
 mod properties;
@@ -29,6 +31,7 @@ mod scheduler;
 mod sequence;
 mod stop;
 mod tokenizer;
+mod unwind;
 mod weights;
 
 pub use attention::AttentionState;

@@ -7,7 +7,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::blend::blend;
+use crate::blend::{blend, blend_behind};
 use crate::chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::error::{EngineError, Result};
@@ -100,14 +100,16 @@ fn retrieval_of_all_keys_equals_full_attention() {
             k: 10_000,
             ef: 10_000,
             index,
-            wait_for_index: wait,
             ..AttentionConfig::default()
         };
         let mut full = SequenceKv::new(model.shape);
         append(&model, &mut full, &text[..500]);
         let mut cold = full.clone();
         for token in &text[500..] {
-            cold.settle(&retrieval).unwrap();
+            match wait {
+                true => cold.settle_and_wait(&retrieval, &model),
+                false => cold.settle(&retrieval, &model, u64::MAX).unwrap(),
+            }
             let decode = |kv: &mut SequenceKv, attention| {
                 let mut pieces = [Piece { attention, ..Piece::exact(kv, std::slice::from_ref(token), Want::Last) }];
                 let x = model.forward(&mut pieces).unwrap();
@@ -132,7 +134,7 @@ fn a_window_sees_sinks_and_recent_tokens_only() {
         // One layer's view reaches one window back; KV of one-layer-deep state is the token's own.
         let mut kv = SequenceKv::new(model.shape);
         append(&model, &mut kv, text);
-        kv.settle(&window).unwrap();
+        kv.settle(&window, &model, 0).unwrap();
         let mut stats = crate::attention::cold::ColdStats::default();
         let rows = model.rows(vec![400]);
         let x = model.embed(&[7]).unwrap();
@@ -266,6 +268,56 @@ fn a_chunk_whose_source_fails_is_computed_and_counted() {
     bad.source = None;
     let want = blended(&model, &[good, bad], &config(BlendMode::Reuse, 0.0));
     assert_eq!(want.rows(1, 0, 0..61), out.kv.rows(1, 0, 0..61));
+}
+
+struct Panicking(ChunkKv);
+
+impl ChunkSource for Panicking {
+    fn tokens(&self) -> usize {
+        self.0.tokens
+    }
+    fn layer(&self, layer: usize) -> Result<ChunkLayer> {
+        assert!(layer == 0, "the source panics at layer {layer}");
+        self.0.layer(layer)
+    }
+}
+
+#[test]
+fn a_chunk_whose_source_panics_is_computed_and_counted() {
+    let mut rng = ChaCha8Rng::seed_from_u64(18);
+    let model = model("llama2");
+    let good = chunk(&model, &tokens(&mut rng, 30));
+    let mut bad = chunk(&model, &tokens(&mut rng, 30));
+    bad.source = Some(Arc::new(Panicking(ChunkKv::compute(&model, &[BOS], &bad.tokens, 512).unwrap())));
+    for _ in 0..3 {
+        let chunks = [good.clone(), bad.clone()];
+        let out = blend(&model, &[BOS], &chunks, &config(BlendMode::Reuse, 0.0), &|| false).unwrap();
+        assert_eq!((out.stats.failed_chunks, out.stats.reused_tokens, out.stats.recomputed_tokens), (1, 30, 31));
+        let want = blended(
+            &model,
+            &[good.clone(), PromptChunk { source: None, ..bad.clone() }],
+            &config(BlendMode::Reuse, 0.0),
+        );
+        assert_eq!(want.rows(1, 0, 0..61), out.kv.rows(1, 0, 0..61));
+    }
+}
+
+#[test]
+fn a_blend_in_which_nothing_is_computed_gives_the_cached_state() {
+    // A prefix whose state is there, and a chunk that is used as it is: no row is left to compute, in no layer.
+    let mut rng = ChaCha8Rng::seed_from_u64(19);
+    let model = model("llama2");
+    let chunk = chunk(&model, &tokens(&mut rng, 40));
+    let mut start = SequenceKv::new(model.shape);
+    append(&model, &mut start, &[BOS]);
+    for (mode, ratio) in [(BlendMode::Reuse, 0.0), (BlendMode::CacheBlend, 0.0)] {
+        for chunks in [vec![chunk.clone()], vec![chunk.clone(), chunk.clone()]] {
+            let out = blend_behind(&model, &start, &[BOS], &chunks, &config(mode, ratio), &|| false).unwrap();
+            assert_eq!((out.stats.recomputed_tokens, out.stats.reused_tokens), (0, 40 * chunks.len()));
+            let want = blended(&model, &chunks, &config(mode, ratio));
+            assert_eq!(want.rows(1, 0, 0..41), out.kv.rows(1, 0, 0..41));
+        }
+    }
 }
 
 #[test]

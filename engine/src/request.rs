@@ -225,6 +225,8 @@ pub struct DecodeStats {
     pub keys_attended: u64,
     /// Time spent building indexes.
     pub index_build_seconds: f64,
+    /// Indexes that could not be built: what left the window from then on was attended exactly.
+    pub index_failures: usize,
 }
 
 impl DecodeStats {
@@ -243,18 +245,37 @@ impl DecodeStats {
 
 /// The events of one request. Dropping it cancels the request.
 pub struct EventStream {
-    pub(crate) events: UnboundedReceiver<Event>,
+    events: UnboundedReceiver<Event>,
+    /// Whether the last event has come.
+    ended: bool,
 }
 
 impl EventStream {
-    /// The next event; `None` behind the last.
+    pub(crate) fn new(events: UnboundedReceiver<Event>) -> EventStream {
+        EventStream { events, ended: false }
+    }
+
+    /// The next event; `None` behind the last, which is `Finished` or `Failed` whatever became of the engine.
     pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        self.checked(event)
     }
 
     /// The next event, blocking this thread. Not for use inside an async runtime.
     pub fn blocking_next(&mut self) -> Option<Event> {
-        self.events.blocking_recv()
+        let event = self.events.blocking_recv();
+        self.checked(event)
+    }
+
+    /// Sees to it that the last event comes: who has dropped the request without one has stopped.
+    fn checked(&mut self, event: Option<Event>) -> Option<Event> {
+        let event = match event {
+            None if self.ended => return None,
+            None => Event::Failed(EngineError::Stopped("it has ended before this answer was complete".into())),
+            Some(event) => event,
+        };
+        self.ended = matches!(event, Event::Finished(_) | Event::Failed(_));
+        Some(event)
     }
 }
 
@@ -262,6 +283,39 @@ impl futures::Stream for EventStream {
     type Item = Event;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.events.poll_recv(cx)
+        self.events.poll_recv(cx).map(|event| self.checked(event))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt;
+    use tokio::sync::mpsc::unbounded_channel;
+
+    use super::*;
+
+    #[test]
+    fn a_stream_never_ends_without_its_last_event() {
+        let stopped = |event: Option<Event>| matches!(event, Some(Event::Failed(EngineError::Stopped(_))));
+        let (send, events) = unbounded_channel();
+        send.send(Event::Started(PrefillStats::default())).unwrap();
+        drop(send);
+        let mut stream = EventStream::new(events);
+        assert!(matches!(stream.blocking_next(), Some(Event::Started(_))));
+        assert!(stopped(stream.blocking_next()) && stream.blocking_next().is_none());
+
+        let (send, events) = unbounded_channel();
+        drop(send);
+        let mut stream = EventStream::new(events);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        assert!(stopped(runtime.block_on(StreamExt::next(&mut stream))));
+        assert!(runtime.block_on(stream.next()).is_none());
+
+        let (send, events) = unbounded_channel();
+        send.send(Event::Failed(EngineError::Cancelled)).unwrap();
+        drop(send);
+        let mut stream = EventStream::new(events);
+        assert!(matches!(runtime.block_on(stream.next()), Some(Event::Failed(EngineError::Cancelled))));
+        assert!(stream.blocking_next().is_none(), "nothing comes behind the last");
     }
 }

@@ -1,10 +1,12 @@
 //! The engine's thread: takes commands and executes the steps that the scheduler plans.
 
+use std::any::Any;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::blend::blend;
 use crate::chunk::{ChunkKv, PromptChunk};
@@ -13,11 +15,16 @@ use crate::error::{EngineError, Result};
 use crate::kv::prefix::SharedPage;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
+use crate::request::Event;
 use crate::request::{AttentionInputs, PreparedContext};
 use crate::sampler::Choice;
-use crate::scheduler::{Bytes, Entry, Limits, plan};
+use crate::scheduler::{Bytes, Entry, Limits, Step, plan};
 use crate::sequence::{Phase, Sequence, Submitted};
 use crate::tokenizer::Tokenizer;
+use crate::unwind::{guarded, message};
+
+/// How often the engine looks whether something has changed while all that run wait for indexes.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// What the engine's thread is told.
 pub(crate) enum Command {
@@ -117,12 +124,14 @@ impl Runner {
     /// Runs until shutdown: then no command is taken any more, and what runs or waits is completed.
     pub(crate) fn run(self) {
         let mut queue = Queue::new();
-        let mut open = true;
+        let (mut open, mut idle) = (true, false);
         while open || !queue.is_empty() {
             // Shutdown comes once: nothing may be waited for behind it.
-            open = open && self.take_commands(&mut queue);
-            self.compute(&mut queue);
-            self.cycle(&mut queue);
+            open = open && self.take_commands(&mut queue, idle);
+            idle = !self.round(&mut queue);
+            if idle && !open {
+                std::thread::sleep(LOOK);
+            }
             if self.load.lost.load(Ordering::Relaxed) {
                 tracing::error!("the GPU does not work any more: the engine stops, start the program again");
                 self.load.stopping.store(true, Ordering::Release);
@@ -130,6 +139,36 @@ impl Runner {
                 return queue.sequences.iter_mut().for_each(|sequence| sequence.fail(lost()));
             }
         }
+    }
+
+    /// A computation and a step; whether there was anything to do. A panic that nothing narrower has caught ends all that run.
+    fn round(&self, queue: &mut Queue) -> bool {
+        let round = || {
+            let computed = self.compute(queue);
+            self.cycle(queue) || computed
+        };
+        let done = catch_unwind(AssertUnwindSafe(round));
+        done.unwrap_or_else(|panic| {
+            self.recover(queue, &*panic);
+            true
+        })
+    }
+
+    /// After a panic somewhere in a step: what ran is in an unknown state, and so are the pages that it shared. All of that
+    /// goes. What waits holds nothing, and goes on.
+    fn recover(&self, queue: &mut Queue, panic: &(dyn Any + Send)) {
+        let message = message(panic);
+        tracing::error!(message, "a step panicked: the requests that ran have failed");
+        queue.cache = PrefixCache::new();
+        queue.sequences.retain_mut(|sequence| {
+            if sequence.runs() {
+                sequence.fail(EngineError::Panicked { doing: "running a step", message: message.clone() });
+            }
+            !sequence.runs()
+        });
+        queue.running = 0;
+        queue.full_at = None;
+        self.report(queue);
     }
 
     /// Passes a result on. After an error of the GPU, asks it whether it still works.
@@ -142,23 +181,25 @@ impl Runner {
         result
     }
 
-    /// One step of all that run.
-    fn cycle(&self, queue: &mut Queue) {
-        settle(queue);
-        self.remove_ended(queue);
+    /// One step of all that run; whether there was anything to do.
+    fn cycle(&self, queue: &mut Queue) -> bool {
+        self.settle(queue);
+        let mut busy = self.remove_ended(queue);
         if !queue.sequences.is_empty() {
             let entries = self.entries(queue);
             let mut step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
-            self.arrange(queue, step.tokens.len());
             if let Some(needed) = step.out_of_memory {
+                self.arrange(queue, &step.preempted, queue.running - step.preempted.len());
                 queue.sequences[0].fail(never_fits(needed, self.limits.budget));
             } else {
-                self.make_room(queue, &mut step.tokens);
-                self.execute(queue, &step.tokens);
+                self.arrange(queue, &step.preempted, step.tokens.len());
+                self.make_room(queue, &mut step);
+                busy |= self.execute(queue, &step.tokens);
             }
-            self.remove_ended(queue);
+            busy |= self.remove_ended(queue);
         }
         self.report(queue);
+        busy
     }
 
     /// What the scheduler sees: no more than may run. While a computation waits for memory, nobody is admitted before it,
@@ -177,17 +218,23 @@ impl Runner {
         run.chain(wait.map(|s| s.waiting_entry(cache, chunk))).collect()
     }
 
-    /// Takes what has been sent, waiting for it when there is nothing to do. False once shutdown was.
-    fn take_commands(&self, queue: &mut Queue) -> bool {
-        let mut idle = queue.is_empty();
+    /// Takes what has been sent, waiting for it when there is nothing to do, and a moment when all that run wait (`idle`).
+    /// False once shutdown was.
+    fn take_commands(&self, queue: &mut Queue, idle: bool) -> bool {
+        let (mut empty, mut idle) = (queue.is_empty(), idle);
         loop {
-            let command = if std::mem::take(&mut idle) {
+            let command = if std::mem::take(&mut empty) {
                 self.commands.recv().map_err(|_| TryRecvError::Disconnected)
+            } else if std::mem::take(&mut idle) {
+                self.commands.recv_timeout(LOOK).map_err(|error| match error {
+                    RecvTimeoutError::Timeout => TryRecvError::Empty,
+                    RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+                })
             } else {
                 self.commands.try_recv()
             };
             match command {
-                Ok(Command::Submit(submitted)) => queue.sequences.push(self.sequence(submitted)),
+                Ok(Command::Submit(submitted)) => self.enqueue(queue, submitted),
                 Ok(Command::Compute(computation)) => queue.computations.push_back(computation),
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => {
@@ -198,28 +245,40 @@ impl Runner {
         }
     }
 
-    /// Runs the first of the computations that wait, if there is room for its KV: at most one between two steps, as
-    /// whoever asks for one may ask again at once. Where nothing runs, nothing else will make room.
-    fn compute(&self, queue: &mut Queue) {
-        let Some(first) = queue.computations.front() else { return };
-        if queue.running > 0 && !self.fits(queue, first) {
-            return;
+    fn enqueue(&self, queue: &mut Queue, submitted: Submitted) {
+        let events = submitted.events.clone();
+        match guarded("taking a request", || Ok(self.sequence(submitted))) {
+            Ok(sequence) => queue.sequences.push(sequence),
+            Err(error) => drop(events.send(Event::Failed(error))),
         }
-        let Some(first) = queue.computations.pop_front() else { return };
+    }
+
+    /// Runs the first of the computations that wait, if there is room for its KV: at most one between two steps, as
+    /// whoever asks for one may ask again at once. Where nothing runs, nothing else will make room. Whether one ran.
+    fn compute(&self, queue: &mut Queue) -> bool {
+        let Some(first) = queue.computations.front() else { return false };
+        if queue.running > 0 && !self.fits(queue, first) {
+            return false;
+        }
+        let Some(first) = queue.computations.pop_front() else { return false };
         self.make_room_for(queue, first.tokens());
         // Whoever asked may have gone away: then the reply is dropped.
         match first {
             Computation::Chunk { prefix, tokens, reply } => {
                 let step = self.config.prefill_chunk.max(1);
-                drop(reply.send(self.watched(ChunkKv::compute(&self.model, &prefix, &tokens, step))));
+                let compute = || ChunkKv::compute(&self.model, &prefix, &tokens, step);
+                drop(reply.send(self.watched(guarded("computing a chunk", compute))));
             }
             Computation::AttentionInputs { tokens, reply } => {
-                drop(reply.send(self.watched(self.attention_inputs(&tokens))));
+                let compute = || self.attention_inputs(&tokens);
+                drop(reply.send(self.watched(guarded("computing a text", compute))));
             }
             Computation::Context { prefix, chunks, blend, reply } => {
-                drop(reply.send(self.watched(self.prepare(&prefix, &chunks, &blend))));
+                let compute = || self.prepare(&prefix, &chunks, &blend);
+                drop(reply.send(self.watched(guarded("preparing a context", compute))));
             }
         }
+        true
     }
 
     /// Whether there is room for a computation's KV beside what the running requests hold.
@@ -244,11 +303,12 @@ impl Runner {
         let request = &submitted.request;
         let context = request.context.as_ref().map_or(0, |c| c.len());
         let limit = request.max_tokens.min(self.max_context.saturating_sub(context + request.prompt.len()));
-        Sequence::new(submitted, &self.model, &self.tokenizer, limit, self.root)
+        Sequence::new(submitted, &self.model, &self.tokenizer, limit, self.root, self.config.wait_for_index)
     }
 
-    /// Forgets what is done and what nobody waits for any more.
-    fn remove_ended(&self, queue: &mut Queue) {
+    /// Forgets what is done and what nobody waits for any more; whether there was any.
+    fn remove_ended(&self, queue: &mut Queue) -> bool {
+        let before = queue.sequences.len();
         let (mut place, mut running) = (0, queue.running);
         queue.sequences.retain_mut(|sequence| {
             let ran = place < queue.running;
@@ -260,44 +320,70 @@ impl Runner {
             if ended && ran {
                 sequence.release(&mut queue.cache);
                 running -= 1;
-            } else if ended {
-                self.load.waiting.fetch_sub(1, Ordering::AcqRel);
             }
             !ended
         });
         queue.running = running;
+        queue.sequences.len() < before
     }
 
-    /// Makes the first `running` run: those beyond lose their KV, those that are new get what is there.
-    fn arrange(&self, queue: &mut Queue, running: usize) {
-        for sequence in queue.sequences.iter_mut().take(queue.running).skip(running) {
-            sequence.preempt(&mut queue.cache, &self.model);
+    /// Has those at the places `preempted` (ascending) lose their KV and become the first of those that wait, and makes the
+    /// first `running` of the queue run: those that are new get what is there.
+    fn arrange(&self, queue: &mut Queue, preempted: &[usize], running: usize) {
+        for place in preempted.iter().rev() {
+            let mut sequence = queue.sequences.remove(*place);
+            sequence.preempt(&mut queue.cache, &self.model, &self.load);
+            queue.running -= 1;
+            queue.sequences.insert(queue.running, sequence);
             self.load.preemptions.fetch_add(1, Ordering::Relaxed);
-            self.load.waiting.fetch_add(1, Ordering::AcqRel);
         }
         for sequence in queue.sequences.iter_mut().take(running).skip(queue.running) {
-            self.load.waiting.fetch_sub(1, Ordering::AcqRel);
             if let Some((asked, found)) = sequence.admit(&mut queue.cache) {
                 self.load.prefix_queries.fetch_add(asked as u64, Ordering::Relaxed);
                 self.load.prefix_hits.fetch_add(found as u64, Ordering::Relaxed);
             }
         }
         queue.running = running;
-        settle(queue);
+        self.settle(queue);
     }
 
-    /// Pages that nobody uses give way to those that a step of so many tokens takes. Where a GPU has too few even so, as
-    /// some are taken that no request accounts for (by prepared contexts), the youngest give way too.
-    fn make_room(&self, queue: &mut Queue, tokens: &mut Vec<usize>) {
+    /// What left the windows of those that run finds its place, so that what they hold is what is counted.
+    fn settle(&self, queue: &mut Queue) {
+        for place in 0..queue.running {
+            // What others of them have just begun counts.
+            let room = match self.model.device() {
+                Some(_) => self.limits.budget.minus(queue.used(self.limits.page_bytes)).host,
+                None => 0,
+            };
+            let sequence = &mut queue.sequences[place];
+            let settled = self.watched(sequence.settle(&mut queue.cache, &self.model, room));
+            settled.unwrap_or_else(|error| sequence.fail(error));
+        }
+    }
+
+    /// Pages that nobody uses give way to those that a step takes. Where a GPU has too few even so, as some are taken that no
+    /// request accounts for (by prepared contexts), the youngest that hold some give way too, or wait.
+    fn make_room(&self, queue: &mut Queue, step: &mut Step) {
+        let tokens = &mut step.tokens;
         let growth = queue.sequences.iter().zip(&*tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
         let growth = growth.sum();
         self.evict_for(queue, growth);
         let missing = |queue: &Queue, tokens: &[usize]| -> usize {
             queue.sequences.iter().zip(tokens).map(|(s, n)| s.missing_on_device(*n)).sum()
         };
-        while !self.make_free(queue, missing(queue, tokens)) && tokens.len() > 1 {
-            tokens.pop();
-            self.arrange(queue, tokens.len());
+        while !self.make_free(queue, missing(queue, tokens)) {
+            let frees = |place: &usize| {
+                let entry = queue.sequences[*place].running_entry(&queue.cache, 1, self.limits.page_bytes);
+                entry.own.device > 0
+            };
+            if let Some(place) = (1..tokens.len()).rev().find(frees) {
+                tokens.remove(place);
+                self.arrange(queue, &[place], tokens.len());
+            } else if let Some(tokens) = tokens.iter_mut().skip(1).rev().find(|tokens| **tokens > 0) {
+                *tokens = 0;
+            } else {
+                break;
+            }
             queue.full_at = Some(self.pages_to_be_had(queue, usize::MAX - 1));
         }
     }
@@ -324,40 +410,50 @@ impl Runner {
         pages <= device.pool.pages().1
     }
 
-    /// Blends contexts, and reads the tokens of all others in one batch.
-    fn execute(&self, queue: &mut Queue, tokens: &[usize]) {
-        let mut batch = Vec::new();
+    /// Blends contexts, and reads the tokens of all others in one batch; whether there was any.
+    fn execute(&self, queue: &mut Queue, tokens: &[usize]) -> bool {
+        let (mut batch, mut busy) = (Vec::new(), false);
         for (sequence, &tokens) in queue.sequences.iter_mut().zip(tokens).filter(|(_, tokens)| **tokens > 0) {
             match sequence.phase {
                 Phase::Context => {
+                    busy = true;
                     let blended = self.watched(sequence.blend(&self.model, &mut queue.cache));
                     blended.unwrap_or_else(|error| sequence.fail(error));
                 }
+                // One that was admitted in this step may have begun to build an index.
+                Phase::Text if sequence.waits_for_index() => {}
                 Phase::Text => batch.push((sequence, tokens)),
                 Phase::Done => {}
             }
         }
         if !batch.is_empty() {
+            busy = true;
             self.forward(&mut batch, &mut queue.cache);
         }
+        busy
     }
 
     fn forward(&self, batch: &mut [(&mut Sequence, usize)], cache: &mut PrefixCache<SharedPage>) {
         let mut pieces: Vec<Piece<'_>> = batch.iter_mut().map(|(s, tokens)| s.piece(*tokens)).collect();
-        let states = self.model.forward(&mut pieces);
-        let read: Vec<_> = pieces.iter().map(|p| (p.stats, p.want == Want::Last)).collect();
+        let states = guarded("reading tokens", || self.model.forward(&mut pieces));
+        let read: Vec<_> = pieces.into_iter().map(|p| (p.stats, p.want == Want::Last, p.failed)).collect();
         let on_gpu = self.model.device().is_some();
-        let wanted = batch.iter_mut().zip(&read).filter(|(_, (_, last))| *last);
+        let wanted = batch.iter_mut().zip(&read).filter(|(_, (_, last, _))| *last);
         let choices: Vec<Choice> = wanted.map(|((s, _), _)| if on_gpu { s.choice() } else { Choice::Logits }).collect();
-        let nexts = match self.watched(states.and_then(|states| self.model.next(&states, &choices))) {
+        let nexts = states.and_then(|states| guarded("choosing tokens", || self.model.next(&states, &choices)));
+        let nexts = match self.watched(nexts) {
             Ok(nexts) => nexts,
             // One step, one fate: which sequence was at fault is not known.
             Err(error) => return batch.iter_mut().for_each(|(s, _)| s.fail(for_each(&error))),
         };
         let mut nexts = nexts.into_iter();
-        for ((sequence, tokens), (stats, last)) in batch.iter_mut().zip(read) {
-            sequence.advance(*tokens, stats, cache);
+        for ((sequence, tokens), (stats, last, failed)) in batch.iter_mut().zip(read) {
             let next = if last { nexts.next() } else { None };
+            if let Some(error) = failed {
+                sequence.fail(error);
+                continue;
+            }
+            sequence.advance(*tokens, stats, cache);
             if let Some(next) = next
                 && let Err(error) = sequence.accept(next)
             {
@@ -410,14 +506,8 @@ fn for_each(error: &EngineError) -> EngineError {
             EngineError::OutOfMemory { what: what.clone(), needed: *needed, budget: *budget }
         }
         EngineError::Device { action, reason } => EngineError::Device { action, reason: reason.clone() },
+        EngineError::Panicked { doing, message } => EngineError::Panicked { doing, message: message.clone() },
         other => EngineError::Internal(other.to_string()),
-    }
-}
-
-/// What left the windows of those that run finds its place, so that what they hold is what is counted.
-fn settle(queue: &mut Queue) {
-    for sequence in &mut queue.sequences[..queue.running] {
-        sequence.settle(&mut queue.cache).unwrap_or_else(|error| sequence.fail(error));
     }
 }
 

@@ -10,9 +10,10 @@
 //!   unit: it takes what is left of a step's budget, and no more than one is blended in a step.
 //! * **A prompt is admitted when there is room for all of it** and a page for its answer, beside what the prompts before
 //!   it still need: the length of a prompt is known. That of an answer is not, so nothing is reserved for it: pages
-//!   are taken when they are needed, and when there is none, the youngest gives way, is put back to its place in the
-//!   queue and computed again later (PagedAttention, arXiv 2309.06180, section 4.5: all or nothing, last come first
-//!   preempted; recomputing costs one prefill, while reserving the longest answer would leave most memory idle).
+//!   are taken when they are needed, and when there is none, the youngest that holds what is short gives way, becomes the
+//!   first that waits and is computed again later (PagedAttention, arXiv 2309.06180, section 4.5: all or nothing, last come
+//!   first preempted; recomputing costs one prefill, while reserving the longest answer would leave most memory idle). Whoever
+//!   holds nothing of it (all its pages are shared, or it is another memory) would give way for nothing, and stays.
 //! * **Nothing waits forever**: the oldest is never preempted, so it ends, and then another is the oldest. Where it does
 //!   not fit alone, it never will, and fails.
 
@@ -32,6 +33,11 @@ impl Bytes {
 
     pub(crate) fn times(self, n: usize) -> Bytes {
         Bytes { device: self.device.saturating_mul(n as u64), host: self.host.saturating_mul(n as u64) }
+    }
+
+    /// Whether both have some of the same memory.
+    fn meets(self, other: Bytes) -> bool {
+        (self.device > 0 && other.device > 0) || (self.host > 0 && other.host > 0)
     }
 
     pub(crate) fn minus(self, other: Bytes) -> Bytes {
@@ -92,6 +98,8 @@ pub(crate) enum Work {
     Read { tokens: usize, whole: bool },
     /// The last token of the answer is read, another one is written.
     Decode,
+    /// Nothing until an index is built, by others.
+    Index,
 }
 
 /// A request as the scheduler sees it.
@@ -119,23 +127,25 @@ impl Entry {
 /// What happens next.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Step {
-    /// Tokens that each of the running sequences reads; its length is how many of the queue run from now on. Fewer than
-    /// before: the others have been preempted. More: they are admitted.
+    /// Places, ascending, of those that run no longer: they become the first of those that wait.
+    pub(crate) preempted: Vec<usize>,
+    /// Tokens that each of those that run from now on reads: those that stay, and behind them those that are admitted.
     pub(crate) tokens: Vec<usize>,
-    /// The oldest does not fit, although it alone runs: so many bytes it needs.
+    /// The oldest does not fit, although nobody else holds what it lacks: so many bytes it needs. Then nothing else is planned.
     pub(crate) out_of_memory: Option<Bytes>,
 }
 
 /// Plans a step. `queue`: requests by age, of which the first `running` run; `used`: bytes that these hold.
 pub(crate) fn plan(limits: &Limits, used: Bytes, queue: &[Entry], running: usize) -> Step {
     let mut plan = Plan { limits, queue, used, share: Share::new(limits, &queue[..running]), step: Step::default() };
-    if plan.keep(running) && plan.step.out_of_memory.is_none() {
+    if plan.keep(running) {
         plan.admit();
     }
     plan.step
 }
 
 /// The tokens of a step that are left for prompts.
+#[derive(Clone, Copy)]
 struct Share {
     left: usize,
     /// Whether some prompt reads in this step.
@@ -153,6 +163,7 @@ impl Share {
     fn grant(&mut self, work: Work) -> usize {
         let granted = match work {
             Work::Decode => return 1,
+            Work::Index => return 0,
             Work::Context(_) if self.taken => 0,
             Work::Read { tokens, whole: true } if self.taken && tokens > self.left => 0,
             Work::Context(tokens) | Work::Read { tokens, whole: true } => tokens,
@@ -175,32 +186,71 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Gives those that run their tokens and pages, oldest first. False when some had to give way.
+    /// Gives those that run their tokens and pages, oldest first. False when not all had room.
     fn keep(&mut self, running: usize) -> bool {
-        let mut left = running;
-        let mut i = 0;
-        while i < left {
-            let entry = &self.queue[i];
+        let mut stays = vec![true; running];
+        let mut all = true;
+        for (i, entry) in self.queue[..running].iter().enumerate() {
+            if !stays[i] {
+                continue;
+            }
+            let share = self.share;
             let tokens = self.share.grant(entry.work);
             let growth = entry.growth(self.limits, tokens);
-            while i + 1 < left && !(self.used + growth).fits(self.limits.budget) {
-                left -= 1;
-                self.used = self.used.minus(self.queue[left].own);
+            let missing = self.make_room(&mut stays, i, growth);
+            if missing == Bytes::default() {
+                self.used = self.used + growth;
+                self.step.tokens.push(tokens);
+                continue;
             }
-            if i + 1 == left && !(self.used + growth).fits(self.limits.budget) {
-                // The youngest that is left. The oldest has nobody to give way to.
-                if i == 0 {
-                    let needed = entry.own + entry.shared + growth;
-                    self.step.out_of_memory = (!needed.fits(self.limits.budget)).then_some(needed);
-                    self.step.tokens.push(if self.step.out_of_memory.is_some() { 0 } else { tokens });
+            all = false;
+            if i == 0 {
+                // Nobody is left to give way. What others shared with each other alone is free, too, although `used` counts it.
+                let needed = entry.own + entry.shared + growth;
+                if !needed.fits(self.limits.budget) {
+                    self.step.out_of_memory = Some(needed);
+                    self.step.tokens.push(0);
+                    break;
                 }
-                return false;
+                self.step.tokens.push(tokens);
+                self.used = self.used + growth;
+            } else if entry.own.meets(missing) {
+                stays[i] = false;
+                self.used = self.used.minus(entry.own);
+            } else {
+                // It holds nothing of what is short: it waits for it with what it has.
+                self.share = share;
+                self.step.tokens.push(0);
             }
-            self.used = self.used + growth;
-            self.step.tokens.push(tokens);
-            i += 1;
         }
-        left == running
+        self.step.preempted = (0..running).filter(|i| !stays[*i]).collect();
+        all && self.step.preempted.is_empty()
+    }
+
+    /// Has the youngest behind `place` that hold what `growth` is short of give way, until it fits. What is still missing.
+    ///
+    /// For the oldest, whatever is held beyond the budget is short: indexes grow between steps.
+    fn make_room(&mut self, stays: &mut [bool], place: usize, growth: Bytes) -> Bytes {
+        loop {
+            let mut missing = (self.used + growth).minus(self.limits.budget);
+            if place > 0 {
+                missing.device = if growth.device > 0 { missing.device } else { 0 };
+                missing.host = if growth.host > 0 { missing.host } else { 0 };
+            }
+            if missing == Bytes::default() {
+                return missing;
+            }
+            let queue = self.queue;
+            let youngest = |frees: &dyn Fn(&Entry) -> bool| {
+                (place + 1..stays.len()).rev().find(|i| stays[*i] && frees(&queue[*i]))
+            };
+            // Several may share pages with each other alone: these are free once the last of them has given way.
+            let shares = |entry: &Entry| place == 0 && entry.shared.meets(missing);
+            let found = youngest(&|entry| entry.own.meets(missing)).or_else(|| youngest(&shares));
+            let Some(found) = found else { return missing };
+            stays[found] = false;
+            self.used = self.used.minus(self.queue[found].own);
+        }
     }
 
     /// Lets the oldest of those that wait in, while there is room for their prompts.

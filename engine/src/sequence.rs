@@ -1,6 +1,7 @@
 //! One request, from its admission to its end.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
@@ -15,10 +16,12 @@ use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Prompt, Request, TokenEvent, Usage};
+use crate::runner::Load;
 use crate::sampler::{Choice, Sampled, Sampler};
 use crate::scheduler::{Bytes, Entry, Work};
 use crate::stop::StopMatcher;
 use crate::tokenizer::{StreamDecoder, Tokenizer};
+use crate::unwind::guarded;
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,24 @@ pub(crate) struct Submitted {
     pub(crate) request: Box<Request>,
     pub(crate) events: UnboundedSender<Event>,
     pub(crate) at: Instant,
+    pub(crate) waiting: Waiting,
+}
+
+/// Counts a request among those that wait, as long as it lives.
+pub(crate) struct Waiting(Arc<Load>);
+
+impl Waiting {
+    /// Also says how many others wait.
+    pub(crate) fn new(load: &Arc<Load>) -> (Waiting, usize) {
+        let others = load.waiting.fetch_add(1, Ordering::AcqRel);
+        (Waiting(Arc::clone(load)), others)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// A request with its KV and the state of its answer.
@@ -46,6 +67,8 @@ pub(crate) struct Sequence {
     request: Request,
     kv: SequenceKv,
     pub(crate) phase: Phase,
+    /// `None` while it runs.
+    waiting: Option<Waiting>,
     events: UnboundedSender<Event>,
     /// What is read behind the context: `prompt` tokens of the prompt, then the answer.
     text: Vec<u32>,
@@ -62,6 +85,8 @@ pub(crate) struct Sequence {
     blended: bool,
     /// `None`: its pages are not shared.
     shared: Option<SharedPages>,
+    /// Whether what leaves the window waits for its index, instead of being attended exactly meanwhile.
+    wait_for_index: bool,
     submitted: Instant,
     admitted: Option<Instant>,
     /// When the first token of the answer was known.
@@ -72,6 +97,7 @@ pub(crate) struct Sequence {
     cold: ColdStats,
     /// Of KV that has been dropped.
     index_seconds: f64,
+    index_failures: usize,
     sampler: Sampler,
     stop: StopMatcher,
     decoder: StreamDecoder,
@@ -86,8 +112,9 @@ impl Sequence {
         tokenizer: &Tokenizer,
         limit: usize,
         root: Option<PageKey>,
+        wait_for_index: bool,
     ) -> Sequence {
-        let Submitted { request, events, at } = submitted;
+        let Submitted { request, events, at, waiting } = submitted;
         let mut request = *request;
         let mut sampler = Sampler::new(request.sampling.clone());
         sampler.observe(&request.prompt.prefix);
@@ -102,6 +129,8 @@ impl Sequence {
         let kv = model.new_kv();
         Sequence {
             phase: first_phase(&request),
+            waiting: Some(waiting),
+            wait_for_index,
             events,
             prompt: text.len(),
             text,
@@ -120,6 +149,7 @@ impl Sequence {
             limit,
             cold: ColdStats::default(),
             index_seconds: 0.0,
+            index_failures: 0,
             sampler,
             stop: StopMatcher::new(request.stop.clone()),
             decoder: tokenizer.stream(),
@@ -133,11 +163,22 @@ impl Sequence {
         self.events.is_closed()
     }
 
-    /// Ends the request with an error.
+    /// Ends the request with an error, unless it has ended.
     pub(crate) fn fail(&mut self, error: crate::EngineError) {
-        self.phase = Phase::Done;
-        // A closed channel means that nobody wants to know.
-        let _ = self.events.send(Event::Failed(error));
+        if std::mem::replace(&mut self.phase, Phase::Done) != Phase::Done {
+            // A closed channel means that nobody wants to know.
+            let _ = self.events.send(Event::Failed(error));
+        }
+    }
+
+    /// Whether it runs: only then it holds KV, and pages of the prefix cache.
+    pub(crate) fn runs(&self) -> bool {
+        self.waiting.is_none()
+    }
+
+    /// Whether it reads nothing until its index is built.
+    pub(crate) fn waits_for_index(&self) -> bool {
+        self.wait_for_index && self.phase == Phase::Text && self.kv.is_indexing()
     }
 
     /// Tokens of the answer so far.
@@ -158,11 +199,16 @@ impl Sequence {
     /// bytes of a page.
     pub(crate) fn running_entry(&self, cache: &PrefixCache<SharedPage>, chunk: usize, page: Bytes) -> Entry {
         let (held, alone) = self.shared.as_ref().map_or((0, 0), |s| (s.held(), s.held_alone(cache)));
+        let own = match &self.request.context {
+            // Others may go on from the same context.
+            Some(_) => self.kv.exclusive_bytes(),
+            None => self.bytes().minus(page.times(held)) + page.times(alone),
+        };
         Entry {
             work: self.work(self.kv.len(), chunk),
             ahead: self.context + self.text.len() - self.kv.len(),
             room: self.kv.room(),
-            own: self.bytes().minus(page.times(held)) + page.times(alone),
+            own,
             shared: page.times(held - alone),
         }
     }
@@ -186,6 +232,9 @@ impl Sequence {
     fn work(&self, held: usize, chunk: usize) -> Work {
         if self.phase == Phase::Context {
             return Work::Context((self.context - held).max(1));
+        }
+        if self.waits_for_index() {
+            return Work::Index;
         }
         let read = held - self.context;
         let rest = self.text.len() - read;
@@ -227,6 +276,7 @@ impl Sequence {
     pub(crate) fn admit(&mut self, cache: &mut PrefixCache<SharedPage>) -> Option<(usize, usize)> {
         let first = self.admitted.is_none();
         self.admitted.get_or_insert_with(Instant::now);
+        self.waiting = None;
         if let Some(context) = &self.request.context {
             self.kv = context.kv.clone();
             if first {
@@ -244,12 +294,14 @@ impl Sequence {
     }
 
     /// Loses its KV, to be computed again when it is next admitted.
-    pub(crate) fn preempt(&mut self, cache: &mut PrefixCache<SharedPage>, model: &Transformer) {
+    pub(crate) fn preempt(&mut self, cache: &mut PrefixCache<SharedPage>, model: &Transformer, load: &Arc<Load>) {
         self.release(cache);
         self.index_seconds += self.kv.index_seconds();
+        self.index_failures += self.kv.index_failures();
         self.kv = model.new_kv();
         self.read = 0;
         self.phase = first_phase(&self.request);
+        self.waiting = Some(Waiting::new(load).0);
     }
 
     /// Lets shared pages go.
@@ -263,7 +315,8 @@ impl Sequence {
     pub(crate) fn blend(&mut self, model: &Transformer, cache: &mut PrefixCache<SharedPage>) -> Result<()> {
         let (Prompt { prefix, chunks, .. }, events) = (&self.request.prompt, &self.events);
         let cancelled = || events.is_closed();
-        let blended = blend_behind(model, &self.kv, prefix, chunks, &self.request.blend, &cancelled)?;
+        let blend = || blend_behind(model, &self.kv, prefix, chunks, &self.request.blend, &cancelled);
+        let blended = guarded("blending a context", blend)?;
         self.kv = blended.kv;
         self.phase = Phase::Text;
         // What a second time costs, after its memory was taken, is not the request's.
@@ -283,7 +336,8 @@ impl Sequence {
     }
 
     /// Before text is read: what left the window finds its place.
-    pub(crate) fn settle(&mut self, cache: &mut PrefixCache<SharedPage>) -> Result<()> {
+    /// `room`: bytes of the host's memory that an index of what lies on a GPU may take.
+    pub(crate) fn settle(&mut self, cache: &mut PrefixCache<SharedPage>, model: &Transformer, room: u64) -> Result<()> {
         if self.phase != Phase::Text || !self.under_strategy() {
             return Ok(());
         }
@@ -292,7 +346,7 @@ impl Sequence {
             self.release(cache);
             self.shared = None;
         }
-        self.kv.settle(&self.request.attention)
+        guarded("moving tokens out of the window", || self.kv.settle(&self.request.attention, model, room))
     }
 
     /// This sequence's part of a batch: the next `tokens` of its text. Where they are the last, the next token is wanted.
@@ -344,6 +398,10 @@ impl Sequence {
 
     /// Takes what follows the last token, chooses where that is still to be done, and reports it.
     pub(crate) fn accept(&mut self, next: Next) -> Result<()> {
+        guarded("writing an answer", || self.take(next))
+    }
+
+    fn take(&mut self, next: Next) -> Result<()> {
         if self.decoding.is_none() {
             self.begin_answer();
         } else {
@@ -381,7 +439,6 @@ impl Sequence {
     }
 
     fn finish(&mut self, reason: FinishReason) -> Result<()> {
-        self.phase = Phase::Done;
         let mut text = String::new();
         if reason != FinishReason::StopString {
             let rest = self.decoder.clone().finish()?;
@@ -405,8 +462,10 @@ impl Sequence {
                 keys_scored: self.cold.keys_scored,
                 keys_attended: self.cold.keys_attended,
                 index_build_seconds: self.index_seconds + self.kv.index_seconds(),
+                index_failures: self.index_failures + self.kv.index_failures(),
             },
         };
+        self.phase = Phase::Done;
         let _ = self.events.send(Event::Finished(finished));
         Ok(())
     }

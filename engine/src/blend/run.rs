@@ -3,8 +3,8 @@
 //! Rows that are computed may lie anywhere in the context. Each sees exactly the tokens up to its own
 //! *position*: attention masks by position, not by row.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use rayon::prelude::*;
@@ -94,7 +94,7 @@ fn attempt(
     std::thread::scope(|scope| {
         let (send, loaded) = sync_channel::<LoadedLayer>(1);
         let spans = &spans;
-        scope.spawn(move || {
+        let read = move || {
             for layer in 0..model.spec.layers {
                 let rows = load_layer(model, spans, chunks, layer);
                 let lost = rows.is_err();
@@ -103,7 +103,9 @@ fn attempt(
                     return;
                 }
             }
-        });
+        };
+        let none = |error| EngineError::Internal(format!("the system gives no thread to read chunks with: {error}"));
+        std::thread::Builder::new().name("quire-read".into()).spawn_scoped(scope, read).map_err(none)?;
         Run::new(model, start, plan, spans, loaded)?.layers(cancelled)
     })
 }
@@ -118,16 +120,8 @@ fn load_layer(model: &Transformer, spans: &[Span], chunks: &[PromptChunk], layer
     let read = |&(chunk, source, tokens): &(usize, &Arc<dyn ChunkSource>, usize)| {
         read_layer(source.as_ref(), &model.shape, tokens, layer).map_err(|error| (chunk, error))
     };
-    let all = || sources.par_iter().map(read).collect();
-    READERS.as_ref().map_or_else(|| sources.iter().map(read).collect(), |readers| readers.install(all))
+    model.cpu.cores.read(|| sources.par_iter().map(read).collect())
 }
-
-/// Threads that read chunks; `None` where the system gives none. Of their own: those of rayon's own pool build indexes for
-/// seconds, and the engine would wait for them.
-static READERS: LazyLock<Option<rayon::ThreadPool>> = LazyLock::new(|| {
-    let named = rayon::ThreadPoolBuilder::new().thread_name(|i| format!("quire-read-{i}"));
-    named.build().inspect_err(|error| tracing::warn!(%error, "chunks are read one by one")).ok()
-});
 
 struct Run<'a> {
     model: &'a Transformer,

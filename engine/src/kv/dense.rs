@@ -57,6 +57,11 @@ impl DenseKv {
         self.pages.len()
     }
 
+    /// Pages that no other run holds.
+    pub(crate) fn exclusive_pages(&self) -> usize {
+        self.pages.iter().filter(|page| Arc::strong_count(page) == 1).count()
+    }
+
     /// Grows the run to `end`; the new tokens are zero until written.
     pub(crate) fn extend_to(&mut self, end: usize) {
         while self.first + self.pages.len() * PAGE < end {

@@ -148,6 +148,11 @@ impl DeviceRun {
         self.pages.len()
     }
 
+    /// Pages that no other run holds.
+    pub(crate) fn exclusive_pages(&self) -> usize {
+        self.pages.iter().filter(|page| Arc::strong_count(page) == 1).count()
+    }
+
     pub(crate) fn pages(&self) -> impl Iterator<Item = u32> {
         self.pages.iter().map(|page| page.id)
     }
@@ -206,41 +211,36 @@ impl DeviceRun {
         copy
     }
 
-    /// Keys (rotated) and values of the positions of `range`, `[layers]` of `[tokens, kv_heads, head_dim]` each.
-    pub(crate) fn read(&self, range: Range<usize>) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
-        let (shape, width) = (self.pool.shape, self.pool.shape.width());
-        let size = shape.dtype.size();
-        let half = PAGE * width * size;
-        let mut layers = Vec::with_capacity(shape.layers);
-        let here: Vec<(u32, usize, Range<usize>)> = self
+    /// Appends keys (rotated) and values of the positions of `range` to `layers`, one pair a layer, `[tokens, kv_heads,
+    /// head_dim]` in the KV format.
+    pub(crate) fn read(&self, range: Range<usize>, layers: &mut [(Vec<u8>, Vec<u8>)]) -> Result<()> {
+        let shape = self.pool.shape;
+        let half = PAGE * shape.width() * shape.dtype.size();
+        let here: Vec<(u32, Range<usize>)> = self
             .pages
             .iter()
             .enumerate()
             .map(|(number, held)| {
                 let at = self.first + number * PAGE;
-                (held.id, at, range.start.max(at)..range.end.min(at + PAGE))
+                (held.id, range.start.max(at).saturating_sub(at)..range.end.min(at + PAGE).saturating_sub(at))
             })
-            .filter(|(_, _, part)| !part.is_empty())
+            .filter(|(_, slots)| !slots.is_empty())
             .collect();
         // Many pages come over together: one by one, each would be waited for.
         let mut staging = Pinned::new(&self.pool.device, here.len().min(STAGED) * 2 * half)?;
-        for memory in &self.pool.layers {
-            let (mut keys, mut values) = (vec![0.0; range.len() * width], vec![0.0; range.len() * width]);
+        for (memory, (keys, values)) in self.pool.layers.iter().zip(layers) {
             for here in here.chunks(STAGED) {
-                for ((id, ..), page) in here.iter().zip(staging.bytes_mut().chunks_exact_mut(2 * half)) {
+                for ((id, _), page) in here.iter().zip(staging.bytes_mut().chunks_exact_mut(2 * half)) {
                     memory.read_later(*id as usize * 2 * half, page)?;
                 }
                 self.pool.device.synchronize()?;
-                for ((_, at, part), page) in here.iter().zip(staging.bytes().chunks_exact(2 * half)) {
-                    let rows = (part.start - range.start) * width..(part.end - range.start) * width;
-                    let slots = part.start - at..part.end - at;
-                    unpack(&shape, &page[..half], slots.clone(), &mut keys[rows.clone()]);
-                    unpack(&shape, &page[half..], slots, &mut values[rows]);
+                for ((_, slots), page) in here.iter().zip(staging.bytes().chunks_exact(2 * half)) {
+                    unpack(&shape, &page[..half], slots.clone(), keys);
+                    unpack(&shape, &page[half..], slots.clone(), values);
                 }
             }
-            layers.push((keys, values));
         }
-        Ok(layers)
+        Ok(())
     }
 
     /// Tokens that fit into the pages it has.
@@ -265,13 +265,30 @@ impl DeviceRun {
 }
 
 /// Slots of a page's keys or values, `[kv_heads][64][head_dim]`, to rows `[slots, kv_heads, head_dim]`.
-fn unpack(shape: &KvShape, page: &[u8], slots: Range<usize>, out: &mut [f32]) {
-    let dim = shape.head_dim;
-    let size = dim * shape.dtype.size();
-    for (slot, row) in slots.zip(out.chunks_exact_mut(shape.width())) {
-        for (head, out) in row.chunks_exact_mut(dim).enumerate() {
+fn unpack(shape: &KvShape, page: &[u8], slots: Range<usize>, out: &mut Vec<u8>) {
+    let size = shape.head_dim * shape.dtype.size();
+    for slot in slots {
+        for head in 0..shape.kv_heads {
             let at = (head * PAGE + slot) * size;
-            out.copy_from_slice(&shape.dtype.decode(&page[at..at + size]));
+            out.extend_from_slice(&page[at..at + size]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::KvDtype;
+
+    #[test]
+    fn slots_of_a_page_become_rows_of_all_heads() {
+        let shape = KvShape { layers: 1, kv_heads: 2, head_dim: 3, dtype: KvDtype::Bf16 };
+        // Each byte says where it lies: head, slot, byte of the row.
+        let page: Vec<u8> = (0..2 * PAGE * 6).map(|i| (i / (6 * PAGE) * 100 + i / 6 % PAGE + i % 6) as u8).collect();
+        let mut out = Vec::new();
+        unpack(&shape, &page, 5..7, &mut out);
+        let row = |head: u8, slot: u8| (0..6).map(move |byte| head * 100 + slot + byte);
+        let expected: Vec<u8> = row(0, 5).chain(row(1, 5)).chain(row(0, 6)).chain(row(1, 6)).collect();
+        assert_eq!(out, expected);
     }
 }

@@ -1,5 +1,6 @@
 //! Who owns a sequence's KV, and in what form.
 
+pub(crate) mod building;
 pub(crate) mod dense;
 pub(crate) mod device;
 pub(crate) mod page;

@@ -1,42 +1,39 @@
 //! A sequence's KV. Every token has one home: the sinks, the recent run, or a cold segment.
 
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::Arc;
 
-use ann_index::{IndexParams, SearchParams};
+use ann_index::SearchParams;
 
 use super::KvShape;
+use super::building::Building;
 use super::dense::DenseKv;
 use super::device::{DevicePool, DeviceRun};
 use super::page::Page;
 use crate::attention::AttentionState;
-use crate::attention::cold::{ColdStats, Segment, SegmentRows, SegmentSource, attend_cold};
+use crate::attention::cold::{ColdStats, Segment, attend_cold};
 use crate::attention::dense::{Queries, attend};
 use crate::backend::cpu::Cpu;
 use crate::config::{AttentionConfig, Strategy};
-use crate::error::{EngineError, Result};
+use crate::error::Result;
+use crate::model::transformer::Transformer;
 use crate::scheduler::Bytes;
-
-/// Tokens that leave the window are indexed in batches of at least this many. Until then they are
-/// attended exactly.
-const FLUSH: usize = 256;
-/// A new segment absorbs the ones before it that are smaller than this many times its own size, so
-/// that a long answer leaves few segments and each token is indexed a logarithmic number of times.
-const ABSORB: usize = 4;
 
 /// KV of one sequence, all layers.
 #[derive(Clone)]
 pub(crate) struct SequenceKv {
-    shape: KvShape,
+    pub(super) shape: KvShape,
     /// One per layer; `None` until tokens have left the recent run.
     sinks: Option<Vec<DenseKv>>,
     pub(super) recent: Vec<DenseKv>,
     /// Sinks and recent run of a sequence on a GPU, in place of the two above.
     pub(super) device: Option<DeviceKv>,
     /// Contiguous, between sinks and recent run; on the host.
-    cold: Vec<Arc<Segment>>,
-    building: Building,
-    index_seconds: f64,
+    pub(super) cold: Vec<Arc<Segment>>,
+    pub(super) building: Building,
+    pub(super) index_seconds: f64,
+    /// Indexes that could not be built. After the first, what leaves the window stays where it is, attended exactly.
+    pub(super) index_failures: usize,
 }
 
 /// What a sequence has on a GPU.
@@ -45,24 +42,6 @@ pub(crate) struct DeviceKv {
     pub(crate) recent: DeviceRun,
     /// `None` until tokens have left the recent run.
     pub(crate) sinks: Option<DeviceRun>,
-}
-
-/// A segment under construction on another thread.
-#[derive(Default)]
-struct Building {
-    /// Behind a mutex only so that a sequence can be shared between threads.
-    built: Option<Mutex<Receiver<Result<Segment>>>>,
-    /// Segments at the end of `cold` which the new one replaces.
-    absorbs: usize,
-    /// Held, as long as somebody waits.
-    _wanted: Arc<()>,
-}
-
-impl Clone for Building {
-    /// A fork starts its own index when it needs one.
-    fn clone(&self) -> Self {
-        Building::default()
-    }
 }
 
 impl SequenceKv {
@@ -75,6 +54,7 @@ impl SequenceKv {
             cold: Vec::new(),
             building: Building::default(),
             index_seconds: 0.0,
+            index_failures: 0,
         }
     }
 
@@ -94,7 +74,7 @@ impl SequenceKv {
         self.recent_positions().end
     }
 
-    fn recent_positions(&self) -> std::ops::Range<usize> {
+    fn recent_positions(&self) -> Range<usize> {
         self.device.as_ref().map_or_else(|| self.recent[0].positions(), |kv| kv.recent.positions())
     }
 
@@ -102,14 +82,32 @@ impl SequenceKv {
     pub(crate) fn bytes(&self) -> Bytes {
         let runs = self.recent.iter().chain(self.sinks.iter().flatten());
         let host = runs.map(DenseKv::page_count).sum::<usize>() * Page::bytes(&self.shape)
-            + self.cold.iter().map(|s| s.bytes()).sum::<usize>();
+            + self.cold.iter().map(|s| s.bytes()).sum::<usize>()
+            + self.building.bytes();
         let device = self.device.iter().flat_map(|kv| std::iter::once(&kv.recent).chain(&kv.sinks));
         let device = device.map(|run| run.page_count() * run.pool().page_bytes()).sum::<usize>();
         Bytes { device: device as u64, host: host as u64 }
     }
 
+    /// Of these, bytes that nobody else holds.
+    pub(crate) fn exclusive_bytes(&self) -> Bytes {
+        let runs = self.recent.iter().chain(self.sinks.iter().flatten());
+        let cold = self.cold.iter().filter(|segment| Arc::strong_count(segment) == 1);
+        let host = runs.map(DenseKv::exclusive_pages).sum::<usize>() * Page::bytes(&self.shape)
+            + cold.map(|segment| segment.bytes()).sum::<usize>()
+            + self.building.bytes();
+        let device = self.device.iter().flat_map(|kv| std::iter::once(&kv.recent).chain(&kv.sinks));
+        let device = device.map(|run| run.exclusive_pages() * run.pool().page_bytes()).sum::<usize>();
+        Bytes { device: device as u64, host: host as u64 }
+    }
+
     pub(crate) fn index_seconds(&self) -> f64 {
         self.index_seconds
+    }
+
+    /// Indexes that could not be built.
+    pub(crate) fn index_failures(&self) -> usize {
+        self.index_failures
     }
 
     /// Makes room for tokens up to `end` in all layers.
@@ -128,7 +126,7 @@ impl SequenceKv {
 
     /// Keys (rotated) and values of one head, row-major, for positions in the recent run.
     #[cfg(test)]
-    pub(crate) fn rows(&self, layer: usize, head: usize, range: std::ops::Range<usize>) -> (Vec<f32>, Vec<f32>) {
+    pub(crate) fn rows(&self, layer: usize, head: usize, range: Range<usize>) -> (Vec<f32>, Vec<f32>) {
         self.recent[layer].rows(head, range)
     }
 
@@ -191,8 +189,9 @@ impl SequenceKv {
         *stats += ColdStats { cold_keys: keys, keys_scored: keys, keys_attended: keys };
     }
 
-    /// Moves what has left the window to its place under the strategy. Called between steps.
-    pub(crate) fn settle(&mut self, config: &AttentionConfig) -> Result<()> {
+    /// Moves what has left the window to its place under the strategy. Called between steps. An index that could not be built
+    /// is no error: its tokens are attended exactly. `room`: bytes of the host's memory that an index may take.
+    pub(crate) fn settle(&mut self, config: &AttentionConfig, model: &Transformer, room: u64) -> Result<()> {
         // The next token sees itself and `window - 1` tokens before it.
         let window_start = (self.len() + 1).saturating_sub(config.window);
         match config.strategy {
@@ -204,25 +203,17 @@ impl SequenceKv {
                 }
                 Ok(())
             }
-            Strategy::Retrieval => {
-                self.install(false, config.sinks)?;
-                let from = self.cold.last().map_or(config.sinks, |s| s.positions().end);
-                if self.building.built.is_none() && window_start >= from + FLUSH {
-                    self.start_build(from..window_start, config)?;
-                    self.install(config.wait_for_index, config.sinks)?;
-                }
-                Ok(())
-            }
+            Strategy::Retrieval => self.settle_behind_indexes(window_start, config, model, room),
         }
     }
 
     /// Forgets the recent run's tokens before `start`.
-    fn drop_before(&mut self, start: usize) {
+    pub(super) fn drop_before(&mut self, start: usize) {
         self.recent.iter_mut().for_each(|run| run.drop_before(start));
         self.device.iter_mut().for_each(|kv| kv.recent.drop_before(start));
     }
 
-    fn split_sinks(&mut self, sinks: usize) {
+    pub(super) fn split_sinks(&mut self, sinks: usize) {
         if let Some(kv) = self.device.as_mut().filter(|kv| kv.sinks.is_none()) {
             kv.sinks = Some(kv.recent.head_copy(sinks));
             kv.recent.drop_before(sinks);
@@ -231,68 +222,5 @@ impl SequenceKv {
             self.sinks = Some(self.recent.iter().map(|run| run.head_copy(sinks)).collect());
             self.recent.iter_mut().for_each(|run| run.drop_before(sinks));
         }
-    }
-
-    fn start_build(&mut self, tokens: std::ops::Range<usize>, config: &AttentionConfig) -> Result<()> {
-        let mut absorbs = 0;
-        let mut size = tokens.len();
-        for segment in self.cold.iter().rev() {
-            if segment.positions().len() >= ABSORB * size {
-                break;
-            }
-            size += segment.positions().len();
-            absorbs += 1;
-        }
-        let source = SegmentSource {
-            shape: self.shape,
-            absorbed: self.cold[self.cold.len() - absorbs..].to_vec(),
-            dense: match &self.device {
-                // Read now, while the pages are this sequence's: the build goes on beside further steps.
-                Some(kv) => SegmentRows::Read(kv.recent.read(tokens.clone())?),
-                None => SegmentRows::Dense(self.recent.clone()),
-            },
-            tokens,
-            params: IndexParams { kind: config.index, ..IndexParams::default() },
-        };
-        let (send, built) = channel();
-        let wanted = Arc::new(());
-        let alive = Arc::downgrade(&wanted);
-        let job = move || {
-            // Nobody waits any more when the sequence has ended: then it is not begun, or its result is dropped.
-            if alive.strong_count() > 0 {
-                let _ = send.send(source.build());
-            }
-        };
-        if config.wait_for_index {
-            job();
-        } else {
-            rayon::spawn(job);
-        }
-        self.building = Building { built: Some(Mutex::new(built)), absorbs, _wanted: wanted };
-        Ok(())
-    }
-
-    /// Takes a finished segment over; with `wait`, waits for it.
-    fn install(&mut self, wait: bool, sinks: usize) -> Result<()> {
-        let Some(built) = &mut self.building.built else { return Ok(()) };
-        let built = built.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let lost = || EngineError::Internal("the thread that built a key index ended without a result".into());
-        let segment = if wait {
-            built.recv().map_err(|_| lost())??
-        } else {
-            match built.try_recv() {
-                Ok(segment) => segment?,
-                Err(TryRecvError::Empty) => return Ok(()),
-                Err(TryRecvError::Disconnected) => return Err(lost()),
-            }
-        };
-        self.split_sinks(sinks);
-        self.cold.truncate(self.cold.len() - self.building.absorbs);
-        self.index_seconds += segment.build_seconds();
-        let end = segment.positions().end;
-        self.cold.push(Arc::new(segment));
-        self.building = Building::default();
-        self.drop_before(end);
-        Ok(())
     }
 }

@@ -5,19 +5,22 @@ use std::path::Path;
 use super::layer::Layer;
 use super::rope::{RopeTable, rotate_half};
 use super::spec::ModelSpec;
-use crate::attention::cold::ColdStats;
+use crate::attention::AttentionState;
+use crate::attention::cold::{ColdStats, MakeIndex, make_index};
 use crate::attention::dense::Queries;
-use crate::backend::cpu::Cpu;
 use crate::backend::cpu::buffer::Buffer;
 use crate::backend::cpu::linear::Linear;
 use crate::backend::cpu::pool::Shards;
+use crate::backend::cpu::{Cpu, Isa};
 use crate::backend::cuda::{CudaConfig, CudaModel, Limits, Next};
 use crate::config::{AttentionConfig, Strategy};
 use crate::error::{EngineError, Result};
 use crate::kv::dense::DenseKv;
 use crate::kv::sequence::SequenceKv;
 use crate::kv::{KvDtype, KvShape};
+use crate::numerics::Activations;
 use crate::sampler::Choice;
+use crate::unwind::guarded;
 use crate::weights::{Dtype, Weights};
 
 /// A Llama-like model.
@@ -30,6 +33,8 @@ pub(crate) struct Transformer {
     /// Softmax scale, with YaRN's attention factor (which transformers puts into cos and sin).
     scale: f32,
     body: Body,
+    /// Builds indexes over cold keys; another one in tests.
+    pub(crate) make_index: MakeIndex,
 }
 
 /// Where the weights are, and with them the arithmetic.
@@ -96,6 +101,8 @@ pub(crate) struct Piece<'a> {
     /// End-of-text tokens must not be chosen behind this piece.
     pub(crate) ban_eos: bool,
     pub(crate) stats: ColdStats,
+    /// Why its attention failed in the pass, which went on for the others: its KV and states are then of no use.
+    pub(crate) failed: Option<EngineError>,
     /// Receives, appended, each layer's keys (not rotated) and values.
     pub(crate) tap: Option<&'a mut Vec<(Vec<f32>, Vec<f32>)>>,
     /// Receives, appended, each layer's queries (rotated), `[tokens, heads, head_dim]`.
@@ -111,9 +118,27 @@ impl<'a> Piece<'a> {
             want,
             ban_eos: false,
             stats: ColdStats::default(),
+            failed: None,
             tap: None,
             query_tap: None,
         }
+    }
+
+    /// Attention for its last rows, or nothing of use once that has failed: a search that fails or panics ends its own
+    /// sequence only.
+    fn attend(&mut self, cpu: &Cpu, layer: usize, queries: &Queries<'_>) -> AttentionState {
+        let Piece { kv, attention, stats, failed, .. } = self;
+        if failed.is_none() {
+            let attended = guarded("attending", || match attention {
+                Some(config) => kv.attend(cpu, layer, queries, config, stats),
+                None => Ok(kv.attend_exact(cpu, layer, queries)),
+            });
+            match attended {
+                Ok(state) => return state,
+                Err(error) => *failed = Some(error),
+            }
+        }
+        AttentionState::empty(queries.rows(), queries.q.len() / queries.rows().max(1))
     }
 
     /// Rows whose final states are wanted: the piece's last ones.
@@ -155,7 +180,8 @@ impl Transformer {
             norm: weights.tensor("model.norm.weight", &[spec.hidden])?.to_f32(),
             layers,
         });
-        Ok(Transformer { shape, rope: RopeTable::new(&spec.rope), scale: softmax_scale(&spec), body, cpu, spec })
+        let (rope, scale) = (RopeTable::new(&spec.rope), softmax_scale(&spec));
+        Ok(Transformer { shape, rope, scale, body, cpu, make_index, spec })
     }
 
     /// Brings the weights to a GPU. `threads`: of what is left to the CPU.
@@ -171,7 +197,8 @@ impl Transformer {
         let shape = kv_shape(&spec, embedding.dtype, kv);
         let (rope, scale) = (RopeTable::new(&spec.rope), softmax_scale(&spec));
         let model = CudaModel::load(config, &spec, shape, scale, &rope, weights, limits)?;
-        Ok(Transformer { shape, rope, scale, body: Body::Device(Box::new(model)), cpu: Cpu::new(threads), spec })
+        let body = Body::Device(Box::new(model));
+        Ok(Transformer { shape, rope, scale, body, cpu: Cpu::new(threads), make_index, spec })
     }
 
     /// Loads the model in `dir` for the CPU.
@@ -187,6 +214,27 @@ impl Transformer {
                 w.layers.iter().map(Layer::bytes).sum::<usize>() + w.head.as_ref().unwrap_or(&w.embedding).bytes()
             }
             Body::Device(model) => model.weights.bytes_per_step(),
+        }
+    }
+
+    /// How exactly it computes.
+    pub(crate) fn activations(&self) -> Activations {
+        match &self.body {
+            Body::Device(model) if model.fast_prefill => Activations::Bits8,
+            Body::Device(_) => Activations::Bits16,
+            Body::Host(_) if self.cpu.isa == Isa::Amx => Activations::Bits16,
+            Body::Host(_) => Activations::Bits24,
+        }
+    }
+
+    /// Bytes of weights in the host's memory.
+    pub(crate) fn host_bytes(&self) -> usize {
+        match &self.body {
+            Body::Host(w) => {
+                let rest = w.embedding.bytes() + w.head.as_ref().map_or(0, Linear::bytes);
+                w.layers.iter().map(Layer::bytes).sum::<usize>() + rest
+            }
+            Body::Device(_) => 0,
         }
     }
 
@@ -368,7 +416,7 @@ impl Transformer {
         for layer in 0..self.spec.layers {
             let qkv = self.qkv(layer, &x, &rows);
             let kept = if layer + 1 == self.spec.layers { Some(wanted(pieces)) } else { None };
-            let attention = self.attend_pieces(layer, pieces, &rows, &qkv, kept.as_deref())?;
+            let attention = self.attend_pieces(layer, pieces, &rows, &qkv, kept.as_deref());
             if let Some(kept) = &kept {
                 x = gather(&x, self.spec.hidden, kept);
             }
@@ -387,7 +435,7 @@ impl Transformer {
         rows: &Rows,
         qkv: &Qkv,
         kept: Option<&[usize]>,
-    ) -> Result<Vec<f32>> {
+    ) -> Vec<f32> {
         let (width, q_width) = (self.shape.width(), self.spec.heads * self.spec.head_dim);
         let mut attention = Vec::new();
         let mut start = 0;
@@ -423,17 +471,14 @@ impl Transformer {
             }
             let q = &qkv.q[first * q_width..range.end * q_width];
             let queries = self.queries(q, &rows.positions[first..range.end]);
-            let state = match piece.attention {
-                Some(config) => piece.kv.attend(&self.cpu, layer, &queries, config, &mut piece.stats)?,
-                None => piece.kv.attend_exact(&self.cpu, layer, &queries),
-            };
+            let state = piece.attend(&self.cpu, layer, &queries);
             if attention.is_empty() {
                 attention = state.out;
             } else {
                 attention.extend(state.out);
             }
         }
-        Ok(attention)
+        attention
     }
 
     fn normed(&self, x: &[f32], weight: &[f32]) -> Buffer {

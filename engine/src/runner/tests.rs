@@ -10,15 +10,21 @@ use std::sync::mpsc::channel;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::*;
 use crate::config::{AttentionConfig, BlendMode, DeviceChoice, Strategy};
 use crate::engine::Engine;
 use crate::kv::page::PAGE;
 use crate::kv::prefix::page_bytes;
-use crate::request::{Event, Finished, PrefillStats, Prompt, Request, Usage};
+use crate::request::{Event, EventStream, Finished, PrefillStats, Prompt, Request, Usage};
 use crate::sampler::SamplingParams;
+use crate::sequence::Waiting;
+
+#[path = "failure_tests.rs"]
+mod failures;
+#[path = "gpu_tests.rs"]
+mod gpu;
 
 /// The tiny Llama 2 of the golden fixtures, with room for 4096 tokens and a tokenizer of one word an id.
 static MODEL_DIR: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
@@ -76,7 +82,10 @@ impl Answer {
 impl Bench {
     /// `pages`: budget of KV in pages.
     fn new(config: EngineConfig, pages: usize) -> Bench {
-        let model = Arc::clone(&MODEL);
+        Bench::of(Arc::clone(&MODEL), config, pages)
+    }
+
+    fn of(model: Arc<Transformer>, config: EngineConfig, pages: usize) -> Bench {
         let page = Bytes { device: 0, host: page_bytes(&model.shape) };
         let limits = Limits {
             step_tokens: config.step_tokens,
@@ -102,14 +111,20 @@ impl Bench {
 
     fn submit(&mut self, request: &Request) -> UnboundedReceiver<Event> {
         let (events, stream) = unbounded_channel();
-        self.runner.load.waiting.fetch_add(1, Ordering::AcqRel);
-        let submitted = Submitted { request: Box::new(request.clone()), events, at: Instant::now() };
+        let submitted = self.submitted(request, events);
         self.queue.sequences.push(self.runner.sequence(submitted));
         stream
     }
 
+    fn submitted(&self, request: &Request, events: UnboundedSender<Event>) -> Submitted {
+        let waiting = Waiting::new(&self.runner.load).0;
+        Submitted { request: Box::new(request.clone()), events, at: Instant::now(), waiting }
+    }
+
     fn cycle(&mut self) {
-        self.runner.cycle(&mut self.queue);
+        if !self.runner.cycle(&mut self.queue) {
+            std::thread::sleep(LOOK);
+        }
         self.cycles += 1;
         assert!(self.cycles < 20_000, "no end");
     }
@@ -139,8 +154,9 @@ impl Bench {
     }
 }
 
+/// Indexes are waited for, so that answers can be compared.
 fn config() -> EngineConfig {
-    EngineConfig { prefix_cache: false, ..EngineConfig::default() }
+    EngineConfig { prefix_cache: false, wait_for_index: true, ..EngineConfig::default() }
 }
 
 fn alone(request: &Request) -> Answer {
@@ -231,13 +247,7 @@ fn answers_under_pressure_equal_those_alone() {
 #[test]
 fn indexes_are_built_again_as_they_were() {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let retrieval = AttentionConfig {
-        strategy: Strategy::Retrieval,
-        window: 32,
-        k: 16,
-        wait_for_index: true,
-        ..AttentionConfig::default()
-    };
+    let retrieval = AttentionConfig { strategy: Strategy::Retrieval, window: 32, k: 16, ..AttentionConfig::default() };
     let requests: Vec<Request> = (0..4)
         .map(|i| Request { attention: retrieval.clone(), ..plain(tokens(&mut rng, 300 + 60 * i), 330) })
         .collect();
@@ -288,7 +298,7 @@ fn a_prefix_that_is_there_changes_nothing_but_the_work() {
     let with_tail = |tail: Vec<u32>| plain([start.clone(), tail].concat(), 20);
     let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 64);
     let strategies = [Strategy::Full, Strategy::Window, Strategy::Retrieval];
-    let window = AttentionConfig { window: 64, k: 8, wait_for_index: true, ..AttentionConfig::default() };
+    let window = AttentionConfig { window: 64, k: 8, ..AttentionConfig::default() };
     for (round, strategy) in strategies.into_iter().cycle().take(6).enumerate() {
         let mut request = with_tail(tokens(&mut rng, 50 + 90 * round));
         request.attention = AttentionConfig { strategy, ..window.clone() };
@@ -416,12 +426,7 @@ fn what_grows_beyond_the_memory_fails_by_name_and_the_engine_goes_on() {
     let mut bench = Bench::new(config(), 3);
     // Pages for all tokens there are, but none for the copy of the keys that an index holds.
     let mut large = plain(tokens(&mut rng, 700), 60);
-    large.attention = AttentionConfig {
-        strategy: Strategy::Retrieval,
-        window: 32,
-        wait_for_index: true,
-        ..AttentionConfig::default()
-    };
+    large.attention = AttentionConfig { strategy: Strategy::Retrieval, window: 32, ..AttentionConfig::default() };
     let small = plain(tokens(&mut rng, 100), 30);
     let (mut large, mut after) = (bench.submit(&large), bench.submit(&small));
     while !bench.queue.sequences.is_empty() {
@@ -448,8 +453,8 @@ fn chunks_are_computed_one_at_a_time_while_others_are_answered() {
         })
         .collect();
     for done in 1..=5 {
-        assert!(bench.runner.take_commands(&mut bench.queue));
-        bench.runner.compute(&mut bench.queue);
+        assert!(bench.runner.take_commands(&mut bench.queue, false));
+        assert!(bench.runner.compute(&mut bench.queue));
         assert_eq!(replies.iter().filter(|reply| reply.try_recv().is_ok()).count(), 1, "chunk {done}");
         bench.cycle();
     }
@@ -468,11 +473,11 @@ fn a_chunk_waits_for_room_and_whoever_comes_behind_it_waits_too() {
     bench.runner.commands = commands;
     let (reply, answer) = channel();
     send.send(chunk(tokens(&mut rng, PAGE), reply)).unwrap();
-    assert!(bench.runner.take_commands(&mut bench.queue));
+    assert!(bench.runner.take_commands(&mut bench.queue, false));
     let mut behind = bench.submit(&plain(tokens(&mut rng, 9), 3));
     let mut text = Answer::default();
     while text.finished.is_none() {
-        bench.runner.compute(&mut bench.queue);
+        assert!(!bench.runner.compute(&mut bench.queue));
         assert!(answer.try_recv().is_err(), "its KV and the request's are more than the budget");
         bench.cycle();
         let Answer { tokens, finished, .. } = Answer::read(&mut before);
@@ -481,43 +486,10 @@ fn a_chunk_waits_for_room_and_whoever_comes_behind_it_waits_too() {
     }
     assert!(behind.try_recv().is_err(), "it came later");
     assert_eq!(text.tokens, alone(&first).tokens);
-    bench.runner.compute(&mut bench.queue);
+    assert!(bench.runner.compute(&mut bench.queue));
     assert_eq!(answer.try_recv().unwrap().unwrap().tokens, PAGE);
     bench.run();
     assert!(Answer::read(&mut behind).finished.is_some());
-}
-
-#[test]
-fn chunks_are_read_while_every_thread_of_the_pool_builds_an_index() {
-    let mut rng = ChaCha8Rng::seed_from_u64(15);
-    let chunks: Vec<PromptChunk> = (0..3)
-        .map(|_| {
-            let text = tokens(&mut rng, 40);
-            let kv = ChunkKv::compute(&MODEL, &[1], &text, 64).unwrap();
-            PromptChunk { tokens: text.as_slice().into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
-        })
-        .collect();
-    // Each takes a thread of rayon's own pool until the blend is over, or for half a minute.
-    let over = Arc::new((std::sync::Mutex::new(false), std::sync::Condvar::new()));
-    let (began, begun) = channel();
-    let given_up = Arc::new(AtomicUsize::new(0));
-    for _ in 0..rayon::current_num_threads() {
-        let (over, began, given_up) = (Arc::clone(&over), began.clone(), Arc::clone(&given_up));
-        rayon::spawn(move || {
-            began.send(()).unwrap();
-            let wait = std::time::Duration::from_secs(30);
-            let (guard, timed_out) = over.1.wait_timeout_while(over.0.lock().unwrap(), wait, |over| !*over).unwrap();
-            drop(guard);
-            given_up.fetch_add(usize::from(timed_out.timed_out()), Ordering::Relaxed);
-        });
-    }
-    (0..rayon::current_num_threads()).for_each(|_| begun.recv().unwrap());
-    let blended =
-        blend(&MODEL, &[1], &chunks, &BlendConfig { mode: BlendMode::Reuse, ..BlendConfig::default() }, &|| false);
-    *over.0.lock().unwrap() = true;
-    over.1.notify_all();
-    assert_eq!(blended.unwrap().stats.reused_tokens, 120);
-    assert_eq!(given_up.load(Ordering::Relaxed), 0, "the blend has waited for them");
 }
 
 /// The command to compute a chunk.
@@ -552,7 +524,7 @@ fn on_a_gpu_the_youngest_gives_way_where_a_context_leaves_too_few_pages() {
     let mut rng = ChaCha8Rng::seed_from_u64(14);
     let answers = |requests: &[Request]| -> Vec<usize> {
         let mut streams: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
-        let read = |stream: &mut crate::request::EventStream| {
+        let read = |stream: &mut EventStream| {
             let mut tokens = 0;
             while let Some(event) = stream.blocking_next() {
                 match event {
@@ -622,10 +594,12 @@ fn the_thread_ends_when_shutdown_comes_behind_a_request_that_is_still_to_be_answ
     let (commands, receiver) = channel();
     bench.runner.commands = receiver;
     let (events, mut stream) = unbounded_channel();
-    bench.runner.load.waiting.fetch_add(1, Ordering::AcqRel);
-    let request = Box::new(plain(vec![5, 6, 7], 4));
-    commands.send(Command::Submit(Submitted { request, events, at: Instant::now() })).unwrap();
+    let load = Arc::clone(&bench.runner.load);
+    commands.send(Command::Submit(bench.submitted(&plain(vec![5, 6, 7], 4), events))).unwrap();
     commands.send(Command::Shutdown).unwrap();
+    // Comes when it is too late.
+    let (events, late) = unbounded_channel();
+    commands.send(Command::Submit(bench.submitted(&plain(vec![5, 6, 7], 4), events))).unwrap();
     let runner = bench.runner;
     let thread = std::thread::spawn(move || runner.run());
     // `commands` lives on, as it does while an engine waits for its thread.
@@ -635,5 +609,13 @@ fn the_thread_ends_when_shutdown_comes_behind_a_request_that_is_still_to_be_answ
         std::thread::yield_now();
     }
     assert!(Answer::read(&mut stream).finished.is_some());
-    drop(commands);
+    let mut late = EventStream::new(late);
+    assert!(matches!(late.blocking_next(), Some(Event::Failed(EngineError::Stopped(_)))));
+    assert!(late.blocking_next().is_none());
+    assert_eq!(load.waiting.load(Ordering::Relaxed), 0, "nobody waits any more");
+    let (events, _stream) = unbounded_channel();
+    let waiting = Waiting::new(&load).0;
+    let submitted = Submitted { request: Box::new(plain(vec![5], 1)), events, at: Instant::now(), waiting };
+    assert!(commands.send(Command::Submit(submitted)).is_err());
+    assert_eq!(load.waiting.load(Ordering::Relaxed), 0, "nor does who was refused");
 }

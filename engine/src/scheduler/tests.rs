@@ -104,6 +104,48 @@ fn the_youngest_gives_way_and_the_oldest_never_does() {
 }
 
 #[test]
+fn who_holds_nothing_of_what_is_short_does_not_give_way() {
+    let on = |device, host| Bytes { device, host };
+    let page = on(16, 0);
+    let limits = Limits { page_bytes: page, budget: on(16 * 8, 100), ..limits(64, 8, 0) };
+    let holding = |own: Bytes| Entry { own, room: 1, ..decoding(15) };
+    // An index of the second one has grown beyond the host's memory: the youngest holds none of that.
+    let queue = [holding(on(16, 30)), holding(on(16, 80)), holding(on(16, 0)), waiting(1)];
+    let step = plan(&limits, used(&queue[..3]), &queue, 3);
+    assert_eq!((step.preempted, step.tokens, step.out_of_memory), (vec![1], vec![1, 1], None));
+    // The oldest's own index is too large: nobody else can help.
+    let queue = [holding(on(16, 130)), holding(on(16, 0)), holding(on(16, 0))];
+    let step = plan(&limits, used(&queue), &queue, 3);
+    assert_eq!((step.preempted, step.tokens, step.out_of_memory), (vec![], vec![0], Some(on(16, 130))));
+    // The second needs a page of the device's; what the youngest holds is all shared.
+    let shares = Entry { shared: page, room: 1, ..waiting(1) };
+    let shares = Entry { work: Work::Decode, ..shares };
+    let full = Entry { room: 0, own: page.times(3), ..decoding(48) };
+    let limits = Limits { budget: on(16 * 8, 100), ..limits };
+    let queue =
+        [Entry { room: 1, ..full }, Entry { own: page.times(4), ..full }, Entry { own: Bytes::default(), ..shares }];
+    let step = plan(&limits, used(&queue) + page, &queue, 3);
+    assert_eq!((step.preempted, step.tokens), (vec![1], vec![1, 1]), "it gives way itself");
+    // One that holds nothing of its own waits with what it has, and whoever fits goes on.
+    let grows = Entry { room: 0, ..shares };
+    let queue = [Entry { own: page.times(7), room: 1, ..full }, grows, shares];
+    let step = plan(&limits, page.times(8), &queue, 3);
+    assert_eq!((step.preempted, step.tokens), (vec![], vec![1, 0, 1]));
+    // The oldest goes on in any case: what others share with each other alone is free without them.
+    let queue = [Entry { own: page.times(7), ..full }, shares, shares];
+    let step = plan(&limits, page.times(8), &queue, 3);
+    assert_eq!((step.preempted, step.tokens, step.out_of_memory), (vec![1, 2], vec![1], None));
+}
+
+#[test]
+fn who_waits_for_an_index_reads_nothing_and_keeps_its_place() {
+    let indexing = Entry { work: Work::Index, ..decoding(40) };
+    let queue = [indexing, decoding(20), indexing, waiting(9)];
+    assert_eq!(tokens(&limits(64, 8, 100), &queue, 3), [0, 1, 0, 9]);
+    assert_eq!(tokens(&limits(64, 8, 100), &queue[..1], 1), [0]);
+}
+
+#[test]
 fn either_memory_can_be_the_short_one() {
     let short = |device, host| Limits { budget: Bytes { device, host }, ..limits(64, 8, 0) };
     for budget in [short(2, 1000), short(1000, 1)] {
@@ -211,15 +253,17 @@ fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
         let entries: Vec<Entry> = queue.iter().enumerate().map(|(i, s)| s.entry(i < running)).collect();
         let step = plan(limits, used(&entries[..running]), &entries, running);
         check(limits, &queue, &entries, running, &step);
+        preempted += step.preempted.len();
+        for place in step.preempted.iter().rev() {
+            let gives_way = queue.remove(*place);
+            running -= 1;
+            queue.insert(running, Simulated { held: 0, ..gives_way });
+        }
         if step.out_of_memory.is_some() {
             assert!(!limits.bytes(queue[0].ask.longest()).fits(limits.budget), "{:?} fits", queue[0].ask);
             ended[queue.remove(0).number] += 1;
-            running = 0;
+            running = running.saturating_sub(1);
             continue;
-        }
-        preempted += running.saturating_sub(step.tokens.len());
-        for s in queue.iter_mut().take(running).skip(step.tokens.len()) {
-            s.held = 0;
         }
         running = step.tokens.len();
         for (s, tokens) in queue.iter_mut().zip(&step.tokens) {
@@ -239,10 +283,12 @@ fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
 
 /// What holds for every step.
 fn check(limits: &Limits, queue: &[Simulated], entries: &[Entry], running: usize, step: &Step) {
-    let went_on = step.tokens.len().min(running);
+    // All hold something of both memories here: then it is the youngest that give way.
+    let went_on = running - step.preempted.len();
+    assert_eq!(step.preempted, (went_on..running).collect::<Vec<_>>());
     assert!(step.tokens.len() <= limits.max_sequences.max(running));
     if step.out_of_memory.is_some() {
-        assert!(running <= 1 || step.tokens.len() == 1);
+        assert_eq!(step.tokens, [0]);
         return;
     }
     assert!(step.tokens[0] > 0, "the oldest goes on in every step");
@@ -321,6 +367,13 @@ proptest! {
         let step = plan(&limits(20, 8, pages), used, &queue, running);
         prop_assert!(step.out_of_memory.is_none() || step.tokens.len() == 1);
         prop_assert!(!step.tokens.is_empty());
+        prop_assert!(!step.preempted.contains(&0) && step.preempted.is_sorted());
+        let stay = running - step.preempted.len();
+        prop_assert!(step.out_of_memory.is_some() || step.tokens.len() >= stay);
+        prop_assert!(step.preempted.is_empty() || step.tokens.len() <= stay, "nobody is let in while some give way");
+        // Who holds nothing gives way for nothing.
+        let holds = |e: &Entry| e.own != Bytes::default() || e.shared != Bytes::default();
+        prop_assert!(step.preempted.iter().all(|place| holds(&queue[*place])));
         prop_assert!(step.out_of_memory.is_some() || step.tokens[0] > 0);
     }
 }

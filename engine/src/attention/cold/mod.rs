@@ -7,4 +7,4 @@ mod retrieval;
 mod segment;
 
 pub(crate) use retrieval::{ColdStats, attend_cold};
-pub(crate) use segment::{Segment, SegmentRows, SegmentSource};
+pub(crate) use segment::{MakeIndex, Segment, SegmentRows, SegmentSource, make_index};

@@ -4,14 +4,15 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ann_index::{IndexParams, KeyIndex, KeyPrecision};
+use ann_index::{IndexError, IndexParams, KeyIndex, KeyPrecision};
 use half::bf16;
+use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{EngineError, Result};
 use crate::kv::dense::DenseKv;
 use crate::kv::{KvDtype, KvShape};
 
-/// Immutable once built, so that sequences which forked from one context share it.
+/// Immutable once built.
 pub(crate) struct Segment {
     positions: Range<usize>,
     /// `[layers][kv_heads]`
@@ -62,14 +63,27 @@ pub(crate) struct SegmentSource {
     pub(crate) dense: SegmentRows,
     pub(crate) tokens: Range<usize>,
     pub(crate) params: IndexParams,
+    pub(crate) make: MakeIndex,
+}
+
+/// Builds an index over keys `[n, dim]`: [`make_index`], or in tests one that fails.
+pub(crate) type MakeIndex = fn(usize, &[f32], &IndexParams) -> std::result::Result<Box<dyn KeyIndex>, IndexError>;
+
+/// Of `ann-index`, without queries to shape it after: which there are is not known before the answer.
+pub(crate) fn make_index(
+    dim: usize,
+    keys: &[f32],
+    params: &IndexParams,
+) -> std::result::Result<Box<dyn KeyIndex>, IndexError> {
+    ann_index::build(dim, keys, &[], params)
 }
 
 /// Where the tokens' keys (rotated) and values are read from.
 pub(crate) enum SegmentRows {
     /// One run a layer, which holds the tokens.
     Dense(Vec<DenseKv>),
-    /// `[layers]` of keys and values, each `[tokens, kv_heads, head_dim]`: exactly the tokens.
-    Read(Vec<(Vec<f32>, Vec<f32>)>),
+    /// `[layers]` of keys and values, each `[tokens, kv_heads, head_dim]` in the KV format: exactly the tokens.
+    Read(Vec<(Vec<u8>, Vec<u8>)>),
 }
 
 impl SegmentRows {
@@ -78,12 +92,10 @@ impl SegmentRows {
         match self {
             SegmentRows::Dense(runs) => runs[layer].rows(head, tokens),
             SegmentRows::Read(layers) => {
-                let dim = shape.head_dim;
-                let part = |rows: &[f32]| {
-                    rows.chunks_exact(shape.width())
-                        .flat_map(|row| &row[head * dim..(head + 1) * dim])
-                        .copied()
-                        .collect()
+                let (size, dim) = (shape.dtype.size(), shape.head_dim * shape.dtype.size());
+                let part = |rows: &[u8]| {
+                    let rows = rows.chunks_exact(shape.width() * size);
+                    rows.flat_map(|row| shape.dtype.decode(&row[head * dim..(head + 1) * dim])).collect()
                 };
                 (part(&layers[layer].0), part(&layers[layer].1))
             }
@@ -92,12 +104,20 @@ impl SegmentRows {
 }
 
 impl SegmentSource {
-    /// Builds the indexes, all layers and heads, on this thread (an index may use more of its own).
-    pub(crate) fn build(&self) -> Result<Segment> {
+    /// Builds the indexes, all layers and heads, on the threads of the caller's rayon pool: each index on one of them.
+    ///
+    /// # Errors
+    /// [`EngineError::Cancelled`] once `wanted` says no, which is asked before each index.
+    pub(crate) fn build(&self, wanted: &(dyn Fn() -> bool + Sync)) -> Result<Segment> {
         let begun = Instant::now();
-        let layers = (0..self.shape.layers)
-            .map(|layer| (0..self.shape.kv_heads).map(|head| self.build_head(layer, head)).collect())
-            .collect::<Result<Vec<Vec<SegmentHead>>>>()?;
+        let heads = self.shape.kv_heads;
+        let build = |i: usize| match wanted() {
+            true => self.build_head(i / heads, i % heads),
+            false => Err(EngineError::Cancelled),
+        };
+        let all = (0..self.shape.layers * heads).into_par_iter().map(build).collect::<Result<Vec<SegmentHead>>>()?;
+        let mut all = all.into_iter();
+        let layers = (0..self.shape.layers).map(|_| all.by_ref().take(heads).collect()).collect();
         let start = self.absorbed.first().map_or(self.tokens.start, |s| s.positions.start);
         Ok(Segment { positions: start..self.tokens.end, layers, build_seconds: begun.elapsed().as_secs_f64() })
     }
@@ -116,7 +136,7 @@ impl SegmentSource {
             KvDtype::Bf16 => KeyPrecision::Bf16,
         };
         let params = IndexParams { precision, ..self.params.clone() };
-        let index = ann_index::build(dim, &keys, &[], &params)?;
+        let index = (self.make)(dim, &keys, &params)?;
         let values = match self.shape.dtype {
             KvDtype::F32 => Values::F32(values),
             KvDtype::Bf16 => Values::Bf16(values.iter().map(|x| bf16::from_f32(*x)).collect()),

@@ -3,6 +3,7 @@
 //! A decode step is some forty regions of a few microseconds each. Workers therefore spin for
 //! a moment before they sleep, and the caller never waits for a worker that has not yet joined.
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +24,8 @@ struct Shared {
     tasks: AtomicUsize,
     next: AtomicUsize,
     finished: AtomicU64,
-    panicked: AtomicBool,
+    /// The first panic of a task on a worker, for the caller.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
     asleep: AtomicUsize,
 }
@@ -38,6 +40,9 @@ pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<(JoinHandle<()>, Thread)>,
     caller: Mutex<()>,
+    /// Regions from now on to the one whose tasks panic; 0: none does.
+    #[cfg(test)]
+    pub(crate) trip: AtomicUsize,
 }
 
 impl Pool {
@@ -49,7 +54,7 @@ impl Pool {
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
             finished: AtomicU64::new(0),
-            panicked: AtomicBool::new(false),
+            panic: Mutex::new(None),
             stop: AtomicBool::new(false),
             asleep: AtomicUsize::new(0),
         });
@@ -62,7 +67,13 @@ impl Pool {
                 Some((handle, thread))
             })
             .collect();
-        Pool { shared, workers, caller: Mutex::new(()) }
+        Pool {
+            shared,
+            workers,
+            caller: Mutex::new(()),
+            #[cfg(test)]
+            trip: AtomicUsize::new(0),
+        }
     }
 
     /// Threads that take part, the caller's included.
@@ -73,6 +84,13 @@ impl Pool {
     /// Runs `task(0..tasks)` on all threads and returns when all are done. A panic in a task is raised
     /// again here. Must not be called from inside a task.
     pub(crate) fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        #[cfg(test)]
+        let tripped = self.trip.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) == Ok(1);
+        #[cfg(test)]
+        let task = |i| {
+            assert!(!tripped, "tripped over task {i}");
+            task(i);
+        };
         if tasks <= 1 || self.workers.is_empty() {
             (0..tasks).for_each(task);
             return;
@@ -102,11 +120,10 @@ impl Pool {
                 std::thread::yield_now();
             }
         }
-        let theirs = s.panicked.swap(false, Ordering::Relaxed);
-        if let Err(panic) = mine {
+        let theirs = s.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = mine.err().or(theirs) {
             resume_unwind(panic);
         }
-        assert!(!theirs, "a task of a parallel region panicked; its message is above");
     }
 
     /// Splits `0..n` into at most `parts` even ranges and runs them as tasks.
@@ -145,8 +162,8 @@ fn work(s: &Shared) {
         let Some(job) = *s.job.lock().unwrap_or_else(PoisonError::into_inner) else { continue };
         // SAFETY: this thread has joined the region, so `run` keeps the closure alive.
         let task = unsafe { &*job.0 };
-        if catch_unwind(AssertUnwindSafe(|| take_tasks(s, task))).is_err() {
-            s.panicked.store(true, Ordering::Relaxed);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| take_tasks(s, task))) {
+            s.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
         s.finished.fetch_add(1, Ordering::Release);
     }
@@ -244,8 +261,15 @@ mod tests {
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
         let pool = Pool::new(3);
-        let caught = catch_unwind(AssertUnwindSafe(|| pool.run(64, |i| assert!(i != 40, "forty"))));
-        assert!(caught.is_err());
+        for round in 0..200 {
+            let panics = |i: usize| match round % 3 {
+                0 => assert!(i != 40, "forty"),
+                1 => assert!(i != 0, "forty"),
+                _ => panic!("forty"),
+            };
+            let caught = catch_unwind(AssertUnwindSafe(|| pool.run(64, panics)));
+            assert_eq!(crate::unwind::message(&*caught.unwrap_err()), "forty", "whichever thread it was on");
+        }
         let sum = AtomicUsize::new(0);
         pool.run(100, |i| {
             sum.fetch_add(i, Ordering::Relaxed);
