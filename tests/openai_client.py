@@ -91,7 +91,7 @@ def decoding():
     for more in (
         {"blend": "full-recompute"},
         {"strategy": "retrieval", "window": 64, "k": 4096, "ef": 4096, "index": "flat"},
-        {"strategy": "retrieval", "window": 64, "k": 4096, "index": "hnsw", "wait_for_index": True},
+        {"strategy": "retrieval", "window": 64, "k": 4096, "index": "hnsw"},
         {"ratio": 1.0},
     ):
         body = {"quire": quire["quire"] | more}

@@ -160,7 +160,7 @@ settings! {
         mixed_prefill_tokens: usize = 112, "112";
         /// Tokens of one prompt that a step reads at most
         prefill_chunk: usize = 512, "512";
-        /// Bytes of KV in memory over all running requests and the prefix cache; 0: half of the memory
+        /// Bytes of KV in memory over all running requests and the prefix cache; 0: most of what weights leave
         kv_budget_bytes: u64 = 0, "0";
         /// Share the KV of prompts without documents that begin alike: true or false
         prefix_cache: bool = true, "true";
@@ -200,8 +200,6 @@ settings! {
         ef: usize = 256, "256";
         /// Index over cold keys: flat, hnsw, graph, clusters, or ivf where it is built in
         index: Named<IndexKind> = Named(IndexKind::Flat), "flat";
-        /// Wait for an index instead of attending its tokens exactly meanwhile: true or false
-        wait_for_index: bool = false, "false";
     }
     "Blending" {
         /// What becomes of cached chunks: cacheblend, reuse or full-recompute
@@ -435,7 +433,6 @@ impl Settings {
             k: self.k,
             ef: self.ef,
             index: self.index.0,
-            wait_for_index: self.wait_for_index,
         }
     }
 
@@ -480,6 +477,7 @@ impl Settings {
             kv_budget_bytes: self.kv_budget_bytes,
             prefix_cache: self.prefix_cache,
             queue: self.queue,
+            wait_for_index: false,
         })
     }
 

@@ -133,6 +133,25 @@ fn a_closed_connection_cancels_its_work() {
 }
 
 #[test]
+fn a_stream_that_fails_ends_with_its_error_and_done() {
+    let dir = ingested();
+    // Three pages of 256 tokens: enough for prompt and answer, and not for the keys that an index holds beside them.
+    let server = Server::start(&dir.path().join("data"), &["--kv-budget-bytes", "3145728"]);
+    let body = json!({"model": "reference", "messages": [{"role": "user", "content": "the sea ".repeat(190)}],
+                      "max_tokens": 330, "ignore_eos": true, "stream": true,
+                      "quire": {"strategy": "retrieval", "window": 32}});
+    let text = server.chat(&body).text();
+    let events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    let [.., failed, done] = events[..] else { panic!("{text}") };
+    let failed: Value = serde_json::from_str(failed).unwrap();
+    assert_eq!((&failed["error"]["code"], done), (&json!("context_length_exceeded"), "[DONE]"), "{text}");
+    assert!(!text.contains("\"finish_reason\":\"length\""), "{text}");
+    // It has failed alone.
+    let body = json!({"model": "reference", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 1});
+    assert_eq!(server.chat(&body).status, 200);
+}
+
+#[test]
 fn a_full_queue_says_when_to_come_back() {
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--max-sequences", "1", "--queue", "1"]);

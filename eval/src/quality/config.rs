@@ -79,8 +79,6 @@ pub(super) fn chosen(options: &QualityOptions) -> Vec<Config> {
                 k: options.k,
                 ef: options.ef,
                 index,
-                // What is measured is the index, not how soon it is ready.
-                wait_for_index: true,
             },
         })
         .collect()
@@ -108,7 +106,6 @@ mod tests {
                 assert_eq!(settings.mode, BlendMode::CacheBlend);
                 assert_eq!(format!("{:.0}", settings.ratio * 100.0), percent);
             }
-            assert!(config.attention.wait_for_index);
         }
     }
 }

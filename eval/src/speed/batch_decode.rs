@@ -301,7 +301,6 @@ impl Case<'_> {
             request.ignore_eos = true;
             request.sampling = self.options.sampling.clone();
             request.attention.strategy = self.strategy;
-            request.attention.wait_for_index = true;
             streams.submit(self.engine, request)?;
         }
         streams.take_until(None, |tracks| begun(tracks) || tracks.iter().any(Track::ended))?;

@@ -125,7 +125,6 @@ impl Bench<'_> {
         let mut request = Request::new(Prompt::plain(tokens.to_vec()), self.options.decode_tokens);
         request.ignore_eos = true;
         request.attention.strategy = strategy;
-        request.attention.wait_for_index = true;
         ask(self.engine, request)
     }
 

@@ -118,7 +118,8 @@ enum Kind {
 /// On the CPU, as the transformers beside it are.
 fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<()> {
     // The same prompt is read again and again, and reading it is what is timed.
-    let config = EngineConfig { device: DeviceChoice::Cpu, prefix_cache: false, ..settings.engine()? };
+    let config =
+        EngineConfig { device: DeviceChoice::Cpu, prefix_cache: false, wait_for_index: true, ..settings.engine()? };
     let options = SpeedOptions {
         lengths: args.lengths,
         repeats: args.repeats,

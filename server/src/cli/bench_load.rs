@@ -25,6 +25,7 @@ fn engine_for(settings: &Settings, requests: usize) -> Result<EngineConfig> {
 pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> Result<()> {
     let speed = args.speed;
     let config = engine_for(settings, args.batch.iter().copied().max().unwrap_or(1))?;
+    let config = EngineConfig { wait_for_index: true, ..config };
     let options = BatchDecodeOptions {
         lengths: speed.lengths,
         length_name: args.length_name,

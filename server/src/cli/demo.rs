@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ann_index::IndexKind;
-use engine::{AttentionConfig, BlendConfig, BlendMode, Strategy};
+use engine::{AttentionConfig, BlendConfig, BlendMode, EngineConfig, Strategy};
 use serde::{Deserialize, Serialize};
 
 use super::answer_view;
@@ -56,7 +56,8 @@ pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> R
     };
     let example = demonstration(&folder)?;
     let spinner = out.spinner("loading the model");
-    let service = Service::open(settings)?;
+    // What is shown is what an index reads, not how soon it is ready.
+    let service = Service::open_with(settings, EngineConfig { wait_for_index: true, ..settings.engine()? })?;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
@@ -105,7 +106,6 @@ fn service_report(
         k: 64,
         ef: 64,
         index: IndexKind::Clusters,
-        wait_for_index: true,
     };
     let retrieval = ask(service, &asked(retrieval))?;
     if let Some(spinner) = spinner {

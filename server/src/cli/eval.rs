@@ -1,6 +1,6 @@
 //! `quire eval`: the quality tasks, from the command line to their options.
 
-use engine::Engine;
+use engine::{Engine, EngineConfig};
 use eval::{Output, Progress, QualityOptions, run_quality};
 use indicatif::ProgressBar;
 
@@ -27,7 +27,8 @@ pub(super) fn run(settings: &Settings, args: EvalArgs, out: &Out) -> Result<()> 
         answers: args.answers,
         output: output(&args.records)?,
     };
-    let engine = Engine::load(settings.engine()?)?;
+    // What is measured is the index, not how soon it is ready.
+    let engine = Engine::load(EngineConfig { wait_for_index: true, ..settings.engine()? })?;
     let report = with_progress(out, |progress| Ok(run_quality(&engine, &options, progress)?))?;
     engine.shutdown();
     if out.json {

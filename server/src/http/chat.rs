@@ -183,9 +183,15 @@ impl Streaming {
                 self.state = if self.include_usage { Step::Usage(answer) } else { Step::Done };
                 Some(self.event(chunk))
             }
-            Some(Err(error)) => Some(Event::default().data(ApiError::from(&error).body_value().to_string())),
-            None => None,
+            Some(Err(error)) => Some(self.failure(&error)),
+            None => Some(self.failure(&QuireError::Internal("the engine ended an answer without saying so".into()))),
         }
+    }
+
+    /// An error, behind which only the end comes.
+    fn failure(&mut self, error: &QuireError) -> Event {
+        self.state = Step::Done;
+        Event::default().data(ApiError::from(error).body_value().to_string())
     }
 
     /// With `include_usage`, every chunk but the last has a `usage` of null.

@@ -118,7 +118,6 @@ impl ChatRequest {
                 "k" => attention.k = size(&name, value, 1)?,
                 "ef" => attention.ef = size(&name, value, 1)?,
                 "index" => attention.index = named(&name, value)?,
-                "wait_for_index" => attention.wait_for_index = boolean(&name, value)?,
                 "blend" => blend.mode = named(&name, value)?,
                 "ratio" => {
                     blend.ratio = number(&name, value)?;
@@ -145,7 +144,7 @@ impl ChatRequest {
 }
 
 const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, strategy, sinks, window, k, ef, index, \
-                            wait_for_index, blend, ratio and check_layer";
+                            blend, ratio and check_layer";
 
 fn invalid(param: &str, problem: String) -> QuireError {
     QuireError::InvalidParameter { param: param.into(), problem }

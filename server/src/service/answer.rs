@@ -279,6 +279,9 @@ impl Tally {
         };
         self.stats.total_seconds = self.started.elapsed().as_secs_f64();
         self.end(&finished.usage, &finished.decode);
+        if finished.decode.index_failures > 0 {
+            self.notes.push("an index over cold keys could not be built: they were attended exactly".into());
+        }
         self.metrics.finished(reason, &finished.usage, &finished.decode, self.stats.total_seconds);
         Answer {
             citations: cite(&self.context, &self.text),

@@ -15,7 +15,7 @@ pub use ingest::{DocumentState, IngestEvent, IngestReport};
 
 use std::path::Path;
 
-use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, Prompt, Request, SamplingParams};
+use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
 
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
@@ -86,7 +86,14 @@ impl Service {
     /// # Errors
     /// Everything that can be wrong with the model, the data folder or the store, each named.
     pub fn open(settings: &Settings) -> Result<Service> {
-        let config = settings.engine()?;
+        Service::open_with(settings, settings.engine()?)
+    }
+
+    /// As [`open`](Self::open), with an engine as `config` says.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(settings: &Settings, config: EngineConfig) -> Result<Service> {
         check_writable(&settings.data_dir)?;
         let model = settings.served_name(&config.model_dir);
         let engine = Engine::load(config)?;
