@@ -349,15 +349,16 @@ impl Runner {
 
     /// What left the windows of those that run finds its place, so that what they hold is what is counted.
     fn settle(&self, queue: &mut Queue) {
-        for place in 0..queue.running {
-            // What others of them have just begun counts.
-            let room = match self.model.device() {
-                Some(_) => self.limits.budget.minus(queue.used(self.limits.page_bytes)).host,
-                None => 0,
-            };
-            let sequence = &mut queue.sequences[place];
+        // On a GPU, what is free of the host's memory; what one of them begins to take is not there for the next.
+        let on_gpu = self.model.device().is_some();
+        let mut room = if on_gpu { self.limits.budget.minus(queue.used(self.limits.page_bytes)).host } else { 0 };
+        for sequence in &mut queue.sequences[..queue.running] {
+            let before = sequence.private_bytes(Bytes::default()).host;
             let settled = self.watched(sequence.settle(&mut queue.cache, &self.model, room));
             settled.unwrap_or_else(|error| sequence.fail(error));
+            if on_gpu {
+                room = (room + before).saturating_sub(sequence.private_bytes(Bytes::default()).host);
+            }
         }
     }
 

@@ -1,7 +1,9 @@
 //! The engine's chunks in the chunk store.
 //!
 //! The engine describes KV in memory, the store on disk; neither knows the other. Their shapes meet here, in one
-//! conversion. A damaged chunk is counted and logged, never served: the engine computes it within the prompt, and the
+//! conversion. A chunk's key holds all that its numbers depend on: beside model, texts and formats how exactly they were
+//! computed, in the engine's words ([`Engine::numerics`]): `--fast-prefill` makes other chunks than without, and a build that
+//! computes other numbers finds none of an earlier one, while machines that differ by rounding alone share a store. A damaged chunk is counted and logged, never served: the engine computes it within the prompt, and the
 //! next request that needs it stores it anew.
 
 use std::path::{Path, PathBuf};

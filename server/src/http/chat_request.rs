@@ -324,6 +324,7 @@ mod tests {
             (json!({"response_format": {"type": "json_object"}}), "response_format"),
             (json!({"frobnicate": 1}), "frobnicate"),
             (json!({"quire": {"magic": 1}}), "quire.magic"),
+            (json!({"quire": {"wait_for_index": true}}), "quire.wait_for_index"),
             (json!({"quire": {"strategy": "magic"}}), "quire.strategy"),
             (json!({"quire": {"ratio": 2}}), "quire.ratio"),
             (json!({"quire": {"top_chunks": 1025}}), "quire.top_chunks"),

@@ -18,6 +18,7 @@ pub(crate) struct Segment {
     /// `[layers][kv_heads]`
     layers: Vec<Vec<SegmentHead>>,
     build_seconds: f64,
+    bytes: usize,
 }
 
 /// The tokens of one KV head.
@@ -39,6 +40,14 @@ impl SegmentHead {
             Values::F32(v) => out.iter_mut().zip(&v[range]).for_each(|(o, v)| *o += weight * v),
             Values::Bf16(v) => out.iter_mut().zip(&v[range]).for_each(|(o, v)| *o += weight * v.to_f32()),
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.index.memory_bytes()
+            + match &self.values {
+                Values::F32(v) => v.len() * 4,
+                Values::Bf16(v) => v.len() * 2,
+            }
     }
 
     fn push_rows(&self, dim: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) -> Result<()> {
@@ -117,9 +126,11 @@ impl SegmentSource {
         };
         let all = (0..self.shape.layers * heads).into_par_iter().map(build).collect::<Result<Vec<SegmentHead>>>()?;
         let mut all = all.into_iter();
-        let layers = (0..self.shape.layers).map(|_| all.by_ref().take(heads).collect()).collect();
+        let layers: Vec<Vec<SegmentHead>> =
+            (0..self.shape.layers).map(|_| all.by_ref().take(heads).collect()).collect();
+        let bytes = layers.iter().flatten().map(SegmentHead::bytes).sum();
         let start = self.absorbed.first().map_or(self.tokens.start, |s| s.positions.start);
-        Ok(Segment { positions: start..self.tokens.end, layers, build_seconds: begun.elapsed().as_secs_f64() })
+        Ok(Segment { positions: start..self.tokens.end, layers, build_seconds: begun.elapsed().as_secs_f64(), bytes })
     }
 
     fn build_head(&self, layer: usize, head: usize) -> Result<SegmentHead> {
@@ -160,13 +171,6 @@ impl Segment {
 
     /// Bytes of indexes and values.
     pub(crate) fn bytes(&self) -> usize {
-        let head = |h: &SegmentHead| {
-            h.index.memory_bytes()
-                + match &h.values {
-                    Values::F32(v) => v.len() * 4,
-                    Values::Bf16(v) => v.len() * 2,
-                }
-        };
-        self.layers.iter().flatten().map(head).sum()
+        self.bytes
     }
 }

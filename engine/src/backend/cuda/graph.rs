@@ -147,3 +147,24 @@ impl Drop for Captured {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::EngineError;
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn a_panic_while_a_graph_is_captured_ends_the_capture() {
+        let device = Device::open(0, 1 << 24).unwrap();
+        device.bind().unwrap();
+        let memory = device.upload(&[1u32; 16], "a test").unwrap();
+        let refused = Captured::capture(&device, || panic!("between two launches"));
+        assert!(matches!(refused, Err(EngineError::Panicked { .. })), "{:?}", refused.err());
+        let graph = Captured::capture(&device, || memory.fill(0).map(|()| 1)).unwrap();
+        graph.replay().unwrap();
+        let mut read = [1u32; 16];
+        memory.read(0, &mut read).unwrap();
+        assert_eq!(read, [0; 16]);
+    }
+}
