@@ -15,7 +15,7 @@ const MIB: usize = 1 << 20;
 /// The column families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Family {
-    /// What the store belongs to: one row.
+    /// What the store belongs to, and its byte budget: one row each.
     Meta,
     /// Chunk key -> manifest. A chunk with a row here is visible.
     Manifest,
@@ -86,16 +86,25 @@ pub(crate) enum Mode {
     Salvage,
 }
 
+/// What may be done with an open store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing on disk changes, not a byte and not a time stamp. Others may have the store open.
+    Read,
+    /// Chunks can be stored and removed. One process at a time.
+    Write,
+}
+
 /// An open database.
 pub(crate) struct Backend {
     db: DB,
     path: PathBuf,
 }
 
-fn db_options(mode: Mode) -> Options {
+fn db_options(mode: Mode, access: Access) -> Options {
     let mut options = Options::default();
-    options.create_if_missing(true);
-    options.create_missing_column_families(true);
+    options.create_if_missing(access == Access::Write);
+    options.create_missing_column_families(access == Access::Write);
     options.set_paranoid_checks(mode == Mode::Strict);
     options.set_wal_recovery_mode(match mode {
         Mode::Strict => DBRecoveryMode::TolerateCorruptedTailRecords,
@@ -112,10 +121,10 @@ fn db_options(mode: Mode) -> Options {
 }
 
 impl Backend {
-    /// Opens, creating what is missing. Families of other programs or versions are opened too, so
+    /// Opens, creating what is missing where it may. Families of other programs or versions are opened too, so
     /// that the caller gets to read the identity and can say what it found.
-    pub(crate) fn open(path: &Path, mode: Mode) -> Result<Backend, rocksdb::Error> {
-        let options = db_options(mode);
+    pub(crate) fn open(path: &Path, mode: Mode, access: Access) -> Result<Backend, rocksdb::Error> {
+        let options = db_options(mode, access);
         let mut names: Vec<String> = Family::ALL.map(|f| f.name().to_owned()).to_vec();
         // A fresh directory has no families to list; a damaged one fails again, and better, below.
         for name in DB::list_cf(&options, path).unwrap_or_default() {
@@ -127,8 +136,16 @@ impl Backend {
             let known = Family::ALL.into_iter().find(|f| f.name() == name);
             ColumnFamilyDescriptor::new(name, known.map_or_else(Options::default, Family::options))
         });
-        let db = DB::open_cf_descriptors(&options, path, descriptors)?;
+        let db = match access {
+            Access::Write => DB::open_cf_descriptors(&options, path, descriptors)?,
+            Access::Read => DB::open_cf_descriptors_read_only(&options, path, descriptors, false)?,
+        };
         Ok(Backend { db, path: path.to_path_buf() })
+    }
+
+    /// Removes all files of the database. Needs no space on the disk, and that nobody has it open.
+    pub(crate) fn destroy(path: &Path) -> Result<(), rocksdb::Error> {
+        DB::destroy(&Options::default(), path)
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -44,6 +44,8 @@ pub(crate) struct State {
     pub(crate) damaged: HashMap<ChunkKey, DamagedChunk>,
     pub(crate) busy: HashSet<ChunkKey>,
     pub(crate) pins: HashMap<ChunkKey, usize>,
+    /// Most bytes of visible chunks and those being written.
+    pub(crate) budget: u64,
     /// Bytes of the visible chunks.
     pub(crate) used: u64,
     /// Bytes of the chunks being written.

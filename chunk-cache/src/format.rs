@@ -41,11 +41,19 @@ pub(crate) enum Kind {
     Layer,
     /// When the chunk was last used, and how often.
     Usage,
+    /// How many bytes of keys and values the store may hold.
+    Budget,
 }
 
 impl Kind {
-    const ALL: [(Kind, u8); 5] =
-        [(Kind::Identity, 1), (Kind::Manifest, 2), (Kind::Head, 3), (Kind::Layer, 4), (Kind::Usage, 5)];
+    const ALL: [(Kind, u8); 6] = [
+        (Kind::Identity, 1),
+        (Kind::Manifest, 2),
+        (Kind::Head, 3),
+        (Kind::Layer, 4),
+        (Kind::Usage, 5),
+        (Kind::Budget, 6),
+    ];
 
     fn code(self) -> u8 {
         Kind::ALL.iter().find(|(kind, _)| *kind == self).map_or(0, |(_, code)| *code)

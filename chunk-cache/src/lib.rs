@@ -13,7 +13,8 @@
 //!   manifest that makes it visible, and the manifest before `put` returns.
 //! * **Nothing partial is visible**, at any moment: a payload without a manifest is not there, and is
 //!   swept at the next opening.
-//! * **The byte budget holds.** The least recently used chunks make way, except pinned ones.
+//! * **The byte budget holds**, and the store keeps it. The least recently used chunks make way, except pinned ones,
+//!   and only for a chunk that is stored or a smaller budget that is set: opening and looking change nothing.
 //!
 //! ```
 //! use chunk_cache::{ChunkKey, ChunkStore, KeyInputs, KvDtype, KvShape, LayerKv, PutOutcome, StoreOptions};
@@ -61,6 +62,7 @@ mod store;
 mod tests;
 mod verify;
 
+pub use backend::Access;
 pub use catalogue::{DamagedChunk, PinGuard};
 pub use error::StoreError;
 pub use key::{ChunkKey, KeyInputs, ParseKeyError};

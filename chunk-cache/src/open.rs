@@ -6,15 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Family, HEAD_ROW, Mode, Sync, row_key, split_row_key};
+use crate::backend::{Access, Backend, Family, HEAD_ROW, Mode, Sync, row_key, split_row_key};
 use crate::catalogue::{DamagedChunk, State};
 use crate::error::{Fault, StoreError, classify};
 use crate::format::{FormatError, VERSION};
 use crate::key::ChunkKey;
-use crate::records::{Identity, Manifest, Usage};
+use crate::records::{Budget, Identity, Manifest, Usage};
 use crate::shape::KvShape;
 
 const IDENTITY_ROW: &[u8] = b"identity";
+const BUDGET_ROW: &[u8] = b"budget";
 
 /// What opening a store found and did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -22,14 +23,12 @@ pub struct OpenReport {
     /// Set when the directory was damaged and what could be saved was saved: what RocksDB objected to.
     /// Chunks may be missing; those that are present are whole.
     pub salvaged: Option<String>,
-    /// Payloads without a manifest that were deleted: writes or removals that were cut short.
-    pub orphans_swept: u64,
+    /// Payloads without a manifest: writes or removals that were cut short. Opening for writing deletes them.
+    pub orphans: u64,
     /// Chunks whose manifest or payload is damaged. They count as absent until stored anew.
     pub damaged: Vec<DamagedChunk>,
     /// Parts of the directory that could not be read, in RocksDB's words.
     pub unreadable: Vec<String>,
-    /// Chunks evicted at once because the byte budget is smaller than what the store held.
-    pub evicted: u64,
 }
 
 /// Creates the directory where needed and finds out whether it can be written, before RocksDB does, so
@@ -44,7 +43,7 @@ pub(crate) fn prepare_directory(path: &Path) -> Result<(), StoreError> {
             synced.map_err(fail("cannot sync the directory above"))?;
         }
     }
-    check_contents(path)?;
+    holds_store(path)?;
     // Named by process and turn: two openings at once must not take each other's file away.
     static TURN: AtomicU64 = AtomicU64::new(0);
     let (process, turn) = (std::process::id(), TURN.fetch_add(1, Ordering::Relaxed));
@@ -53,12 +52,12 @@ pub(crate) fn prepare_directory(path: &Path) -> Result<(), StoreError> {
     fs::remove_file(&probe).map_err(fail("cannot write to the directory"))
 }
 
-/// Refuses a directory of something else, and one whose root file is gone: RocksDB would start anew
-/// in both.
-fn check_contents(path: &Path) -> Result<(), StoreError> {
+/// Whether the directory holds a store. Refuses a directory of something else, and one whose root file is gone:
+/// RocksDB would start anew in both.
+pub(crate) fn holds_store(path: &Path) -> Result<bool, StoreError> {
     let fail = |error| StoreError::from_io(error, "cannot list the directory", path);
     if path.join("CURRENT").exists() {
-        return Ok(());
+        return Ok(true);
     }
     for entry in fs::read_dir(path).map_err(fail)? {
         let name = entry.map_err(fail)?.file_name();
@@ -79,19 +78,33 @@ fn check_contents(path: &Path) -> Result<(), StoreError> {
             });
         }
     }
-    Ok(())
+    Ok(false)
+}
+
+/// Whether another process has the store open for writing. Asking leaves no trace.
+pub(crate) fn is_in_use(path: &Path) -> Result<bool, StoreError> {
+    use rustix::process::{Flock, FlockType, fcntl_getlk};
+    let lock = path.join("LOCK");
+    let fail = |error| StoreError::from_io(error, "cannot look at the lock", &lock);
+    let file = match fs::File::open(&lock) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(fail(error)),
+    };
+    let holder = fcntl_getlk(&file, &Flock::from(FlockType::WriteLock)).map_err(|error| fail(error.into()))?;
+    Ok(holder.is_some_and(|lock| lock.typ != FlockType::Unlocked))
 }
 
 /// Opens the database, saving what can be saved when it is damaged.
-pub(crate) fn open_backend(path: &Path) -> Result<(Backend, Option<String>), StoreError> {
-    let first = match Backend::open(path, Mode::Strict) {
+pub(crate) fn open_backend(path: &Path, access: Access) -> Result<(Backend, Option<String>), StoreError> {
+    let first = match Backend::open(path, Mode::Strict, access) {
         Ok(backend) => return Ok((backend, None)),
         Err(error) => error,
     };
     if classify(&first.kind(), first.as_ref()) != Fault::Damage {
         return Err(StoreError::from_rocksdb(first, "opening", path));
     }
-    match Backend::open(path, Mode::Salvage) {
+    match Backend::open(path, Mode::Salvage, access) {
         Ok(backend) => {
             let detail = first.to_string();
             tracing::warn!(path = %path.display(), detail, "damaged chunk store: kept what is readable");
@@ -101,26 +114,50 @@ pub(crate) fn open_backend(path: &Path) -> Result<(Backend, Option<String>), Sto
     }
 }
 
-/// Compares the store's identity with the wanted one; a fresh store gets it.
-pub(crate) fn check_identity(backend: &Backend, wanted: &Identity) -> Result<(), StoreError> {
+/// What the store says that it belongs to; `None` for a fresh one.
+pub(crate) fn read_identity(backend: &Backend) -> Result<Option<Identity>, StoreError> {
     let path = backend.path();
     let row = backend.get(Family::Meta, IDENTITY_ROW).map_err(backend.fail("reading the store's identity"))?;
     let Some(row) = row else {
-        return write_identity(backend, wanted);
+        refuse_nameless_chunks(backend)?;
+        return Ok(None);
     };
     let found = Identity::decode(&row).map_err(|error| match error.newer {
         Some(found) => StoreError::NewerFormat { found, supported: VERSION, path: path.to_path_buf() },
         None => damaged_identity(path, &error),
     })?;
+    Ok(Some(found))
+}
+
+/// Compares what a store belongs to with what is wanted.
+pub(crate) fn check_identity(path: &Path, found: &Identity, wanted: &Identity) -> Result<(), StoreError> {
     let foreign =
         |what, expected, found| Err(StoreError::ForeignStore { what, expected, found, path: path.to_path_buf() });
     if found.model != wanted.model {
-        return foreign("model", describe(wanted), describe(&found));
+        return foreign("model", describe(wanted), describe(found));
     }
     if found.shape != wanted.shape {
         return foreign("KV layout", wanted.shape.to_string(), found.shape.to_string());
     }
     Ok(())
+}
+
+/// The budget that the store keeps; `None` if it has none, or none that can be read.
+pub(crate) fn read_budget(backend: &Backend, shape: &KvShape) -> Result<Option<u64>, StoreError> {
+    let row = backend.get(Family::Meta, BUDGET_ROW).map_err(backend.fail("reading the byte budget"))?;
+    match row.map(|row| Budget::decode(&row, shape)) {
+        Some(Ok(budget)) => Ok(Some(budget.0)),
+        Some(Err(error)) => {
+            tracing::warn!(expected = error.expected, found = error.found, "the byte budget of the store is damaged");
+            Ok(None)
+        }
+        None => Ok(None),
+    }
+}
+
+pub(crate) fn write_budget(backend: &Backend, shape: &KvShape, budget: u64) -> Result<(), StoreError> {
+    let row = Budget(budget).encode(shape);
+    backend.put(Family::Meta, BUDGET_ROW, &row, Sync::Now).map_err(backend.fail("writing the byte budget"))
 }
 
 fn damaged_identity(path: &Path, error: &FormatError) -> StoreError {
@@ -136,7 +173,7 @@ fn describe(identity: &Identity) -> String {
     format!("{name} ({a:02x}{b:02x}{c:02x}{d:02x})")
 }
 
-fn write_identity(backend: &Backend, identity: &Identity) -> Result<(), StoreError> {
+fn refuse_nameless_chunks(backend: &Backend) -> Result<(), StoreError> {
     for family in [Family::Manifest, Family::Kv, Family::Usage] {
         let mut rows = backend.scan(family);
         rows.seek_to_first();
@@ -147,23 +184,32 @@ fn write_identity(backend: &Backend, identity: &Identity) -> Result<(), StoreErr
             });
         }
     }
+    Ok(())
+}
+
+pub(crate) fn write_identity(backend: &Backend, identity: &Identity) -> Result<(), StoreError> {
     let fail = backend.fail("writing the store's identity");
     backend.put(Family::Meta, IDENTITY_ROW, &identity.encode(), Sync::Now).map_err(&fail)?;
     // In a table file it is out of the way of whatever happens to the log.
     backend.flush(Family::Meta).map_err(&fail)
 }
 
-/// Reads manifests and usage, and sweeps what no manifest claims.
-pub(crate) fn recover(backend: &Backend, shape: &KvShape, report: &mut OpenReport) -> Result<State, StoreError> {
+/// Reads manifests and usage, and sweeps what no manifest claims where it may.
+pub(crate) fn recover(
+    backend: &Backend,
+    shape: &KvShape,
+    access: Access,
+    report: &mut OpenReport,
+) -> Result<State, StoreError> {
     let mut found = Manifests::default();
     let complete = read_manifests(backend, shape, &mut found, report);
     let orphans = walk_payloads(backend, shape, &mut found, complete, report);
-    if !orphans.is_empty() {
+    report.orphans = orphans.len() as u64;
+    if !orphans.is_empty() && access == Access::Write {
         let rows = orphans.iter().flat_map(|key| payload_rows(key, shape));
         backend.delete(rows, Sync::Later).map_err(backend.fail("sweeping unfinished writes"))?;
-        report.orphans_swept = orphans.len() as u64;
     }
-    let mut usage = read_usage(backend, shape, &found, report)?;
+    let mut usage = read_usage(backend, shape, &found, access, report)?;
     let mut state = State::default();
     for (key, manifest) in found.whole {
         let usage = usage
@@ -276,11 +322,12 @@ fn walk_payloads(
     orphans
 }
 
-/// Reads when chunks were used, and deletes rows of chunks that are gone.
+/// Reads when chunks were used, and deletes rows of chunks that are gone where it may.
 fn read_usage(
     backend: &Backend,
     shape: &KvShape,
     found: &Manifests,
+    access: Access,
     report: &mut OpenReport,
 ) -> Result<HashMap<ChunkKey, Usage>, StoreError> {
     let mut usage = HashMap::new();
@@ -300,7 +347,7 @@ fn read_usage(
     }
     finish_scan(rows.status(), "usage", report);
     drop(rows);
-    if !stale.is_empty() {
+    if !stale.is_empty() && access == Access::Write {
         backend.delete(stale, Sync::Later).map_err(backend.fail("sweeping usage records"))?;
     }
     Ok(usage)

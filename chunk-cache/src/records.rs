@@ -1,4 +1,4 @@
-//! The payloads of the small values: identity, manifest, usage.
+//! The payloads of the small values: identity, budget, manifest, usage.
 
 use crate::format::{self, FormatError, Header, Kind, Reader};
 use crate::key::ChunkKey;
@@ -33,6 +33,25 @@ impl Identity {
             shape: value.header.shape,
         })
     }
+}
+
+/// Bytes of keys and values that a store may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Budget(pub(crate) u64);
+
+impl Budget {
+    pub(crate) fn encode(self, shape: &KvShape) -> Vec<u8> {
+        format::encode(&budget_header(shape), &[&self.0.to_le_bytes()])
+    }
+
+    pub(crate) fn decode(bytes: &[u8], shape: &KvShape) -> Result<Budget, FormatError> {
+        let value = format::decode_as(bytes, &budget_header(shape))?;
+        Ok(Budget(Reader { rest: value.payload }.u64()?))
+    }
+}
+
+fn budget_header(shape: &KvShape) -> Header {
+    Header { kind: Kind::Budget, key: NO_KEY, layer: 0, shape: *shape, tokens: 0 }
 }
 
 /// Length and checksum of one layer's payload (keys, then values).
@@ -153,16 +172,18 @@ mod tests {
             prop_assert_eq!(Identity::decode(&identity.encode()).unwrap(), identity);
             let usage = Usage { last_used_micros: last, hits };
             prop_assert_eq!(Usage::decode(&usage.encode(&KEY, &SHAPE), &KEY, &SHAPE).unwrap(), usage);
+            prop_assert_eq!(Budget::decode(&Budget(hits).encode(&SHAPE), &SHAPE).unwrap(), Budget(hits));
         }
 
         #[test]
-        fn any_bytes_behind_a_right_header_are_survived(payload: Vec<u8>, tokens: u32, kind in 0..3u8) {
-            let kind = [Kind::Manifest, Kind::Usage, Kind::Identity][usize::from(kind)];
+        fn any_bytes_behind_a_right_header_are_survived(payload: Vec<u8>, tokens: u32, kind in 0..4u8) {
+            let kind = [Kind::Manifest, Kind::Usage, Kind::Identity, Kind::Budget][usize::from(kind)];
             let header = Header { kind, key: KEY, layer: 0, shape: SHAPE, tokens };
             let bytes = format::encode(&header, &[&payload]);
             let _ = Manifest::decode(&bytes, &KEY, &SHAPE);
             let _ = Usage::decode(&bytes, &KEY, &SHAPE);
             let _ = Identity::decode(&bytes);
+            let _ = Budget::decode(&bytes, &SHAPE);
         }
     }
 

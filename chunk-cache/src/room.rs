@@ -11,9 +11,9 @@ impl ChunkStore {
     /// Reserves room for a chunk and takes from view whatever must make way. `None`: it is there
     /// already.
     pub(crate) fn claim_room(&self, key: &ChunkKey, needed: u64) -> Result<Option<Room<'_>>, StoreError> {
-        let budget = self.budget;
         let mut state = self.catalogue.lock_when_idle(key);
         let victims = loop {
+            let budget = state.budget;
             if state.entries.contains_key(key) {
                 return Ok(None);
             }
@@ -49,7 +49,7 @@ impl ChunkStore {
 
     pub(crate) fn shrink_to_budget(&self) -> Result<(), StoreError> {
         let mut state = self.catalogue.lock();
-        let Plan::Evict(victims) = state.plan(0, self.budget) else {
+        let Plan::Evict(victims) = state.plan(0, state.budget) else {
             return Ok(());
         };
         if victims.is_empty() {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::backend::{Backend, Family};
+use crate::backend::{Access, Backend, Family};
 use crate::catalogue::{Catalogue, DamagedChunk, Entry, PinGuard};
 use crate::error::StoreError;
 use crate::format::FormatError;
@@ -14,11 +14,12 @@ use crate::records::{Identity, Usage};
 use crate::room::Taken;
 use crate::shape::{KvShape, LayerKv};
 
-/// What a store is for. All of it is fixed while the store is open.
+/// What a store is for.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Most bytes of keys and values to keep; least recently used chunks make way. The disk holds
-    /// somewhat more: headers, and deleted payloads until they are compacted away.
+    /// Most bytes of keys and values that a new store may hold; least recently used chunks make way. The disk
+    /// holds somewhat more: headers, and deleted payloads until they are compacted away. A store that exists
+    /// keeps the budget that it has, until [`set_budget`](ChunkStore::set_budget) changes it.
     pub byte_budget: u64,
     /// Fingerprint of the model whose state is stored.
     pub model_identity: [u8; 32],
@@ -93,13 +94,15 @@ pub struct ChunkStore {
     pub(crate) backend: Backend,
     pub(crate) shape: KvShape,
     pub(crate) catalogue: Arc<Catalogue>,
-    pub(crate) budget: u64,
+    identity: Identity,
+    access: Access,
     report: OpenReport,
 }
 
 impl ChunkStore {
     /// Opens the store in the directory `path`, creating it where needed. Unfinished writes of a
-    /// process that died are swept; [`open_report`](Self::open_report) tells what was found.
+    /// process that died are swept; [`open_report`](Self::open_report) tells what was found. No chunk
+    /// makes way for being opened.
     ///
     /// # Errors
     /// [`StoreError::ForeignStore`] when the directory belongs to another model, layout or program,
@@ -108,21 +111,141 @@ impl ChunkStore {
     /// [`Damaged`](StoreError::Damaged) when nothing can be saved.
     pub fn open(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
         open::prepare_directory(path)?;
-        let (backend, salvaged) = open::open_backend(path)?;
-        let identity = Identity { model: options.model_identity, model_name: options.model_name, shape: options.shape };
-        open::check_identity(&backend, &identity)?;
-        let mut report = OpenReport { salvaged, ..OpenReport::default() };
-        let state = open::recover(&backend, &options.shape, &mut report)?;
-        let mut store = ChunkStore {
-            backend,
-            shape: options.shape,
-            catalogue: Arc::new(Catalogue::new(state)),
-            budget: options.byte_budget,
-            report,
+        let (backend, salvaged) = open::open_backend(path, Access::Write)?;
+        let wanted = Identity { model: options.model_identity, model_name: options.model_name, shape: options.shape };
+        let identity = match open::read_identity(&backend)? {
+            Some(found) => {
+                open::check_identity(path, &found, &wanted)?;
+                found
+            }
+            None => {
+                open::write_identity(&backend, &wanted)?;
+                wanted
+            }
         };
-        store.shrink_to_budget()?;
-        store.report.evicted = store.catalogue.lock().evicted;
-        Ok(store)
+        ChunkStore::with_backend(backend, identity, Access::Write, salvaged, options.byte_budget)
+    }
+
+    /// Opens the store that the directory `path` holds, whichever model it belongs to; `None` if there is
+    /// none. A store from before budgets were kept is taken to have `unknown_budget`.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open). With [`Access::Read`] the directory need not be writable, and may be
+    /// in use.
+    pub fn open_existing(path: &Path, access: Access, unknown_budget: u64) -> Result<Option<ChunkStore>, StoreError> {
+        if !path.exists() || !open::holds_store(path)? {
+            return Ok(None);
+        }
+        if access == Access::Write {
+            open::prepare_directory(path)?;
+        }
+        let (backend, salvaged) = open::open_backend(path, access)?;
+        let Some(identity) = open::read_identity(&backend)? else { return Ok(None) };
+        ChunkStore::with_backend(backend, identity, access, salvaged, unknown_budget).map(Some)
+    }
+
+    fn with_backend(
+        backend: Backend,
+        identity: Identity,
+        access: Access,
+        salvaged: Option<String>,
+        unknown_budget: u64,
+    ) -> Result<ChunkStore, StoreError> {
+        let shape = identity.shape;
+        let mut report = OpenReport { salvaged, ..OpenReport::default() };
+        let mut state = open::recover(&backend, &shape, access, &mut report)?;
+        state.budget = match open::read_budget(&backend, &shape)? {
+            Some(budget) => budget,
+            None if access == Access::Write => {
+                open::write_budget(&backend, &shape, unknown_budget)?;
+                unknown_budget
+            }
+            None => unknown_budget,
+        };
+        Ok(ChunkStore { backend, shape, catalogue: Arc::new(Catalogue::new(state)), identity, access, report })
+    }
+
+    /// Whether another process has the store at `path` open for writing. Who reads meanwhile sees a moment of it, and may
+    /// find files gone.
+    ///
+    /// # Errors
+    /// Those of the lock's file.
+    pub fn is_in_use(path: &Path) -> Result<bool, StoreError> {
+        open::is_in_use(path)
+    }
+
+    /// Removes all chunks at once, by removing the files: it needs no space on the disk, and works for a
+    /// store of any model and for a damaged one. The emptied store keeps its identity and budget where
+    /// there is room to write them. Returns how many chunks there were, as far as could be read.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] while another has the store open, [`ForeignStore`](StoreError::ForeignStore) for a
+    /// directory of another program, and whatever keeps files from being removed.
+    pub fn clear(path: &Path) -> Result<u64, StoreError> {
+        match open::holds_store(path) {
+            Ok(_) | Err(StoreError::Damaged { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let known = ChunkStore::open_existing(path, Access::Read, 0).ok().flatten().map(|store| {
+            let state = store.catalogue.lock();
+            (store.identity.clone(), state.budget, state.entries.len() as u64)
+        });
+        Backend::destroy(path).map_err(|error| StoreError::from_rocksdb(error, "removing all chunks", path))?;
+        let Some((identity, byte_budget, chunks)) = known else { return Ok(0) };
+        let Identity { model: model_identity, model_name, shape } = identity;
+        let emptied = ChunkStore::open(path, StoreOptions { byte_budget, model_identity, model_name, shape });
+        if let Err(error) = emptied {
+            tracing::warn!(%error, "the emptied store forgets its byte budget");
+        }
+        Ok(chunks)
+    }
+
+    /// Refuses a store that belongs to another model or layout.
+    ///
+    /// # Errors
+    /// [`StoreError::ForeignStore`].
+    pub fn check_belongs(&self, model: [u8; 32], name: &str, shape: KvShape) -> Result<(), StoreError> {
+        let wanted = Identity { model, model_name: name.to_owned(), shape };
+        open::check_identity(self.backend.path(), &self.identity, &wanted)
+    }
+
+    /// Name of the model whose state is stored, as it was called when the store was made.
+    pub fn model_name(&self) -> &str {
+        &self.identity.model_name
+    }
+
+    /// Whether chunks can be stored and removed.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// Most bytes of keys and values that the store may hold.
+    pub fn budget(&self) -> u64 {
+        self.catalogue.lock().budget
+    }
+
+    /// Changes the budget, for this process and all later ones; least recently used chunks make way at once.
+    ///
+    /// # Errors
+    /// Those of a failed write; the budget then stays what it was.
+    pub fn set_budget(&self, bytes: u64) -> Result<(), StoreError> {
+        if self.budget() != bytes {
+            self.check_writable()?;
+            open::write_budget(&self.backend, &self.shape, bytes)?;
+            self.catalogue.lock().budget = bytes;
+        }
+        self.shrink_to_budget()
+    }
+
+    /// For a store that was opened for reading, the error of an attempt to change it.
+    fn check_writable(&self) -> Result<(), StoreError> {
+        match self.access {
+            Access::Write => Ok(()),
+            Access::Read => {
+                let detail = "it was opened for reading only".to_owned();
+                Err(StoreError::ReadOnly { path: self.backend.path().to_path_buf(), detail })
+            }
+        }
     }
 
     /// What opening the store found and did.
@@ -175,7 +298,7 @@ impl ChunkStore {
             chunks: state.entries.len() as u64,
             tokens: entries().map(|e| u64::from(e.manifest.tokens)).sum(),
             payload_bytes: state.used,
-            byte_budget: self.budget,
+            byte_budget: state.budget,
             disk_bytes,
             hits: entries().map(|e| e.usage.hits).sum(),
             pinned: state.pins.len() as u64,
@@ -191,11 +314,12 @@ impl ChunkStore {
     ///
     /// # Errors
     /// [`StoreError::ShapeMismatch`], [`TooLarge`](StoreError::TooLarge),
-    /// [`NoRoom`](StoreError::NoRoom), [`OutOfSpace`](StoreError::OutOfSpace),
+    /// [`NoRoom`](StoreError::NoRoom), [`OutOfSpace`](StoreError::OutOfSpace), [`ReadOnly`](StoreError::ReadOnly),
     /// [`Damaged`](StoreError::Damaged) when the directory takes no more writes. Nothing of a chunk whose
     /// write failed is visible.
     pub fn put(&self, key: &ChunkKey, tokens: u32, layers: &[LayerKv]) -> Result<PutOutcome, StoreError> {
         let needed = self.check_shape(tokens, layers)?;
+        self.check_writable()?;
         let Some((claim, made_way)) = self.claim_room(key, needed)? else {
             return Ok(PutOutcome::AlreadyPresent);
         };
@@ -259,7 +383,8 @@ impl ChunkStore {
     }
 
     /// Notes that a chunk was used: it moves to the end of the eviction order. Nothing happens when it is
-    /// not stored. The note is lost in a power failure, not in a crash of the process.
+    /// not stored. The note is lost in a power failure, not in a crash of the process; in a store that was opened for
+    /// reading it ends with the process.
     ///
     /// # Errors
     /// Those of a failed write.
@@ -273,6 +398,9 @@ impl ChunkStore {
             entry.usage.last_used_micros = now;
             entry.usage.hits += 1;
         }
+        if self.access == Access::Read {
+            return Ok(());
+        }
         self.write_usage(key)
     }
 
@@ -282,6 +410,7 @@ impl ChunkStore {
     /// # Errors
     /// Those of a failed write; the chunk then stays visible.
     pub fn remove(&self, key: &ChunkKey) -> Result<bool, StoreError> {
+        self.check_writable()?;
         let mut state = self.catalogue.lock_when_idle(key);
         let taken = Taken {
             entries: state.take(key).map(|entry| (*key, entry)).into_iter().collect(),
@@ -303,8 +432,12 @@ impl ChunkStore {
         PinGuard::new(&self.catalogue, keys)
     }
 
-    /// Merges files and gives back the disk space of removed chunks; may take minutes in a large store.
+    /// Merges files and gives back the disk space of removed chunks; may take minutes in a large store. Does nothing in
+    /// a store that was opened for reading.
     pub fn compact(&self) {
+        if self.access == Access::Read {
+            return;
+        }
         self.backend.compact(Family::Manifest);
         self.backend.compact(Family::Kv);
     }
@@ -350,7 +483,7 @@ impl std::fmt::Debug for ChunkStore {
         f.debug_struct("ChunkStore")
             .field("path", &self.backend.path())
             .field("shape", &self.shape)
-            .field("byte_budget", &self.budget)
+            .field("access", &self.access)
             .finish_non_exhaustive()
     }
 }

@@ -14,7 +14,7 @@ fn a_payload_without_a_manifest_is_invisible_and_swept() {
     image(directory.path(), crashed.path());
 
     let after = open(crashed.path()).unwrap();
-    assert_eq!(after.open_report().orphans_swept, 1);
+    assert_eq!(after.open_report().orphans, 1);
     assert_eq!((look(&after, 1), look(&after, 2)), (Seen::Whole, Seen::Absent));
     assert!(after.verify().unwrap().is_clean());
     put(&after, 2).unwrap();

@@ -18,6 +18,7 @@ enum Op {
     Verify,
     Compact,
     Reopen(u64),
+    Budget(u64),
 }
 
 const BUDGETS: [u64; 3] = [20_000, 60_000, 1 << 30];
@@ -34,6 +35,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Verify),
         1 => Just(Op::Compact),
         2 => prop::sample::select(BUDGETS.to_vec()).prop_map(Op::Reopen),
+        1 => prop::sample::select(BUDGETS.to_vec()).prop_map(Op::Budget),
     ]
 }
 
@@ -139,14 +141,20 @@ fn run(ops: Vec<Op>) {
                 assert_eq!(report.bytes, model.used());
             }
             Op::Compact => store.compact(),
-            Op::Reopen(budget) => {
+            // The store has its budget: what is asked for at opening is for new ones.
+            Op::Reopen(other) => {
                 guards.clear();
                 model.pinned.clear();
                 drop(store);
+                store = ChunkStore::open(path, options(other)).unwrap();
+                assert_eq!(store.open_report().orphans, 0);
+            }
+            Op::Budget(budget) => {
+                guards.clear();
+                model.pinned.clear();
                 model.budget = budget;
                 assert!(model.make_room(0));
-                store = ChunkStore::open(path, options(budget)).unwrap();
-                assert_eq!(store.open_report().orphans_swept, 0);
+                store.set_budget(budget).unwrap();
             }
         }
         check(&store, &model);

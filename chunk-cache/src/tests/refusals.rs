@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::backend::{Backend, Family, Mode, Sync};
+use crate::backend::{Access, Backend, Family, Mode, Sync};
 
 fn refusal(path: &Path, options: StoreOptions) -> (StoreError, String) {
     let error = ChunkStore::open(path, options).unwrap_err();
@@ -45,7 +45,7 @@ fn a_directory_of_something_else_is_left_alone() {
 fn a_newer_format_is_named() {
     let directory = tempfile::tempdir().unwrap();
     drop(open(directory.path()).unwrap());
-    let backend = Backend::open(directory.path(), Mode::Strict).unwrap();
+    let backend = Backend::open(directory.path(), Mode::Strict, Access::Write).unwrap();
     let mut row = backend.get(Family::Meta, b"identity").unwrap().unwrap().to_vec();
     row[4] = 9;
     backend.put(Family::Meta, b"identity", &row, Sync::Now).unwrap();
