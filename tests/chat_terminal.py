@@ -48,6 +48,14 @@ type_in("/help\n")
 expect("/system TEXT")
 expect("> ")
 
+# Lines are edited (two characters to the left, one put in) and recalled.
+type_in("/hep\x1b[Dl\n")
+expect("/system TEXT")
+expect("> ")
+type_in("\x1b[A\n")
+expect("/system TEXT")
+expect("> ")
+
 # Wrong input is told, and the conversation goes on.
 type_in("/hepl\n")
 expect("error:")
@@ -63,18 +71,26 @@ type_in("\x03")
 expect("(Ctrl-D or /exit ends)")
 expect("> ")
 
-# An answer, and the next prompt behind it.
-type_in("one\n")
-expect("one\r\n")
-answer = expect("> ")
+# An answer, and the next prompt behind it. Ctrl-A and Ctrl-K take a line away.
+type_in("nonsense\x01\x0bone\n")
+answer = expect("\x1b[?2004h")
 assert answer.strip() and "error" not in answer, answer
+expect("> ")
+
+# What is pasted is one text, whatever its lines.
+type_in("\x1b[200~one\ntwo\nthree\x1b[201~")
+expect("three")
+type_in("\n")
+answer = expect("\x1b[?2004h")
+assert answer.strip() and "error" not in answer and ">" not in answer, answer
+expect("> ")
 
 # Ctrl-C ends an answer that is being read for.
 type_in('"""\n')
-expect("\r\n. ")
-for _ in range(500):
-    type_in("the boat lies in the harbour, " * 5 + "\n")
-    expect("\r\n. ")
+expect(". ")
+for _ in range(100):
+    type_in("the boat lies in the harbour, " * 25 + "\n")
+    expect(". ")
 type_in('"""\n')
 time.sleep(0.7)
 type_in("\x03")

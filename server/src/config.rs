@@ -1,87 +1,89 @@
-//! Every setting of Quire, in one place: flags, then environment, then `quire.toml`, then defaults.
+//! Every setting of Quire, in one place: flags, then environment, then files, then defaults.
 //!
 //! One table below makes the settings, their flags (`--top-chunks`), their environment variables
-//! (`QUIRE_TOP_CHUNKS`) and their keys in the file (`top_chunks`), so that none can be forgotten. This is the only
-//! file that reads the environment.
+//! (`QUIRE_TOP_CHUNKS`) and their keys in files (`top_chunks`), so that none can be forgotten. It also says which
+//! commands use a setting, and what a `quire.toml` of just any folder may not decide. This is the only file that reads
+//! the environment.
+//!
+//! * [`values`]: sizes, names, secrets;
+//! * [`layers`]: which of flags, environment and files wins.
 
-use std::fmt;
+mod layers;
+mod values;
+
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use ann_index::IndexKind;
 use engine::{AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, KvDtype, Strategy};
-use figment::value::{Dict, Map, Value};
-use figment::{Figment, Metadata, Profile, Provider};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
 use crate::hub::{self, HubConfig, ModelId};
+pub use layers::Config;
+use layers::Files;
+pub use values::{Bytes, KvFormat, Named, Secret};
 
-/// A value that is written as its name: parsed and printed by the type's own `FromStr` and `Display`.
+/// What is known of a setting beside its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Named<T>(pub T);
+pub struct Setting {
+    /// Its key in files; the flag has dashes for the underscores.
+    pub key: &'static str,
+    /// Whether it is true or false, so that `--key` and `--no-key` say it all.
+    pub switch: bool,
+    /// Commands that use it; `bench` stands for all of its subcommands.
+    pub commands: &'static [&'static str],
+    /// Only flags, the environment, the user's file and a file that was named may set it.
+    pub personal: bool,
+    /// It is shown nowhere.
+    pub secret: bool,
+}
 
-impl<T: FromStr> FromStr for Named<T> {
-    type Err = T::Err;
-    fn from_str(text: &str) -> std::result::Result<Self, T::Err> {
-        text.parse().map(Named)
+impl Setting {
+    /// Whether the command uses it: `ask`, or `bench decode`. `config show` shows them all.
+    #[must_use]
+    pub fn is_used_by(&self, command: &str) -> bool {
+        let within =
+            |name: &str| command.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '));
+        within("config") || self.commands.iter().any(|name| within(name))
     }
 }
 
-impl<T: fmt::Display> fmt::Display for Named<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
+/// A setting by its key.
+#[must_use]
+pub fn setting(key: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|setting| setting.key == key)
 }
 
-impl<T: fmt::Display> Serialize for Named<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        serializer.collect_str(&self.0)
-    }
-}
+/// Every command reads these.
+const ALL: &[&str] = &["ingest", "search", "ask", "chat", "pull", "serve", "cache", "doctor", "eval", "bench", "demo"];
+/// These load a model.
+const MODEL: &[&str] = &["ingest", "ask", "chat", "serve", "doctor", "eval", "bench", "demo"];
+/// These use the data folder.
+const FOLDER: &[&str] = &["ingest", "search", "ask", "chat", "serve", "cache", "doctor", "bench", "demo"];
+/// These use one collection.
+const COLLECTION: &[&str] = &["ingest", "search", "ask", "chat"];
+/// These cut documents into chunks.
+const SPLITTING: &[&str] = &["ingest", "demo", "bench"];
+/// These decide how large the chunk store may become.
+const STORING: &[&str] = &["ingest", "serve", "doctor", "demo", "bench"];
+/// These look for chunks in the store.
+const CHUNKS: &[&str] = &["ingest", "ask", "chat", "serve", "demo", "bench"];
+/// These search.
+const RETRIEVING: &[&str] = &["search", "ask", "chat", "serve", "demo"];
+/// These write answers.
+const ANSWERING: &[&str] = &["ask", "chat", "serve", "demo", "bench"];
+/// These decode with a strategy.
+const DECODING: &[&str] = &["ask", "chat", "serve", "demo", "eval", "bench"];
+/// These listen.
+const SERVING: &[&str] = &["serve", "bench start"];
 
-impl<'de, T: FromStr<Err: fmt::Display>> Deserialize<'de> for Named<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map(Named).map_err(serde::de::Error::custom)
-    }
-}
-
-/// The number format of KV.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvFormat {
-    /// bf16 when the weights have 16 bits, else f32.
-    Auto,
-    /// Always f32.
-    F32,
-    /// Always bf16.
-    Bf16,
-}
-
-impl FromStr for KvFormat {
-    type Err = String;
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text {
-            "auto" => Ok(KvFormat::Auto),
-            "f32" => Ok(KvFormat::F32),
-            "bf16" => Ok(KvFormat::Bf16),
-            other => Err(format!("KV format: expected auto, f32 or bf16, found `{other}`")),
-        }
-    }
-}
-
-impl fmt::Display for KvFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            KvFormat::Auto => "auto",
-            KvFormat::F32 => "f32",
-            KvFormat::Bf16 => "bf16",
-        })
-    }
-}
+/// Who may decide a setting.
+const ANYONE: bool = false;
+/// A file that lies in just any folder may not.
+const PERSONAL: bool = true;
 
 macro_rules! settings {
-    ($($heading:literal { $($(#[doc = $doc:literal])+ $name:ident: $type:ty = $default:expr, $shown:literal;)* })*) => {
+    ($($heading:literal, $commands:ident, $who:ident { $($(#[doc = $doc:literal])+ $name:ident: $type:ty = $default:expr, $shown:literal;)* })*) => {
         /// Every setting, validated.
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
         #[serde(deny_unknown_fields)]
@@ -107,6 +109,15 @@ macro_rules! settings {
             pub $name: Option<<$type as Flag>::Value>,
         )*)* }
 
+        /// All settings, in the order of the documentation.
+        pub const SETTINGS: &[Setting] = &[$($( Setting {
+            key: stringify!($name),
+            switch: <$type as Flag>::SWITCH,
+            commands: $commands,
+            personal: $who,
+            secret: <$type as Flag>::SECRET,
+        }, )*)*];
+
         /// The names of all settings, in the order of the documentation.
         pub const KEYS: &[&str] = &[$($( stringify!($name), )*)*];
     };
@@ -116,20 +127,34 @@ macro_rules! settings {
 pub trait Flag {
     /// What the flag takes.
     type Value: Clone + Send + Sync + 'static;
+    /// Whether it is true or false.
+    const SWITCH: bool = false;
+    /// Whether it is shown nowhere.
+    const SECRET: bool = false;
 }
 
 macro_rules! plain_flags { ($($type:ty),*) => { $(impl Flag for $type { type Value = $type; })* } }
-plain_flags!(bool, usize, u64, u16, f32, String, PathBuf);
+plain_flags!(usize, u64, u16, f32, String, PathBuf, Bytes);
 
+impl Flag for bool {
+    type Value = bool;
+    const SWITCH: bool = true;
+}
+impl Flag for Secret {
+    type Value = Secret;
+    const SECRET: bool = true;
+}
 impl<T: Clone + Send + Sync + 'static> Flag for Named<T> {
     type Value = Named<T>;
 }
 impl<T: Flag> Flag for Option<T> {
     type Value = T::Value;
+    const SWITCH: bool = T::SWITCH;
+    const SECRET: bool = T::SECRET;
 }
 
 settings! {
-    "Model" {
+    "Model", MODEL, ANYONE {
         /// The model: a folder as Hugging Face publishes it, or OWNER/NAME that `quire pull` fetched
         model: Option<PathBuf> = None, "the reference model found beside the program";
         /// Name under which the server offers the model
@@ -139,11 +164,9 @@ settings! {
         /// Which GPU, from 0
         gpu: usize = 0, "0";
         /// Bytes of the GPU's memory that may be used; 0: most of what is free
-        gpu_memory_bytes: u64 = 0, "0";
-        /// Round activations to bf16 when a GPU reads a prompt: up to twice as fast, less exact: true or false
+        gpu_memory_bytes: Bytes = Bytes(0), "0";
+        /// Round activations to bf16 when a GPU reads a prompt: up to twice as fast, less exact
         fast_prefill: bool = false, "false";
-        /// Folder for kernels that were compiled for a GPU
-        kernel_cache: PathBuf = default_kernel_cache(), "$XDG_CACHE_HOME/quire/kernels or ~/.cache/quire/kernels";
         /// Threads of the CPU backend; 0: all cores
         threads: usize = 0, "0";
         /// Number format of KV: auto, f32 or bf16
@@ -161,33 +184,47 @@ settings! {
         /// Tokens of one prompt that a step reads at most
         prefill_chunk: usize = 512, "512";
         /// Bytes of KV in memory over all running requests and the prefix cache; 0: most of what weights leave
-        kv_budget_bytes: u64 = 0, "0";
-        /// Share the KV of prompts without documents that begin alike: true or false
+        kv_budget_bytes: Bytes = Bytes(0), "0";
+        /// Share the KV of prompts without documents that begin alike
         prefix_cache: bool = true, "true";
     }
-    "Documents" {
+    "Model", MODEL, PERSONAL {
+        /// Folder for kernels that were compiled for a GPU
+        kernel_cache: PathBuf = default_kernel_cache(), "$XDG_CACHE_HOME/quire/kernels or ~/.cache/quire/kernels";
+    }
+    "Documents", FOLDER, PERSONAL {
         /// Folder for collections and cached chunks
         data_dir: PathBuf = default_data_dir(), "$XDG_DATA_HOME/quire or ~/.local/share/quire";
+    }
+    "Documents", COLLECTION, ANYONE {
         /// Collection of documents to use
         collection: String = "default".into(), "default";
+    }
+    "Documents", SPLITTING, ANYONE {
         /// Tokens of a chunk at most
         chunk_tokens: usize = 256, "256";
         /// Tokens that neighbouring chunks share at most
         chunk_overlap: usize = 32, "32";
-        /// Bytes of cached chunks on disk; the least recently used make way
-        cache_bytes: u64 = 8 << 30, "8589934592";
+    }
+    "Documents", STORING, PERSONAL {
+        /// Bytes of cached chunks on disk; the least recently used make way. The store keeps what it is given
+        cache_bytes: Option<Bytes> = None, "what the store was given last; 8G for a new one";
+    }
+    "Documents", CHUNKS, PERSONAL {
         /// Salt of cached chunks: tenants with different salts never share one
         tenant: String = String::new(), "empty";
     }
-    "Answers" {
+    "Answers", RETRIEVING, ANYONE {
         /// Chunks that a question retrieves
         top_chunks: usize = 8, "8";
+    }
+    "Answers", ANSWERING, ANYONE {
         /// Tokens of an answer at most
         max_tokens: usize = 256, "256";
         /// Sampling temperature where a request names none; 0: greedy
         temperature: f32 = 0.0, "0";
     }
-    "Decoding" {
+    "Decoding", DECODING, ANYONE {
         /// What happens to tokens outside of sinks and window: full, window or retrieval
         strategy: Named<Strategy> = Named(Strategy::Full), "full";
         /// First tokens that are always attended
@@ -201,7 +238,7 @@ settings! {
         /// Index over cold keys: flat, hnsw, graph, clusters, or ivf where it is built in
         index: Named<IndexKind> = Named(IndexKind::Flat), "flat";
     }
-    "Blending" {
+    "Blending", ANSWERING, ANYONE {
         /// What becomes of cached chunks: cacheblend, reuse or full-recompute
         blend: Named<BlendMode> = Named(BlendMode::CacheBlend), "cacheblend";
         /// Share of cached tokens that cacheblend recomputes, 0 to 1
@@ -209,21 +246,27 @@ settings! {
         /// Layer on which cacheblend compares fresh and cached values
         check_layer: usize = 1, "1";
     }
-    "Server" {
+    "Server", SERVING, PERSONAL {
         /// Address to listen on
         host: String = "127.0.0.1".into(), "127.0.0.1";
+        /// Key that requests must carry as bearer token; other users of this machine see flags, so rather name a file
+        api_key: Option<Secret> = None, "none: open to everyone who can connect";
+        /// File that holds the key
+        api_key_file: Option<PathBuf> = None, "none";
+        /// Largest request body in bytes
+        body_limit_bytes: Bytes = Bytes(8 << 20), "8M";
+    }
+    "Server", SERVING, ANYONE {
         /// Port to listen on; 0: any free one
         port: u16 = 8080, "8080";
-        /// Key that requests must carry as bearer token
-        api_key: Option<String> = None, "none: open to everyone who can connect";
-        /// Largest request body in bytes
-        body_limit_bytes: usize = 8 << 20, "8388608";
         /// Seconds that running requests get at shutdown
         drain_seconds: u64 = 30, "30";
         /// Seconds between comments that keep a silent stream open
         keepalive_seconds: u64 = 15, "15";
         /// Prefix of the metrics that vLLM also has
         metrics_prefix: String = "vllm".into(), "vllm";
+    }
+    "Output", ALL, ANYONE {
         /// What to log to stderr: error, warn, info, debug, trace, or a filter as of tracing
         log: String = "warn".into(), "warn";
     }
@@ -232,147 +275,29 @@ settings! {
 /// Most chunks that a question may retrieve.
 pub const MAX_TOP_CHUNKS: usize = 1024;
 
-/// Where a value came from.
-const FROM_DEFAULTS: &str = "default";
-const FROM_ENVIRONMENT: &str = "environment";
-const FROM_FLAGS: &str = "flag";
-
-/// One layer of values.
-struct Layer {
-    name: &'static str,
-    values: Dict,
-}
-
-impl Provider for Layer {
-    fn metadata(&self) -> Metadata {
-        Metadata::named(self.name)
-    }
-
-    fn data(&self) -> figment::error::Result<Map<Profile, Dict>> {
-        Ok(Profile::Default.collect(self.values.clone()))
-    }
-}
-
-/// A file of settings, read whole before it is parsed, so that "unreadable" and "wrong" are told apart.
-struct File {
-    path: PathBuf,
-    text: String,
-}
-
-impl Provider for File {
-    fn metadata(&self) -> Metadata {
-        Metadata::named("file").source(self.path.as_path())
-    }
-
-    fn data(&self) -> figment::error::Result<Map<Profile, Dict>> {
-        use figment::providers::{Format, Toml};
-        Toml::string(&self.text).data()
-    }
-}
-
-/// The effective settings with their origins.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The settings.
-    pub settings: Settings,
-    /// Per setting, in the order of [`KEYS`]: where its value came from.
-    pub origins: Vec<(&'static str, String)>,
-    /// Environment variables that begin with `QUIRE_` and are no setting.
-    pub unknown_variables: Vec<String>,
-}
-
-/// `QUIRE_*` variables that are no settings: the path of the file, and those of scripts and tests.
-const OTHER_VARIABLES: &[&str] = &["QUIRE_CONFIG", "QUIRE_CACHE", "QUIRE_TEST_PYTHON"];
+/// Bytes of cached chunks that a new store may hold where nobody says how many.
+pub const NEW_STORE_BYTES: Bytes = Bytes(8 << 30);
 
 impl Config {
     /// Reads all layers. `file`: as given by `--config`; otherwise `QUIRE_CONFIG`, otherwise `quire.toml` in the
-    /// current folder if it is there.
+    /// current folder if it is there. Below it lies the user's own file, if it is there.
     ///
     /// # Errors
     /// [`QuireError::Config`] naming the setting, its origin, what was expected and what came.
     pub fn load(flags: &SettingsArgs, file: Option<&Path>) -> Result<Config> {
-        let environment: Vec<(String, String)> = std::env::vars_os()
-            .filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?)))
+        let environment: Vec<_> = std::env::vars_os()
+            .filter_map(|(key, value)| Some((key.into_string().ok()?, value)))
             .filter(|(key, _)| key.starts_with("QUIRE_"))
             .collect();
-        let named = environment.iter().find(|(key, _)| key == "QUIRE_CONFIG");
-        let file = match (file, named) {
-            (Some(path), _) => Some(path.to_path_buf()),
-            (None, Some((_, path))) => Some(PathBuf::from(path)),
-            (None, None) => Some(PathBuf::from("quire.toml")).filter(|path| path.exists()),
-        };
-        Config::from_layers(flags, &environment, file.as_deref())
-    }
-
-    fn from_layers(flags: &SettingsArgs, environment: &[(String, String)], file: Option<&Path>) -> Result<Config> {
-        let mut figment = Figment::from(layer(FROM_DEFAULTS, &Settings::default())?);
-        if let Some(path) = file {
-            figment = figment.merge(read_file(path)?);
-        }
-        let (values, unknown_variables) = from_environment(environment);
-        figment = figment.merge(Layer { name: FROM_ENVIRONMENT, values });
-        figment = figment.merge(layer(FROM_FLAGS, flags)?);
-
-        let settings: Settings = figment.extract_lossy().map_err(|e| config_error(&e))?;
-        let origins: Vec<_> = KEYS.iter().map(|&key| (key, origin(&figment, key))).collect();
-        settings.validate(&origins)?;
-        Ok(Config { settings, origins, unknown_variables })
-    }
-}
-
-fn layer<T: Serialize>(name: &'static str, values: &T) -> Result<Layer> {
-    let value = Value::serialize(values).map_err(|e| config_error(&e))?;
-    Ok(Layer { name, values: value.into_dict().unwrap_or_default() })
-}
-
-fn read_file(path: &Path) -> Result<File> {
-    let text = std::fs::read_to_string(path).map_err(|e| QuireError::Config {
-        setting: "config".into(),
-        origin: "command line or environment".into(),
-        problem: format!("expected a readable file of settings at {}: {e}", path.display()),
-    })?;
-    Ok(File { path: path.to_path_buf(), text })
-}
-
-/// Values stay texts: which of them are numbers is known from the setting's type, not from the look of the text.
-fn from_environment(environment: &[(String, String)]) -> (Dict, Vec<String>) {
-    let mut values = Dict::new();
-    let mut unknown = Vec::new();
-    for (name, value) in environment {
-        let key = name.trim_start_matches("QUIRE_").to_ascii_lowercase();
-        if KEYS.contains(&key.as_str()) {
-            values.insert(key, Value::from(value.as_str()));
-        } else if !OTHER_VARIABLES.contains(&name.as_str()) {
-            unknown.push(name.clone());
-        }
-    }
-    (values, unknown)
-}
-
-fn origin(figment: &Figment, key: &str) -> String {
-    let Some(metadata) = figment.find_metadata(key) else {
-        return FROM_DEFAULTS.into();
-    };
-    match (metadata.name.as_ref(), &metadata.source) {
-        (FROM_ENVIRONMENT, _) => format!("environment QUIRE_{}", key.to_ascii_uppercase()),
-        (FROM_FLAGS, _) => format!("flag --{}", key.replace('_', "-")),
-        (_, Some(source)) => format!("file {source}"),
-        (name, None) => name.to_string(),
-    }
-}
-
-fn config_error(error: &figment::Error) -> QuireError {
-    let origin = match error.metadata.as_ref() {
-        Some(m) => match &m.source {
-            Some(source) => format!("{} {source}", m.name),
-            None => m.name.to_string(),
-        },
-        None => "settings".into(),
-    };
-    QuireError::Config {
-        setting: if error.path.is_empty() { "(file)".into() } else { error.path.join(".") },
-        origin,
-        problem: format!("{}. `quire config show` lists all settings", error.kind),
+        let variable = environment.iter().find(|(key, _)| key == "QUIRE_CONFIG").map(|(_, path)| PathBuf::from(path));
+        let present = |path: PathBuf| Some(path).filter(|path| path.exists());
+        let user = present(user_dir("XDG_CONFIG_HOME", ".config").join("quire/quire.toml"));
+        // Whoever stands in the folder of the own file has one file, not two.
+        let same =
+            |path: &PathBuf| user.as_ref().is_some_and(|user| user.canonicalize().ok() == path.canonicalize().ok());
+        let folder = present("quire.toml".into()).filter(|path| !same(path));
+        let files = Files { named: file.map(Path::to_path_buf).or(variable), folder, user };
+        Config::from_layers(flags, &environment, &files)
     }
 }
 
@@ -389,7 +314,7 @@ impl Settings {
             ("prefill_chunk", self.prefill_chunk),
             ("top_chunks", self.top_chunks),
             ("max_tokens", self.max_tokens),
-            ("body_limit_bytes", self.body_limit_bytes),
+            ("body_limit_bytes", self.body_limit_bytes.0 as usize),
             ("keepalive_seconds", self.keepalive_seconds as usize),
         ];
         for (key, value) in at_least_one {
@@ -423,6 +348,12 @@ impl Settings {
         crate::library::check_collection_name(&self.collection).or_else(|e| refuse("collection", e.to_string()))
     }
 
+    /// Bytes of cached chunks that a new store may hold.
+    #[must_use]
+    pub fn store_bytes(&self) -> u64 {
+        self.cache_bytes.unwrap_or(NEW_STORE_BYTES).0
+    }
+
     /// How decoding attends.
     #[must_use]
     pub fn attention(&self) -> AttentionConfig {
@@ -447,7 +378,7 @@ impl Settings {
     pub fn cuda(&self) -> CudaConfig {
         CudaConfig {
             ordinal: self.gpu,
-            memory_budget_bytes: self.gpu_memory_bytes,
+            memory_budget_bytes: self.gpu_memory_bytes.0,
             kernel_cache: Some(self.kernel_cache.clone()),
             fast_prefill: self.fast_prefill,
             portable: false,
@@ -474,7 +405,7 @@ impl Settings {
             step_tokens: self.step_tokens,
             mixed_prefill_tokens: self.mixed_prefill_tokens,
             prefill_chunk: self.prefill_chunk,
-            kv_budget_bytes: self.kv_budget_bytes,
+            kv_budget_bytes: self.kv_budget_bytes.0,
             prefix_cache: self.prefix_cache,
             queue: self.queue,
             wait_for_index: false,
@@ -542,6 +473,12 @@ fn default_data_dir() -> PathBuf {
     user_dir("XDG_DATA_HOME", ".local/share").join("quire")
 }
 
+/// Where what was typed into conversations is remembered.
+#[must_use]
+pub fn chat_history() -> PathBuf {
+    user_dir("XDG_STATE_HOME", ".local/state").join("quire/chat_history")
+}
+
 fn default_kernel_cache() -> PathBuf {
     user_dir("XDG_CACHE_HOME", ".cache").join("quire/kernels")
 }
@@ -557,65 +494,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn load(flags: &SettingsArgs, environment: &[(&str, &str)], file: Option<&Path>) -> Result<Config> {
-        let environment: Vec<_> = environment.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        Config::from_layers(flags, &environment, file)
-    }
-
-    fn origin_of<'a>(config: &'a Config, key: &str) -> &'a str {
-        &config.origins.iter().find(|(k, _)| *k == key).unwrap().1
-    }
-
     #[test]
-    fn flags_beat_environment_beats_file_beats_defaults() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("quire.toml");
-        std::fs::write(&path, "top_chunks = 3\nk = 7\nwindow = 99\nstrategy = \"window\"\n").unwrap();
-        let flags = SettingsArgs { top_chunks: Some(5), ..SettingsArgs::default() };
-        let environment = [("QUIRE_TOP_CHUNKS", "4"), ("QUIRE_K", "8"), ("QUIRE_RATIO", "0.25")];
-        let config = load(&flags, &environment, Some(&path)).unwrap();
-        let s = &config.settings;
-        assert_eq!((s.top_chunks, s.k, s.window, s.sinks, s.ratio), (5, 8, 99, 4, 0.25));
-        assert_eq!(s.strategy, Named(Strategy::Window));
-        assert_eq!(origin_of(&config, "top_chunks"), "flag --top-chunks");
-        assert_eq!(origin_of(&config, "k"), "environment QUIRE_K");
-        assert!(origin_of(&config, "window").ends_with("quire.toml"), "{}", origin_of(&config, "window"));
-        assert_eq!(origin_of(&config, "sinks"), "default");
-    }
-
-    #[test]
-    fn texts_that_look_like_numbers_stay_texts() {
-        let environment = [("QUIRE_COLLECTION", "2024"), ("QUIRE_API_KEY", "007"), ("QUIRE_DATA_DIR", "1")];
-        let config = load(&SettingsArgs::default(), &environment, None).unwrap();
-        assert_eq!(config.settings.collection, "2024");
-        assert_eq!(config.settings.api_key.as_deref(), Some("007"));
-        assert_eq!(config.settings.data_dir, PathBuf::from("1"));
-    }
-
-    #[test]
-    fn wrong_values_name_setting_origin_and_expectation() {
-        let check = |environment: &[(&str, &str)], parts: &[&str]| {
-            let error = load(&SettingsArgs::default(), environment, None).unwrap_err().to_string();
-            for part in parts {
-                assert!(error.contains(part), "{error} lacks {part}");
-            }
-        };
-        check(&[("QUIRE_K", "many")], &["`k`", "environment", "many"]);
-        check(&[("QUIRE_STRATEGY", "magic")], &["strategy", "retrieval", "magic"]);
-        check(&[("QUIRE_RATIO", "1.5")], &["`ratio`", "environment QUIRE_RATIO", "0 to 1", "1.5"]);
-        check(&[("QUIRE_CHUNK_OVERLAP", "200")], &["chunk_overlap", "half of chunk_tokens"]);
-        check(&[("QUIRE_COLLECTION", "../x")], &["collection", "../x"]);
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("quire.toml");
-        std::fs::write(&path, "top_chunk = 3\n").unwrap();
-        let error = load(&SettingsArgs::default(), &[], Some(&path)).unwrap_err().to_string();
-        assert!(error.contains("top_chunk"), "{error}");
-    }
-
-    #[test]
-    fn unknown_variables_are_told() {
-        let environment = [("QUIRE_TOPCHUNKS", "4"), ("QUIRE_CACHE", "/x")];
-        let config = load(&SettingsArgs::default(), &environment, None).unwrap();
-        assert_eq!(config.unknown_variables, ["QUIRE_TOPCHUNKS"]);
+    fn a_setting_knows_the_commands_that_use_it() {
+        let uses = |key: &str, command: &str| setting(key).unwrap().is_used_by(command);
+        assert!(uses("top_chunks", "search") && !uses("temperature", "search") && !uses("host", "ask"));
+        assert!(uses("k", "bench decode") && uses("host", "bench start") && !uses("host", "bench decode"));
+        assert!(uses("log", "cache stats") && !uses("cache_bytes", "cache stats") && uses("host", "config show"));
+        assert!(!uses("k", "benchmark") && setting("top_chunk").is_none());
     }
 }

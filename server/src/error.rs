@@ -65,6 +65,49 @@ pub enum QuireError {
         offset: usize,
     },
 
+    /// A document is in another encoding.
+    #[error(
+        "document {}: expected UTF-8 text, found {found} at offset {offset}. Convert it: \
+         `iconv -f {encoding} -t UTF-8 FILE > NEW_FILE`", path.display()
+    )]
+    OtherEncoding {
+        /// The document.
+        path: PathBuf,
+        /// What gives it away.
+        found: &'static str,
+        /// Where.
+        offset: usize,
+        /// Its encoding, as iconv names it.
+        encoding: &'static str,
+    },
+
+    /// A document has bytes that no text has.
+    #[error(
+        "document {}: expected text, found a NUL byte at offset {offset}: it is no text, is damaged, or is in another \
+         encoding. If it is UTF-16, convert it: `iconv -f UTF-16LE -t UTF-8 FILE > NEW_FILE`; otherwise remove the \
+         bytes: `tr -d '\\000' < FILE > NEW_FILE`", path.display()
+    )]
+    NulInDocument {
+        /// The document.
+        path: PathBuf,
+        /// Offset of the first.
+        offset: usize,
+    },
+
+    /// A document is larger than any that could be read in reasonable time.
+    #[error(
+        "document {}: expected at most {limit} bytes, found {found}. Split it, for example with \
+         `split --line-bytes={limit}`", path.display()
+    )]
+    DocumentTooLarge {
+        /// The document.
+        path: PathBuf,
+        /// Bytes that it has, as far as known.
+        found: u64,
+        /// Bytes that it may have.
+        limit: u64,
+    },
+
     /// A document's name is not UTF-8, so that no answer could cite it.
     #[error("document {}: expected a file name in UTF-8. Rename the file, then ingest it again", path.display())]
     DocumentName {
@@ -96,10 +139,10 @@ pub enum QuireError {
         found: String,
     },
 
-    /// Some documents of an ingest could not be read; the others were.
+    /// Some documents or folders of an ingest could not be read; the others were.
     #[error("{failed} of {total} documents could not be ingested (named above); the others are safe")]
     DocumentsFailed {
-        /// How many failed.
+        /// How many failed; a folder counts as one.
         failed: usize,
         /// Out of how many.
         total: usize,
@@ -155,6 +198,32 @@ pub enum QuireError {
         path: PathBuf,
         /// The system's reason.
         source: std::io::Error,
+    },
+
+    /// The data folder was written by a newer version of this program.
+    #[error(
+        "data folder {}: it has version {found}, this program reads up to {supported}. Use a newer quire, or choose \
+         another folder with --data-dir", path.display()
+    )]
+    NewerDataDir {
+        /// The folder.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The newest that this build reads.
+        supported: u32,
+    },
+
+    /// The file that says which version the data folder has cannot be understood.
+    #[error(
+        "{}: expected the version of the data folder, as in {{\"format\": 1}}: {problem}. Remove the file if this quire \
+         wrote the folder", path.display()
+    )]
+    DataDirMarker {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
     },
 
     /// A file operation failed.

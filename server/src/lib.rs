@@ -3,6 +3,7 @@
 //! This crate joins the others to a product. Reading it top down:
 //!
 //! * [`config`]: every setting, where its value came from, and where the model is found;
+//! * [`data_dir`]: the folder that everything is kept in, and its version;
 //! * [`hub`]: models of the Hugging Face hub, fetched into the cache that its tools share;
 //! * [`library`]: documents as folders of text, chunks with their character spans, full-text search;
 //! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
@@ -22,6 +23,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod data_dir;
 pub mod error;
 pub mod http;
 pub mod hub;

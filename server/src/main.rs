@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use quire::cli::{Cli, run};
+use quire::cli::{parse, print_usage, run};
 
 /// Activations come and go by the megabyte; the system's allocator returns them to the system each time, and every
 /// page of the next ones is a fault.
@@ -11,5 +10,8 @@ use quire::cli::{Cli, run};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    run(Cli::parse())
+    match parse(std::env::args_os()) {
+        Ok(cli) => run(cli),
+        Err(usage) => print_usage(&usage),
+    }
 }

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use chunk_cache::{ChunkKey, ChunkStore, KeyInputs, LayerKv, PinGuard, PutOutcome, StoreError, StoreOptions};
+use chunk_cache::{
+    Access, ChunkKey, ChunkStore, KeyInputs, LayerKv, PinGuard, PutOutcome, StoreError, StoreOptions, StoreStats,
+};
 use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
 
 use crate::error::{QuireError, Result};
@@ -49,9 +51,10 @@ pub enum Origin {
     Computed,
 }
 
-/// The chunk store of one engine.
+/// The chunk store of one engine. Where the folder cannot be written, chunks are only read; where there is none to be
+/// read either, every chunk is computed for its use.
 pub struct KvStore {
-    store: Arc<ChunkStore>,
+    store: Option<Arc<ChunkStore>>,
     engine: Engine,
     shape: chunk_cache::KvShape,
     rope: String,
@@ -62,26 +65,47 @@ pub struct KvStore {
 }
 
 impl KvStore {
-    /// Opens the store below `data_dir` for an engine, making it where there is none. `salt` keeps tenants apart.
+    /// Opens the store below `data_dir` for an engine, making it with the budget `new_budget` where there is none.
+    /// `salt` keeps tenants apart.
     ///
     /// # Errors
     /// [`StoreError::ForeignStore`] for a store of another model, and whatever else keeps it from being opened.
-    pub fn open(engine: &Engine, data_dir: &Path, name: &str, byte_budget: u64, salt: &str) -> Result<KvStore> {
-        let shape = store_shape(engine.kv_shape())?;
-        let options =
-            StoreOptions { byte_budget, model_identity: engine.model_fingerprint(), model_name: name.into(), shape };
-        let store = ChunkStore::open(&store_dir(data_dir), options)?;
-        let report = store.open_report();
-        if let Some(problem) = &report.salvaged {
-            tracing::warn!(%problem, "the chunk store was damaged and has been salvaged");
+    pub fn open(engine: &Engine, data_dir: &Path, name: &str, new_budget: u64, salt: &str) -> Result<KvStore> {
+        let store = open_chunks(engine, data_dir, name, new_budget)?;
+        KvStore::with_store(engine, Some(store), salt)
+    }
+
+    /// As [`open`](Self::open); where the disk is full or the folder cannot be written, the store is only read, or done
+    /// without. That is logged.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open), but for these two.
+    pub fn open_if_possible(
+        engine: &Engine,
+        data_dir: &Path,
+        name: &str,
+        new_budget: u64,
+        salt: &str,
+    ) -> Result<KvStore> {
+        let problem = match open_chunks(engine, data_dir, name, new_budget) {
+            Err(QuireError::Store(problem @ (StoreError::ReadOnly { .. } | StoreError::OutOfSpace { .. }))) => problem,
+            opened => return KvStore::with_store(engine, Some(opened?), salt),
+        };
+        // Who may not write cannot rescue it either: then it is done without.
+        let store = ChunkStore::open_existing(&store_dir(data_dir), Access::Read, new_budget).ok().flatten();
+        if let Some(store) = &store {
+            store.check_belongs(engine.model_fingerprint(), name, store_shape(engine.kv_shape())?)?;
         }
-        for chunk in &report.damaged {
-            tracing::warn!(key = %chunk.key, "a chunk is damaged; it will be computed again when it is needed");
-        }
+        let how = if store.is_some() { "cached chunks are used, new ones are not kept" } else { "no cache is used" };
+        tracing::warn!(%problem, "{how}; answers stay the same and take longer");
+        KvStore::with_store(engine, store, salt)
+    }
+
+    fn with_store(engine: &Engine, store: Option<ChunkStore>, salt: &str) -> Result<KvStore> {
         Ok(KvStore {
-            store: Arc::new(store),
+            store: store.map(Arc::new),
             engine: engine.clone(),
-            shape,
+            shape: store_shape(engine.kv_shape())?,
             rope: engine.spec().rope.fingerprint(),
             numerics: engine.numerics(),
             salt: salt.as_bytes().to_vec(),
@@ -89,10 +113,31 @@ impl KvStore {
         })
     }
 
-    /// The store itself.
-    #[must_use]
-    pub fn chunks(&self) -> &ChunkStore {
-        &self.store
+    /// Changes the store's budget for good; chunks make way at once.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn set_budget(&self, bytes: u64) -> Result<()> {
+        match &self.store {
+            Some(store) => Ok(store.set_budget(bytes)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Totals over the store; `None` where there is none.
+    ///
+    /// # Errors
+    /// What the store refuses.
+    pub fn stats(&self) -> Result<Option<StoreStats>> {
+        Ok(self.store.as_ref().map(|store| store.stats()).transpose()?)
+    }
+
+    /// Chunks that made way since the store was opened.
+    ///
+    /// # Errors
+    /// What the store refuses.
+    pub fn evicted(&self) -> Result<u64> {
+        Ok(self.stats()?.map_or(0, |stats| stats.evicted))
     }
 
     /// Layers that were found damaged since the store was opened.
@@ -122,50 +167,45 @@ impl KvStore {
     /// What the engine or the store refuses.
     pub fn ensure(&self, prefix: &[u32], tokens: &[u32]) -> Result<(ChunkKey, Origin)> {
         let key = self.key(prefix, tokens);
-        if self.store.contains(&key)? {
-            self.note_use(&key);
+        let Some(store) = &self.store else {
+            return Err(QuireError::Internal("chunks are to be kept without a store".into()));
+        };
+        if store.contains(&key)? {
+            note_use(store, &key);
             return Ok((key, Origin::Cached));
         }
-        self.put(&key, self.engine.chunk_kv(prefix, tokens)?)?;
+        put(store, &key, self.engine.chunk_kv(prefix, tokens)?)?;
         Ok((key, Origin::Computed))
     }
 
-    /// A use that cannot be noted makes eviction less well informed, and nothing else.
-    fn note_use(&self, key: &ChunkKey) {
-        if let Err(error) = self.store.touch(key) {
-            tracing::warn!(%error, %key, "a use of a chunk could not be noted");
-        }
-    }
-
-    fn put(&self, key: &ChunkKey, kv: ChunkKv) -> Result<PutOutcome> {
-        let tokens = u32::try_from(kv.tokens)
-            .map_err(|_| QuireError::Internal(format!("a chunk of {} tokens is beyond 32 bits", kv.tokens)))?;
-        let layers: Vec<LayerKv> = kv.layers.into_iter().map(|l| LayerKv { keys: l.keys, values: l.values }).collect();
-        Ok(self.store.put(key, tokens, &layers)?)
-    }
-
     /// A chunk for a prompt: from the store, or computed and stored. Where the store cannot take it (no room,
-    /// damage), the chunk is kept in memory for this one use.
+    /// damage, no store), the chunk is kept in memory for this one use.
     ///
     /// # Errors
     /// What the engine refuses.
     pub fn source(&self, prefix: &[u32], tokens: &[u32]) -> Result<(Arc<dyn ChunkSource>, Origin)> {
         let key = self.key(prefix, tokens);
+        let Some(store) = &self.store else {
+            return Ok((Arc::new(self.engine.chunk_kv(prefix, tokens)?), Origin::Computed));
+        };
         // Pinned before it is looked up, so that no other request's chunk pushes it out in between.
-        let pin = self.store.pin(&[key]);
+        let pin = store.pin(&[key]);
         let mut origin = Origin::Cached;
-        if self.store.contains(&key)? {
-            self.note_use(&key);
+        if store.contains(&key)? {
+            note_use(store, &key);
         } else {
             origin = Origin::Computed;
             let kv = self.engine.chunk_kv(prefix, tokens)?;
-            if let Err(error) = self.put(&key, kv.clone()) {
+            if store.access() == Access::Read {
+                return Ok((Arc::new(kv), origin));
+            }
+            if let Err(error) = put(store, &key, kv.clone()) {
                 tracing::warn!(%error, "a chunk could not be stored; it is used from memory");
                 return Ok((Arc::new(kv), origin));
             }
         }
         let stored = StoredChunk {
-            store: Arc::clone(&self.store),
+            store: Arc::clone(store),
             key,
             tokens: tokens.len(),
             corrupt: Arc::clone(&self.corrupt),
@@ -173,6 +213,43 @@ impl KvStore {
         };
         Ok((Arc::new(stored), origin))
     }
+}
+
+/// The chunks below `data_dir` for an engine, to be read and written; made with the budget `new_budget` where there are
+/// none.
+///
+/// # Errors
+/// As for [`KvStore::open`].
+pub fn open_chunks(engine: &Engine, data_dir: &Path, name: &str, new_budget: u64) -> Result<ChunkStore> {
+    let options = StoreOptions {
+        byte_budget: new_budget,
+        model_identity: engine.model_fingerprint(),
+        model_name: name.into(),
+        shape: store_shape(engine.kv_shape())?,
+    };
+    let store = ChunkStore::open(&store_dir(data_dir), options)?;
+    let report = store.open_report();
+    if let Some(problem) = &report.salvaged {
+        tracing::warn!(%problem, "the chunk store was damaged and has been salvaged");
+    }
+    for chunk in &report.damaged {
+        tracing::warn!(key = %chunk.key, "a chunk is damaged; it will be computed again when it is needed");
+    }
+    Ok(store)
+}
+
+/// A use that cannot be noted makes eviction less well informed, and nothing else.
+fn note_use(store: &ChunkStore, key: &ChunkKey) {
+    if let Err(error) = store.touch(key) {
+        tracing::warn!(%error, %key, "a use of a chunk could not be noted");
+    }
+}
+
+fn put(store: &ChunkStore, key: &ChunkKey, kv: ChunkKv) -> Result<PutOutcome> {
+    let tokens = u32::try_from(kv.tokens)
+        .map_err(|_| QuireError::Internal(format!("a chunk of {} tokens is beyond 32 bits", kv.tokens)))?;
+    let layers: Vec<LayerKv> = kv.layers.into_iter().map(|l| LayerKv { keys: l.keys, values: l.values }).collect();
+    Ok(store.put(key, tokens, &layers)?)
 }
 
 /// A chunk that is read from the store when the engine asks for it.
@@ -199,7 +276,9 @@ impl ChunkSource for StoredChunk {
                 if matches!(error, StoreError::Corrupt { .. }) {
                     self.corrupt.fetch_add(1, Ordering::Relaxed);
                     // Gone for later processes as well: the next use finds it missing and stores it anew.
-                    if let Err(error) = self.store.remove(&self.key) {
+                    if self.store.access() == Access::Write
+                        && let Err(error) = self.store.remove(&self.key)
+                    {
                         tracing::warn!(%error, key = %self.key, "a damaged chunk could not be removed");
                     }
                 }

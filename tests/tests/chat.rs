@@ -5,6 +5,7 @@
 mod support;
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -187,7 +188,17 @@ fn on_a_terminal() {
     let mut command = Command::new(python("pty"));
     command.arg(root().join("tests/chat_terminal.py")).arg(words.get_program()).args(words.get_args());
     support::clean(&mut command, &dir.path().join("data"));
+    command.env("TERM", "xterm");
+    let history = dir.path().join("state/quire/chat_history");
+    let private = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o077 == 0;
     assert_eq!(succeed(&mut command).trim(), "ok");
+    let typed = std::fs::read_to_string(&history).unwrap();
+    assert!(typed.contains("/help") && typed.contains("one\\ntwo\\nthree"), "{typed}");
+    assert!(private(&history) && private(history.parent().unwrap()));
+
+    std::fs::remove_file(&history).unwrap();
+    succeed(command.arg("--no-history"));
+    assert!(!history.exists());
 }
 
 #[test]

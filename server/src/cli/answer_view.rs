@@ -1,6 +1,6 @@
 //! How an answer is shown to people.
 
-use super::output::{Out, count, grouped, seconds, short};
+use super::output::{Out, count, grouped, place, seconds};
 use crate::service::{Citation, Stats};
 
 /// Characters of a passage that are shown.
@@ -10,21 +10,17 @@ const EXCERPT: usize = 300;
 pub(super) fn citations(citations: &[Citation], answer: &str, out: &Out) {
     let (with, without): (Vec<_>, Vec<_>) = citations.iter().partition(|c| c.contains_answer);
     for citation in &with {
-        out.line(format!("  * {}", place(citation)));
+        out.line(format!("  * {}", place(&citation.document, citation.line, citation.span)));
         out.line(format!("    \"{}\"", excerpt(&citation.passage, answer)));
     }
     for citation in &without {
-        out.line(format!("  - {}", place(citation)));
+        out.line(format!("  - {}", place(&citation.document, citation.line, citation.span)));
     }
     if with.is_empty() && !citations.is_empty() {
         out.line("    (no passage contains the answer word for word)");
     } else if !without.is_empty() {
         out.line("    (* contains the answer word for word; - was read as well)");
     }
-}
-
-fn place(citation: &Citation) -> String {
-    format!("{}, characters {}-{}", short(&citation.document), citation.span.start, citation.span.end)
 }
 
 /// The passage on one line, cut to what lies around the answer.
@@ -47,9 +43,9 @@ pub(super) fn excerpt(passage: &str, answer: &str) -> String {
     format!("{before}{}{after}", cut.trim())
 }
 
-/// Prints what an answer cost, in a few lines.
+/// Says what an answer cost, in a few lines beside it.
 pub(super) fn stats(stats: &Stats, out: &Out) {
-    out.line(format!(
+    out.note(&format!(
         "  first token after {} (search {}, chunks {}, prompt {}), all after {}",
         seconds(stats.ttft_seconds),
         seconds(stats.retrieve_seconds),
@@ -57,10 +53,10 @@ pub(super) fn stats(stats: &Stats, out: &Out) {
         seconds(stats.prefill_seconds),
         seconds(stats.total_seconds)
     ));
-    out.line(format!("  prompt of {}: {}", count(stats.prompt_tokens, "token"), tokens(stats)));
-    out.line(format!("  chunks: {} cached, {} computed", stats.chunks_cached, stats.chunks_computed));
+    out.note(&format!("  prompt of {}: {}", count(stats.prompt_tokens, "token"), tokens(stats)));
+    out.note(&format!("  chunks: {} cached, {} computed", stats.chunks_cached, stats.chunks_computed));
     if let (Some(scored), Some(attended)) = (stats.scored_share, stats.attended_share) {
-        out.line(format!(
+        out.note(&format!(
             "  cold keys: {:.1} % read by the index, {:.1} % attended ({})",
             scored * 100.0,
             attended * 100.0,

@@ -9,23 +9,36 @@ use clap_complete::Shell;
 use engine::Strategy;
 use eval::CheckpointShape;
 
-use crate::config::{Named, SettingsArgs};
+use crate::config::{Bytes, Named, SettingsArgs};
 use crate::hub::ModelId;
 
 /// Answers questions over documents, with attention state that is computed once per passage
 ///
-/// Every setting is a flag, an environment variable (QUIRE_TOP_CHUNKS for --top-chunks) and a key of quire.toml
-/// (top_chunks); flags win, then the environment, then the file. Exit codes: 0 done, 1 failed, 2 wrong usage.
+/// Every setting is a flag, an environment variable (QUIRE_TOP_CHUNKS for --top-chunks) and a key of files
+/// (top_chunks). Flags win, then the environment, then quire.toml in the current folder (or the file that --config
+/// names), then quire/quire.toml in $XDG_CONFIG_HOME or ~/.config. Who may come in and where is written (host,
+/// api_key, data_dir and others) is not decided by a quire.toml that lies in the current folder.
+///
+/// Sizes take units: 8G, 512M, 1.5GiB. Switches are --prefix-cache and --no-prefix-cache.
 #[derive(Debug, Parser)]
 #[command(name = "quire", version, arg_required_else_help = true)]
-#[command(after_help = "`quire COMMAND --help` also lists all settings.")]
+#[command(
+    after_help = "`quire COMMAND --help` lists the settings that a command uses, `quire config show` all of them.\n\
+    Exit codes: 0 done; 1 failed, or some of it (the others are done and kept); 2 wrong usage or a wrong setting."
+)]
 pub struct Cli {
     /// File of settings [default: quire.toml in the current folder, if it is there]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", hide_short_help = true)]
     pub config: Option<PathBuf>,
     /// Print machine-readable results, one JSON object a line
-    #[arg(long, global = true)]
+    #[arg(short, long, global = true)]
     pub json: bool,
+    /// Print more to stderr: what an answer cost
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// Print results and errors only: no remarks, no progress
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
     /// The settings.
     #[command(flatten)]
     pub settings: SettingsArgs,
@@ -45,13 +58,15 @@ pub enum Command {
     },
     /// Find passages by their words
     Search {
-        /// What to look for
-        query: String,
+        /// What to look for; several words need no quotation marks
+        #[arg(required = true)]
+        query: Vec<String>,
     },
     /// Answer a question over a collection
     Ask {
-        /// The question
-        question: String,
+        /// The question; several words need no quotation marks
+        #[arg(required = true)]
+        question: Vec<String>,
         /// Also answer with everything computed anew, and print both times to first token
         #[arg(long)]
         compare: bool,
@@ -114,9 +129,12 @@ pub struct ChatArgs {
     /// Answer every turn over the documents of the collection; --collection asks for it, too
     #[arg(long)]
     pub documents: bool,
-    /// Print tokens and times of every turn
+    /// Print tokens and times of every turn, as --verbose does
     #[arg(long)]
     pub stats: bool,
+    /// Keep nothing of what is typed; otherwise it is kept in quire/chat_history in $XDG_STATE_HOME or ~/.local/state
+    #[arg(long)]
+    pub no_history: bool,
 }
 
 /// What can be done with the chunk store.
@@ -126,8 +144,12 @@ pub enum CacheCommand {
     Stats,
     /// List all chunks
     Ls,
-    /// Read everything and compare it with its checksums; remove what is damaged; exit code 1 if anything was
-    Verify,
+    /// Read everything and compare it with its checksums; exit code 1 if anything is damaged
+    Verify {
+        /// Remove what is damaged: it is computed again when it is needed
+        #[arg(long)]
+        repair: bool,
+    },
     /// Remove chunks; they are computed again when they are needed
     Evict {
         /// Remove this chunk
@@ -135,8 +157,8 @@ pub enum CacheCommand {
         key: Vec<ChunkKey>,
         /// Remove the least recently used chunks until so many bytes are left
         #[arg(long, value_name = "BYTES", conflicts_with_all = ["key", "all"])]
-        to_bytes: Option<u64>,
-        /// Remove all chunks
+        to_bytes: Option<Bytes>,
+        /// Remove all chunks, also where the disk is full
         #[arg(long, conflicts_with = "key")]
         all: bool,
     },
@@ -489,12 +511,6 @@ pub struct IndexArgs {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use clap::CommandFactory;
-
-    #[test]
-    fn the_grammar_is_consistent() {
-        Cli::command().debug_assert();
-    }
 
     #[test]
     fn settings_may_stand_behind_the_subcommand() {

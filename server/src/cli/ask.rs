@@ -4,26 +4,22 @@ use engine::{BlendConfig, BlendMode};
 use serde_json::json;
 
 use super::answer_view;
-use super::output::{Out, seconds, short};
+use super::output::{Out, place, seconds};
 use crate::config::Settings;
+use crate::data_dir;
 use crate::error::{QuireError, Result};
 use crate::library::Library;
-use crate::service::{Options, Question, Service};
+use crate::service::{Options, Purpose, Question, Service};
 
 pub(super) fn search(settings: &Settings, query: &str, out: &Out) -> Result<()> {
+    data_dir::check(&settings.data_dir)?;
     let library = Library::new(&settings.data_dir);
     let found = library.search(&settings.collection, query, settings.top_chunks)?;
     for hit in &found {
         if out.json {
             out.value(hit);
         } else {
-            out.line(format!(
-                "{:7.3}  {}, characters {}-{}",
-                hit.score,
-                short(&hit.path),
-                hit.span.start,
-                hit.span.end
-            ));
+            out.line(format!("{:7.3}  {}", hit.score, place(&hit.path, hit.line, hit.span)));
             out.line(format!("         {}", answer_view::excerpt(&hit.passage, "")));
         }
     }
@@ -42,8 +38,9 @@ pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> 
     }
     let spinner = out.spinner("loading the model");
     // Before the model is loaded: a missing collection is the commoner mistake.
+    data_dir::check(&settings.data_dir)?;
     Library::new(&settings.data_dir).collection(&settings.collection)?;
-    let service = Service::open(settings)?;
+    let service = Service::open(settings, Purpose::Ask)?;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
@@ -68,7 +65,9 @@ pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> 
     out.line("");
     out.line("");
     answer_view::citations(&answer.citations, &answer.text, out);
-    answer_view::stats(&answer.stats, out);
+    if out.verbose || compare {
+        answer_view::stats(&answer.stats, out);
+    }
     for note in &answer.notes {
         out.line(format!("  note: {note}"));
     }

@@ -187,7 +187,7 @@ fn index(settings: &Settings, args: IndexArgs, out: &Out) -> Result<()> {
 fn blend(settings: &Settings, options: &BlendBenchOptions, out: &Out) -> Result<()> {
     let engine = Engine::load(settings.engine()?)?;
     let dir = ScratchDir::new(&settings.data_dir, "bench-blend")?;
-    let store = KvStore::open(&engine, dir.path(), "bench", settings.cache_bytes, &settings.tenant)?;
+    let store = KvStore::open(&engine, dir.path(), "bench", settings.store_bytes(), &settings.tenant)?;
     let provider = StoreProvider { store };
     let report = with_progress(out, |progress| Ok(bench_blend(&engine, &[&provider], options, progress)?))?;
     engine.shutdown();

@@ -3,13 +3,16 @@
 use serde_json::{Map, Value, json};
 
 use super::output::Out;
-use crate::config::Config;
+use crate::config::{Config, SETTINGS};
 
 pub(super) fn show(config: &Config, out: &Out) {
-    let mut settings = config.settings.clone();
-    // A key belongs into no terminal log.
-    settings.api_key = settings.api_key.map(|_| "(set)".into());
-    let values = serde_json::to_value(&settings).unwrap_or_default();
+    let mut values = serde_json::to_value(&config.settings).unwrap_or_default();
+    // A key belongs into no terminal and no log.
+    for setting in SETTINGS.iter().filter(|setting| setting.secret) {
+        if !values[setting.key].is_null() {
+            values[setting.key] = "(set)".into();
+        }
+    }
     if out.json {
         let entry = |(key, origin): &(&'static str, String)| {
             (key.to_string(), json!({"value": values[*key], "origin": origin}))

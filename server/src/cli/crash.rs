@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use chunk_cache::{ChunkKey, LayerKv};
+use chunk_cache::{ChunkKey, ChunkStore, LayerKv};
 use engine::Engine;
 use eval::{Output, Record, RecordLog, RunInfo};
 use serde::Serialize;
@@ -23,7 +23,7 @@ use super::bench::ScratchDir;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::library::Library;
-use crate::store::KvStore;
+use crate::store::open_chunks;
 
 const COLLECTION: &str = "drill";
 
@@ -262,20 +262,20 @@ impl Drill<'_> {
     }
 }
 
-fn open(engine: &Engine, data_dir: &Path) -> Result<KvStore> {
-    KvStore::open(engine, data_dir, "drill", u64::MAX, "")
+fn open(engine: &Engine, data_dir: &Path) -> Result<ChunkStore> {
+    open_chunks(engine, data_dir, "drill", u64::MAX)
 }
 
 type Chunks = BTreeMap<ChunkKey, Vec<LayerKv>>;
 
-fn read_chunk(store: &KvStore, key: &ChunkKey) -> Result<Option<Vec<LayerKv>>> {
-    let layers = (0..store.chunks().shape().layers).map(|layer| store.chunks().layer(key, layer));
+fn read_chunk(store: &ChunkStore, key: &ChunkKey) -> Result<Option<Vec<LayerKv>>> {
+    let layers = (0..store.shape().layers).map(|layer| store.layer(key, layer));
     Ok(layers.collect::<std::result::Result<Option<Vec<_>>, _>>()?)
 }
 
-fn read_all(store: &KvStore) -> Result<Chunks> {
+fn read_all(store: &ChunkStore) -> Result<Chunks> {
     let mut chunks = Chunks::new();
-    for (key, _) in store.chunks().list()? {
+    for (key, _) in store.list()? {
         if let Some(layers) = read_chunk(store, &key)? {
             chunks.insert(key, layers);
         }
@@ -305,7 +305,7 @@ fn check(
             return Ok(());
         }
     };
-    let list = store.chunks().list()?;
+    let list = store.list()?;
     let visible: BTreeSet<ChunkKey> = list.into_iter().map(|(key, _)| key).collect();
     for key in acknowledged.chunks.difference(&visible) {
         report.problem(format!("acknowledged chunk {key} is gone"));
@@ -320,7 +320,7 @@ fn check(
             (Err(error), _) => report.problem(format!("chunk {key} is visible and cannot be read: {error}")),
         }
     }
-    let verified = store.chunks().verify()?;
+    let verified = store.verify()?;
     if !verified.is_clean() {
         report.problem(format!("the store is not clean: {verified:?}"));
     }

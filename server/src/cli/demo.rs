@@ -12,7 +12,7 @@ use super::output::{Out, count, grouped, seconds};
 use crate::config::{Settings, find_shipped};
 use crate::error::{QuireError, Result};
 use crate::library::discover;
-use crate::service::{Answer, IngestReport, Options, Question, Service};
+use crate::service::{Answer, IngestReport, Options, Purpose, Question, Service};
 
 const COLLECTION: &str = "examples";
 /// Timed rounds of each side, after one untimed round.
@@ -57,7 +57,7 @@ pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> R
     let example = demonstration(&folder)?;
     let spinner = out.spinner("loading the model");
     // What is shown is what an index reads, not how soon it is ready.
-    let service = Service::open_with(settings, EngineConfig { wait_for_index: true, ..settings.engine()? })?;
+    let service = Service::open_with(settings, Purpose::Ingest, EngineConfig { wait_for_index: true, ..settings.engine()? })?;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
@@ -124,7 +124,11 @@ fn service_report(
 
 /// The documents of a folder, without the note to people that lies beside them.
 fn examples(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut documents = discover(&[folder.to_path_buf()])?;
+    let mut found = discover(&[folder.to_path_buf()]);
+    if let Some((_, error)) = found.problems.pop() {
+        return Err(error);
+    }
+    let mut documents = found.documents;
     documents.retain(|path| path.file_name().is_none_or(|name| name != "README.md"));
     Ok(documents)
 }

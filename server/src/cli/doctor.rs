@@ -1,18 +1,15 @@
 //! `quire doctor`: what was found here, and what to do.
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
-
-use chunk_cache::StoreError;
+use chunk_cache::{Access, ChunkStore};
 use engine::{DeviceChoice, Engine, Isa, ModelSpec, Tokenizer, find_gpu, missing_cuda_libraries};
 use serde::Serialize;
 
 use super::output::{Out, bytes, count};
 use crate::config::Settings;
+use crate::data_dir;
 use crate::error::{QuireError, Result};
 use crate::library::collection_names;
-use crate::store::{KvStore, store_dir};
+use crate::store::{store_dir, store_shape};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -176,12 +173,15 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
     let dir = &settings.data_dir;
     let mut checks = Vec::new();
     if dir.is_dir() {
-        checks.push(match tempfile_in(dir) {
-            Ok(()) => Check::good("data", dir.display().to_string()),
-            Err(error) => Check::bad(
+        checks.push(match (data_dir::check(dir), data_dir::check_writable(dir)) {
+            (Err(error), _) => Check::bad("data", error.to_string(), "use a newer quire, or another --data-dir".into()),
+            (_, Ok(())) => Check::good("data", dir.display().to_string()),
+            (_, Err(error)) => Check::bad(
                 "data",
                 format!("{} cannot be written: {error}", dir.display()),
-                "make it writable for this user, or choose another with --data-dir".into(),
+                "searching and asking work, ingesting does not: make it writable for this user, or choose another with \
+                 --data-dir"
+                    .into(),
             ),
         });
     } else {
@@ -194,15 +194,17 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
     } else {
         checks.push(Check::good("documents", format!("collections: {}", collections.join(", "))));
     }
-    let store = store_dir(dir);
-    if store.is_dir() {
-        checks.extend(engine.map(|engine| chunks(settings, engine)));
-    }
-    match free_bytes(dir) {
-        Some(free) if free < settings.cache_bytes => checks.push(Check::note(
+    let store = ChunkStore::open_existing(&store_dir(dir), Access::Read, settings.store_bytes());
+    let room = match &store {
+        Ok(Some(store)) => store.stats().map_or(0, |stats| stats.byte_budget.saturating_sub(stats.payload_bytes)),
+        _ => settings.store_bytes(),
+    };
+    checks.extend(chunks(settings, engine, store));
+    match data_dir::free_bytes(dir) {
+        Some(free) if free < room => checks.push(Check::note(
             "disk",
-            format!("{} free, the cache may grow to {}", bytes(free), bytes(settings.cache_bytes)),
-            "free some space, lower --cache-bytes, or choose another --data-dir",
+            format!("{} free, the cache may grow by {}", bytes(free), bytes(room)),
+            "free some space, lower --cache-bytes of `quire ingest` or `quire serve`, or choose another --data-dir",
         )),
         Some(free) => checks.push(Check::good("disk", format!("{} free", bytes(free)))),
         None => checks.push(Check::note("disk", "unknown".into(), "the free space cannot be read here")),
@@ -210,42 +212,34 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
     checks
 }
 
-/// Writes a file and removes it again.
-fn tempfile_in(dir: &Path) -> std::io::Result<()> {
-    let path = dir.join(format!(".doctor-{}", std::process::id()));
-    std::fs::write(&path, b"x")?;
-    std::fs::remove_file(&path)
-}
-
-/// Opens the store as every command does.
-fn chunks(settings: &Settings, engine: &Engine) -> Check {
+/// Looks into the store as one that reads only, so that nothing changes and a running server goes on.
+fn chunks(
+    settings: &Settings,
+    engine: Option<&Engine>,
+    store: std::result::Result<Option<ChunkStore>, chunk_cache::StoreError>,
+) -> Option<Check> {
     let dir = store_dir(&settings.data_dir);
-    let opened = KvStore::open(engine, &settings.data_dir, "doctor", settings.cache_bytes, &settings.tenant);
-    match opened.and_then(|store| Ok(store.chunks().stats()?)) {
-        Ok(stats) => Check::good(
-            "chunks",
-            format!(
-                "{}: {}, {} (`quire cache verify` reads it all)",
-                dir.display(),
-                count(stats.chunks as usize, "chunk"),
-                bytes(stats.payload_bytes)
-            ),
-        ),
-        Err(QuireError::Store(error @ StoreError::Locked { .. })) => {
-            Check::note("chunks", error.to_string(), "nothing to do if that is your server")
+    let look = |store: &ChunkStore| -> Result<Check> {
+        if let Some(engine) = engine {
+            let shape = store_shape(engine.kv_shape())?;
+            store.check_belongs(engine.model_fingerprint(), &settings.served_name(&settings.model_dir()?), shape)?;
         }
-        Err(error) => Check::bad("chunks", dir.display().to_string(), error.to_string()),
+        let stats = store.stats()?;
+        let found = format!(
+            "{}: {}, {} of at most {} (`quire cache verify` reads it all)",
+            dir.display(),
+            count(stats.chunks as usize, "chunk"),
+            bytes(stats.payload_bytes),
+            bytes(stats.byte_budget)
+        );
+        Ok(match ChunkStore::is_in_use(&dir)? {
+            true => Check::note("chunks", format!("{found}; in use"), "nothing to do if that is your server"),
+            false => Check::good("chunks", found),
+        })
+    };
+    let bad = |error: String| Check::bad("chunks", dir.display().to_string(), error);
+    match store {
+        Ok(store) => store.map(|store| look(&store).unwrap_or_else(|error| bad(error.to_string()))),
+        Err(error) => Some(bad(error.to_string())),
     }
-}
-
-/// Free bytes where `path` lies or would lie.
-fn free_bytes(path: &Path) -> Option<u64> {
-    let existing = path.ancestors().find(|p| p.exists()).filter(|p| !p.as_os_str().is_empty());
-    let existing = existing.unwrap_or(Path::new("."));
-    let name = CString::new(existing.as_os_str().as_bytes()).ok()?;
-    // SAFETY: an all-zero statvfs is a valid value: it consists of integers only.
-    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `name` is a NUL-terminated string and `found` a writable statvfs; both outlive the call.
-    let failed = unsafe { libc::statvfs(name.as_ptr(), &raw mut found) } != 0;
-    (!failed).then(|| found.f_bavail * found.f_frsize)
 }

@@ -6,6 +6,7 @@ use indicatif::ProgressBar;
 
 use super::args::{EvalArgs, RecordArgs};
 use super::output::Out;
+use super::terminal::safe;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 
@@ -71,7 +72,7 @@ pub(super) fn with_progress<T>(out: &Out, work: impl FnOnce(&mut dyn FnMut(&Prog
         Some(bar) => {
             bar.set_length(news.total as u64);
             bar.set_position(news.done as u64);
-            bar.set_message(news.message.clone());
+            bar.set_message(safe(&news.message).into_owned());
         }
         None => out.note(&news.to_string()),
     });

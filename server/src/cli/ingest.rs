@@ -1,18 +1,21 @@
 //! `quire ingest`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::output::{Out, count, seconds, short};
 use crate::config::Settings;
 use crate::error::Result;
-use crate::service::{DocumentState, IngestEvent, IngestReport, Service};
+use crate::library::Skipped;
+use crate::service::{DocumentState, IngestEvent, IngestReport, Purpose, Service};
 use crate::store::Origin;
 
 pub(super) fn run(settings: &Settings, paths: &[PathBuf], out: &Out) -> Result<()> {
     let spinner = out.spinner("loading the model");
-    let service = Service::open(settings)?;
+    let service = Service::open(settings, Purpose::Ingest)?;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
@@ -26,22 +29,18 @@ pub(super) fn run(settings: &Settings, paths: &[PathBuf], out: &Out) -> Result<(
     report.check()
 }
 
+/// Between two lines about one document.
+const LINES: Duration = Duration::from_secs(10);
+
 /// Ingests and prints what happens: a bar on a terminal, else a line per document, else a JSON line per chunk and
 /// document. A line is an acknowledgement: what it names is on disk.
 pub(super) fn ingest(service: &Service, collection: &str, paths: &[PathBuf], out: &Out) -> Result<IngestReport> {
     let bar = out.bar();
+    let mut told = Instant::now();
     let report = service.ingest(collection, paths, &mut |event| match (&bar, out.json) {
         (_, true) => print_json(event, out),
-        (Some(bar), false) => match event {
-            IngestEvent::Document { path, done, total, .. } => {
-                bar.set_length(*total as u64);
-                bar.set_position(*done as u64);
-                bar.set_message(short(path));
-            }
-            IngestEvent::Failed { error, .. } => bar.suspend(|| out.note(&format!("error: {error}"))),
-            IngestEvent::Chunk { .. } => {}
-        },
-        (None, false) => print_line(event, out),
+        (Some(bar), false) => show(event, bar, out),
+        (None, false) => print_line(event, &mut told, out),
     });
     if let Some(bar) = bar {
         bar.finish_and_clear();
@@ -49,11 +48,28 @@ pub(super) fn ingest(service: &Service, collection: &str, paths: &[PathBuf], out
     report
 }
 
+fn show(event: &IngestEvent<'_>, bar: &ProgressBar, out: &Out) {
+    match event {
+        IngestEvent::Document { path, done, total, .. } => {
+            bar.set_length(*total as u64);
+            bar.set_position(*done as u64);
+            bar.set_message(short(path));
+        }
+        IngestEvent::Chunk { path, done, total, .. } => bar.set_message(inside(path, *done, *total)),
+        IngestEvent::Failed { error, .. } => bar.suspend(|| out.failed(&error.to_string())),
+    }
+}
+
+/// How far a document is.
+fn inside(path: &Path, done: usize, total: usize) -> String {
+    format!("{}: {done} of {}", short(path), count(total, "chunk"))
+}
+
 fn print_json(event: &IngestEvent<'_>, out: &Out) {
     out.value(&match event {
-        IngestEvent::Chunk { key, path, span, tokens, origin } => json!({
+        IngestEvent::Chunk { key, path, span, tokens, origin, done, total } => json!({
             "event": "chunk", "key": key.to_string(), "document": path.to_string_lossy(), "span": span, "tokens": tokens,
-            "computed": *origin == Origin::Computed,
+            "computed": *origin == Origin::Computed, "done": done, "total": total,
         }),
         IngestEvent::Document { path, state, chunks, computed, .. } => json!({
             "event": "document", "document": path.to_string_lossy(), "state": state, "chunks": chunks, "computed": computed,
@@ -64,10 +80,17 @@ fn print_json(event: &IngestEvent<'_>, out: &Out) {
     });
 }
 
-fn print_line(event: &IngestEvent<'_>, out: &Out) {
+/// `told`: when a document was last spoken of.
+fn print_line(event: &IngestEvent<'_>, told: &mut Instant, out: &Out) {
     match event {
-        IngestEvent::Chunk { .. } => {}
+        IngestEvent::Chunk { path, done, total, .. } => {
+            if told.elapsed() >= LINES && done < total {
+                *told = Instant::now();
+                out.note(&inside(path, *done, *total));
+            }
+        }
         IngestEvent::Document { path, state, chunks, computed, done, total } => {
+            *told = Instant::now();
             let state = match state {
                 DocumentState::New => "new",
                 DocumentState::Changed => "changed",
@@ -79,7 +102,7 @@ fn print_line(event: &IngestEvent<'_>, out: &Out) {
                 count(*chunks, "chunk")
             ));
         }
-        IngestEvent::Failed { error, .. } => out.note(&format!("error: {error}")),
+        IngestEvent::Failed { error, .. } => out.failed(&error.to_string()),
     }
 }
 
@@ -105,11 +128,46 @@ pub(super) fn summary(report: &IngestReport) -> String {
             count(evicted as usize, "chunk")
         ),
     };
+    let failed = match report.failed {
+        0 => String::new(),
+        failed => format!("; {failed} could not be read"),
+    };
     format!(
-        "{} in `{}` ({state}); {cached}; {} in {}{evicted}",
+        "{} in `{}` ({state}); {cached}; {} in {}{evicted}{failed}{}",
         count(documents, "document"),
         report.collection,
         count(report.tokens, "token"),
-        seconds(report.seconds)
+        seconds(report.seconds),
+        skipped(&report.skipped)
     )
+}
+
+/// What was left out, by reason.
+fn skipped(skipped: &Skipped) -> String {
+    let reasons = [
+        (skipped.hidden, "hidden"),
+        (skipped.other_formats, "neither text nor Markdown"),
+        (skipped.links, "links to folders or to nothing"),
+        (skipped.special, "no regular files"),
+        (skipped.empty, "without text"),
+    ];
+    let named: Vec<String> =
+        reasons.iter().filter(|(number, _)| *number > 0).map(|(number, why)| format!("{number} {why}")).collect();
+    if named.is_empty() { String::new() } else { format!("; skipped {}: {}", skipped.total(), named.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_counts_what_was_left_out_and_why() {
+        let skipped = Skipped { hidden: 2, other_formats: 3, empty: 1, ..Skipped::default() };
+        let report = IngestReport { collection: "c".into(), new: 1, failed: 2, skipped, ..IngestReport::default() };
+        let line = summary(&report);
+        assert!(line.contains("2 could not be read"), "{line}");
+        assert!(line.ends_with("skipped 6: 2 hidden, 3 neither text nor Markdown, 1 without text"), "{line}");
+        let none = IngestReport { new: 1, ..IngestReport::default() };
+        assert!(!summary(&none).contains("skipped") && !summary(&none).contains("could not"));
+    }
 }

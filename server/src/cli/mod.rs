@@ -14,15 +14,17 @@ mod doctor;
 mod eval;
 mod ingest;
 mod output;
+mod parse;
 mod pull;
 mod serve;
 mod start;
+mod terminal;
 
 pub use args::{Cli, Command};
+pub use parse::parse;
 
+use std::io::Write;
 use std::process::ExitCode;
-
-use clap::CommandFactory;
 
 use crate::config::Config;
 use crate::error::{QuireError, Result};
@@ -31,10 +33,10 @@ use output::Out;
 /// Runs a parsed command line and says with which code the process ends: 0 done, 1 failed, 2 wrong usage.
 #[must_use]
 pub fn run(cli: Cli) -> ExitCode {
-    let out = Out::new(cli.json);
+    let out = Out::new(cli.json, cli.verbose, cli.quiet);
     match dispatch(cli, &out) {
         Ok(()) if out.is_lost() => {
-            out.note("error: the result could not be written to standard output: is the disk full?");
+            out.failed("the result could not be written to standard output: is the disk full?");
             ExitCode::FAILURE
         }
         Ok(()) => ExitCode::SUCCESS,
@@ -45,11 +47,25 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
+/// Prints help, the version, or what is wrong with the words of a command line, and says with which code to end.
+#[must_use]
+pub fn print_usage(usage: &clap::Error) -> ExitCode {
+    let printed = match usage.use_stderr() {
+        // It quotes words, which may be names of files.
+        true => writeln!(std::io::stderr().lock(), "{}", terminal::safe(usage.render().to_string().trim_end())),
+        false => usage.print(),
+    };
+    match printed {
+        Ok(()) => ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2)),
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
 fn dispatch(cli: Cli, out: &Out) -> Result<()> {
     if let Command::Completions { shell } = cli.command {
         let mut script = Vec::new();
-        clap_complete::generate(shell, &mut Cli::command(), "quire", &mut script);
-        Out::new(false).text(&String::from_utf8_lossy(&script));
+        clap_complete::generate(shell, &mut parse::command(), "quire", &mut script);
+        out.text(&String::from_utf8_lossy(&script));
         return Ok(());
     }
     let config = Config::load(&cli.settings, cli.config.as_deref())?;
@@ -60,8 +76,8 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
     let settings = &config.settings;
     match cli.command {
         Command::Ingest { paths } => ingest::run(settings, &paths, out),
-        Command::Search { query } => ask::search(settings, &query, out),
-        Command::Ask { question, compare } => ask::run(settings, &question, compare, out),
+        Command::Search { query } => ask::search(settings, &query.join(" "), out),
+        Command::Ask { question, compare } => ask::run(settings, &question.join(" "), compare, out),
         Command::Chat(args) => {
             let documents = args.documents || cli.settings.collection.is_some();
             chat::run(settings, &args, documents, out)
@@ -87,15 +103,14 @@ fn start_log(filter: &str) -> Result<()> {
         origin: "settings".into(),
         problem: format!("expected a level or a filter as of tracing, found `{filter}`: {e}"),
     })?;
-    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     // A second start in one process, as in tests, keeps the first.
     let _ =
         // A log that cannot be written must not end the program, which reporting that on stderr would.
         tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(std::io::stderr)
+            .with_writer(terminal::SafeStderr)
             .log_internal_errors(false)
-            .with_ansi(terminal)
+            .with_ansi(false)
             .try_init();
     Ok(())
 }

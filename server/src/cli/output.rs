@@ -9,12 +9,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 
+use super::terminal::{safe, safe_json};
 use crate::error::QuireError;
+use crate::library::Span;
 
 /// Where a command prints.
 pub(super) struct Out {
     /// As JSON lines.
     pub(super) json: bool,
+    /// With what an answer cost.
+    pub(super) verbose: bool,
+    /// Without remarks and progress.
+    quiet: bool,
     terminal: bool,
     silent: bool,
     /// Some of the result could not be written.
@@ -24,10 +30,12 @@ pub(super) struct Out {
 }
 
 impl Out {
-    pub(super) fn new(json: bool) -> Out {
+    pub(super) fn new(json: bool, verbose: bool, quiet: bool) -> Out {
         Out {
             json,
-            terminal: std::io::stderr().is_terminal(),
+            verbose,
+            quiet,
+            terminal: std::io::stderr().is_terminal() && !quiet,
             silent: false,
             lost: Cell::new(false),
             gone: Cell::new(false),
@@ -56,6 +64,8 @@ impl Out {
     pub(super) fn without_results(&self) -> Out {
         Out {
             json: false,
+            verbose: self.verbose,
+            quiet: self.quiet,
             terminal: self.terminal && !self.json,
             silent: true,
             lost: Cell::new(false),
@@ -68,20 +78,21 @@ impl Out {
         if self.silent {
             return;
         }
-        self.written(writeln!(std::io::stdout().lock(), "{}", text.as_ref()));
+        self.written(writeln!(std::io::stdout().lock(), "{}", safe(text.as_ref())));
     }
 
     /// Text without a line end, shown at once.
     pub(super) fn text(&self, text: &str) {
         let mut stdout = std::io::stdout().lock();
-        self.written(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
+        self.written(stdout.write_all(safe(text).as_bytes()).and_then(|()| stdout.flush()));
     }
 
     /// A result as one JSON line.
     pub(super) fn value<T: Serialize>(&self, value: &T) {
         match serde_json::to_string(value) {
-            Ok(text) => self.line(text),
-            Err(error) => self.note(&format!("a result could not be written as JSON: {error}")),
+            Ok(text) if self.silent => drop(text),
+            Ok(text) => self.written(writeln!(std::io::stdout().lock(), "{}", safe_json(text))),
+            Err(error) => self.complain(&format!("a result could not be written as JSON: {error}")),
         }
     }
 
@@ -93,7 +104,14 @@ impl Out {
 
     /// A remark for people, beside the result.
     pub(super) fn note(&self, text: &str) {
-        let _ = writeln!(std::io::stderr().lock(), "{text}");
+        if !self.quiet {
+            self.complain(text);
+        }
+    }
+
+    /// What is said beside the result whoever listens.
+    fn complain(&self, text: &str) {
+        let _ = writeln!(std::io::stderr().lock(), "{}", safe(text));
     }
 
     /// An error, with the reasons behind it that its text does not name itself.
@@ -110,7 +128,12 @@ impl Out {
         if self.json {
             self.value(&json!({"error": {"message": message, "exit_code": error.exit_code()}}));
         }
-        self.note(&format!("error: {message}"));
+        self.complain(&format!("error: {message}"));
+    }
+
+    /// A part that failed while the rest goes on, named at once.
+    pub(super) fn failed(&self, text: &str) {
+        self.complain(&format!("error: {text}"));
     }
 
     /// A bar for work of known size; only on a terminal.
@@ -126,7 +149,7 @@ impl Out {
 
     /// A bar for a file that comes over the network; only on a terminal.
     pub(super) fn bytes_bar(&self, name: &str, size: u64) -> Option<ProgressBar> {
-        let bar = self.bar()?.with_message(name.to_string());
+        let bar = self.bar()?.with_message(safe(name).into_owned());
         let style = "{bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta} {wide_msg}";
         bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_length(size);
@@ -148,7 +171,12 @@ impl Out {
 pub(super) fn short(path: &Path) -> String {
     let current = std::env::current_dir().and_then(|dir| dir.canonicalize()).ok();
     let relative = current.as_deref().and_then(|dir| path.strip_prefix(dir).ok());
-    relative.unwrap_or(path).display().to_string()
+    safe(&relative.unwrap_or(path).display().to_string()).into_owned()
+}
+
+/// Where a passage stands: file and line, as editors and terminals take them, and characters.
+pub(super) fn place(path: &Path, line: usize, span: Span) -> String {
+    format!("{}:{line}, characters {}-{}", short(path), span.start, span.end)
 }
 
 /// A duration with a fitting unit.

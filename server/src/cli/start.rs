@@ -135,6 +135,7 @@ fn pass_settings(command: &mut Command, settings: &Settings, data_dir: &Path) ->
         host: "127.0.0.1".into(),
         port: 0,
         api_key: None,
+        api_key_file: None,
         data_dir: data_dir.into(),
         model: Some(settings.model_dir()?),
         ..settings.clone()
@@ -247,6 +248,7 @@ fn is_ready(address: SocketAddr) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::config::Secret;
     use std::net::TcpListener;
 
     #[test]
@@ -279,7 +281,7 @@ mod tests {
     #[test]
     fn every_setting_reaches_the_child_and_where_it_listens_is_its_own() {
         let settings =
-            Settings { api_key: Some("secret".into()), port: 8080, prefill_chunk: 77, ..Settings::default() };
+            Settings { api_key: Some(Secret("secret".into())), port: 8080, prefill_chunk: 77, ..Settings::default() };
         let settings = Settings { model: Some("/models/one".into()), ..settings };
         let mut command = Command::new("quire");
         pass_settings(&mut command, &settings, Path::new("/scratch")).unwrap();

@@ -13,7 +13,7 @@ use super::state::App;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::metrics;
-use crate::service::Service;
+use crate::service::{Purpose, Service};
 
 /// Time for connections to close once every answer is complete, and for what was cut off to end.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -44,7 +44,7 @@ pub async fn serve(
     let server = tokio::spawn(async move { server.await });
 
     let to_load = settings.clone();
-    let mut loading = tokio::task::spawn_blocking(move || Service::open(&to_load));
+    let mut loading = tokio::task::spawn_blocking(move || Service::open(&to_load, Purpose::Serve));
     let mut loaded = false;
     loop {
         tokio::select! {

@@ -25,7 +25,7 @@ use state::App;
 
 /// All routes.
 fn router(app: App) -> Router {
-    let limit = app.settings().body_limit_bytes;
+    let limit = app.settings().body_limit_bytes.0 as usize;
     let guarded = Router::new()
         .route("/v1/models", get(probes::models))
         // Names on the hub have a slash.

@@ -1,9 +1,16 @@
 //! From paths to texts: which files are documents, and what is in them.
 
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use serde::Serialize;
 
 use super::split::Format;
 use crate::error::{QuireError, Result};
+
+/// Bytes of a document at most: some 16 million tokens, which takes hours to read.
+const DOCUMENT_LIMIT: u64 = 64 << 20;
 
 /// A document that was read.
 #[derive(Clone, Debug)]
@@ -16,6 +23,42 @@ pub struct Document {
     pub format: Format,
 }
 
+/// What lies at some paths.
+#[derive(Debug, Default)]
+pub struct Discovered {
+    /// Documents, sorted and without repetition.
+    pub documents: Vec<PathBuf>,
+    /// Of these, the ones that were named themselves, not found in a folder; sorted.
+    pub named: Vec<PathBuf>,
+    /// What could not be read, or was named and is no document.
+    pub problems: Vec<(PathBuf, QuireError)>,
+    /// What folders hold beside documents.
+    pub skipped: Skipped,
+}
+
+/// What was left out of folders, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Skipped {
+    /// Files and folders whose names begin with a dot.
+    pub hidden: usize,
+    /// Files that are neither text nor Markdown, by their names.
+    pub other_formats: usize,
+    /// Links to folders, and links that lead nowhere.
+    pub links: usize,
+    /// Pipes, sockets and devices.
+    pub special: usize,
+    /// Documents without text.
+    pub empty: usize,
+}
+
+impl Skipped {
+    /// All of them.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.hidden + self.other_formats + self.links + self.special + self.empty
+    }
+}
+
 fn format_of(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
         "txt" | "text" => Some(Format::Text),
@@ -24,71 +67,102 @@ fn format_of(path: &Path) -> Option<Format> {
     }
 }
 
-/// The documents at `paths`, sorted and without repetition: files as named, folders searched to every depth. In
-/// folders, hidden entries, other formats and links to folders are left out.
-///
-/// # Errors
-/// [`QuireError::Io`] for what cannot be read, [`QuireError::UnsupportedDocument`] for a file in another format that
-/// was named itself, [`QuireError::NoDocuments`] if nothing is found.
-pub fn discover(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
+/// The documents at `paths`: files as named, folders searched to every depth. In folders, hidden entries, other formats
+/// and links to folders are left out, and counted. What cannot be read is told, and the rest is found all the same.
+#[must_use]
+pub fn discover(paths: &[PathBuf]) -> Discovered {
+    let mut found = Discovered::default();
     for path in paths {
-        let absolute =
-            path.canonicalize().map_err(|source| QuireError::Io { action: "read", path: path.clone(), source })?;
-        let before = found.len();
-        if absolute.is_dir() {
-            walk(&absolute, &mut found)?;
-            if found.len() == before {
-                return Err(QuireError::NoDocuments { path: path.clone() });
-            }
-        } else if !absolute.is_file() {
-            return Err(QuireError::UnsupportedDocument { path: path.clone(), found: "no regular file".into() });
-        } else if format_of(&absolute).is_some() {
-            found.push(absolute);
-        } else {
-            let found = match absolute.extension() {
-                Some(extension) => format!(".{}", extension.to_string_lossy()),
-                None => "no extension".into(),
-            };
-            return Err(QuireError::UnsupportedDocument { path: path.clone(), found });
+        if let Err(error) = discover_one(path, &mut found) {
+            found.problems.push((path.clone(), error));
         }
     }
-    found.sort();
-    found.dedup();
-    Ok(found)
+    for list in [&mut found.documents, &mut found.named] {
+        list.sort();
+        list.dedup();
+    }
+    found
 }
 
-fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
-    let failed = |source| QuireError::Io { action: "read the folder", path: folder.to_path_buf(), source };
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        if entry.file_name().to_string_lossy().starts_with('.') {
-            continue;
+fn discover_one(path: &Path, found: &mut Discovered) -> Result<()> {
+    let failed = |source| QuireError::Io { action: "read", path: path.into(), source };
+    let unsupported = |found: String| Err(QuireError::UnsupportedDocument { path: path.into(), found });
+    let absolute = path.canonicalize().map_err(failed)?;
+    if absolute.is_dir() {
+        let before = (found.documents.len(), found.problems.len());
+        walk(&absolute, found);
+        if (found.documents.len(), found.problems.len()) == before {
+            return Err(QuireError::NoDocuments { path: path.into() });
         }
-        let path = entry.path();
-        if entry.file_type().map_err(failed)?.is_dir() {
-            walk(&path, found)?;
-        } else if path.is_file() && format_of(&path).is_some() {
-            found.push(path);
+        return Ok(());
+    }
+    if !absolute.is_file() {
+        return unsupported("no regular file".into());
+    }
+    if format_of(&absolute).is_none() {
+        return unsupported(match absolute.extension() {
+            Some(extension) => format!(".{}", extension.to_string_lossy()),
+            None => "no extension".into(),
+        });
+    }
+    found.documents.push(absolute.clone());
+    found.named.push(absolute);
+    Ok(())
+}
+
+fn walk(folder: &Path, found: &mut Discovered) {
+    // A list of folders instead of recursion: none is too deep.
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        let failed = |source| QuireError::Io { action: "read the folder", path: folder.clone(), source };
+        let entries = match std::fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(source) => {
+                let error = failed(source);
+                found.problems.push((folder, error));
+                continue;
+            }
+        };
+        for entry in entries {
+            match entry.and_then(|entry| Ok((entry.file_type()?, entry))) {
+                Ok((kind, entry)) => sort_entry(&entry, kind, &mut folders, found),
+                Err(source) => found.problems.push((folder.clone(), failed(source))),
+            }
         }
     }
-    Ok(())
+}
+
+fn sort_entry(entry: &std::fs::DirEntry, kind: std::fs::FileType, folders: &mut Vec<PathBuf>, found: &mut Discovered) {
+    let path = entry.path();
+    let skipped = &mut found.skipped;
+    if entry.file_name().as_encoded_bytes().starts_with(b".") {
+        skipped.hidden += 1;
+    } else if kind.is_dir() {
+        folders.push(path);
+    } else if kind.is_symlink() && !path.is_file() {
+        skipped.links += 1;
+    } else if !path.is_file() {
+        skipped.special += 1;
+    } else if format_of(&path).is_none() {
+        skipped.other_formats += 1;
+    } else {
+        found.documents.push(path);
+    }
 }
 
 /// Reads one document.
 ///
 /// # Errors
-/// [`QuireError::Io`], [`QuireError::DocumentName`], [`QuireError::NotUtf8`] with the offset of the first bad byte,
+/// [`QuireError::Io`], [`QuireError::DocumentName`], [`QuireError::DocumentTooLarge`], [`QuireError::OtherEncoding`],
+/// [`QuireError::NulInDocument`], [`QuireError::NotUtf8`] with the offset of the first bad byte,
 /// [`QuireError::EmptyDocument`].
 pub fn read_document(path: &Path) -> Result<Document> {
     // A collection knows documents by their names as text.
     if path.to_str().is_none() {
         return Err(QuireError::DocumentName { path: path.into() });
     }
-    let bytes = std::fs::read(path).map_err(|source| QuireError::Io { action: "read", path: path.into(), source })?;
-    let text = String::from_utf8(bytes)
-        .map_err(|e| QuireError::NotUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })?;
-    if text.trim().is_empty() {
+    let text = decode(path, read_bytes(path, DOCUMENT_LIMIT)?)?;
+    if text.trim_start_matches('\u{feff}').trim().is_empty() {
         let found = if text.is_empty() { "no bytes" } else { "only white space" };
         return Err(QuireError::EmptyDocument { path: path.into(), found });
     }
@@ -96,22 +170,112 @@ pub fn read_document(path: &Path) -> Result<Document> {
     Ok(Document { path: path.into(), text, format })
 }
 
+/// A regular file's bytes, without waiting for whoever fills a pipe that has come in its place, and without end.
+fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let failed = |source| QuireError::Io { action: "read", path: path.into(), source };
+    let options = std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = options.map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(QuireError::UnsupportedDocument { path: path.into(), found: "no regular file".into() });
+    }
+    let mut bytes = Vec::new();
+    if metadata.len() <= limit {
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    }
+    let found = metadata.len().max(bytes.len() as u64);
+    if found > limit {
+        return Err(QuireError::DocumentTooLarge { path: path.into(), found, limit });
+    }
+    Ok(bytes)
+}
+
+/// Byte order marks of other encodings; those of UTF-32 first, as that of UTF-16 begins one of them.
+const MARKS: [(&[u8], &str); 4] = [
+    (&[0xff, 0xfe, 0, 0], "UTF-32"),
+    (&[0, 0, 0xfe, 0xff], "UTF-32"),
+    (&[0xff, 0xfe], "UTF-16"),
+    (&[0xfe, 0xff], "UTF-16"),
+];
+
+/// The text, if it is UTF-8 and has no NUL bytes, as UTF-16 of Latin letters has everywhere.
+fn decode(path: &Path, bytes: Vec<u8>) -> Result<String> {
+    let other = |found, offset, encoding| QuireError::OtherEncoding { path: path.into(), found, offset, encoding };
+    if let Some((_, encoding)) = MARKS.iter().find(|(mark, _)| bytes.starts_with(mark)) {
+        return Err(other("the byte order mark of another encoding", 0, encoding));
+    }
+    if let Some(offset) = bytes.iter().position(|&byte| byte == 0) {
+        return Err(match wide_encoding(&bytes) {
+            Some(encoding) => other("NUL bytes as of UTF-16 or UTF-32", offset, encoding),
+            None => QuireError::NulInDocument { path: path.into(), offset },
+        });
+    }
+    String::from_utf8(bytes)
+        .map_err(|e| QuireError::NotUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
+}
+
+/// Guesses an encoding of two or four bytes a character from where NUL bytes lie in the first of them.
+fn wide_encoding(bytes: &[u8]) -> Option<&'static str> {
+    let sample = &bytes[..bytes.len().min(4096) / 4 * 4];
+    let share = |at: usize| {
+        let column = sample.iter().skip(at).step_by(4);
+        column.clone().filter(|&&byte| byte == 0).count() as f64 / column.count().max(1) as f64
+    };
+    let zeros = [share(0), share(1), share(2), share(3)].map(|share| share > 0.4);
+    match zeros {
+        [false, true, true, true] => Some("UTF-32LE"),
+        [true, true, true, false] => Some("UTF-32BE"),
+        [false, true, false, true] => Some("UTF-16LE"),
+        [true, false, true, false] => Some("UTF-16BE"),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::symlink;
+
+    fn problem(path: &Path) -> String {
+        let found = discover(&[path.into()]);
+        assert!(found.documents.is_empty() && found.problems.len() == 1, "{found:?}");
+        found.problems[0].1.to_string()
+    }
 
     #[test]
-    fn folders_are_searched_to_every_depth_and_other_files_left_out() {
+    fn folders_are_searched_to_every_depth_and_what_is_left_out_is_counted() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("a/b/.git")).unwrap();
         for name in ["z.md", "a/one.txt", "a/b/two.MD", "a/b/.git/x.txt", "a/image.png", ".hidden.md"] {
             std::fs::write(dir.path().join(name), "x").unwrap();
         }
+        symlink(dir.path(), dir.path().join("a/loop")).unwrap();
+        symlink("self.txt", dir.path().join("self.txt")).unwrap();
+        symlink("/dev/zero", dir.path().join("endless.txt")).unwrap();
+        symlink(dir.path().join("z.md"), dir.path().join("y.md")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket.txt")).unwrap();
         let root = dir.path().canonicalize().unwrap();
-        let found = discover(&[dir.path().into(), dir.path().join("a/one.txt")]).unwrap();
-        assert_eq!(found, ["a/b/two.MD", "a/one.txt", "z.md"].map(|n| root.join(n)));
+        let found = discover(&[dir.path().into(), dir.path().join("a/one.txt")]);
+        assert_eq!(found.documents, ["a/b/two.MD", "a/one.txt", "y.md", "z.md"].map(|n| root.join(n)));
+        assert_eq!(found.named, [root.join("a/one.txt")]);
+        assert!(found.problems.is_empty(), "{found:?}");
+        assert_eq!(found.skipped, Skipped { hidden: 2, other_formats: 1, links: 3, special: 1, empty: 0 });
+    }
+
+    #[test]
+    fn what_cannot_be_found_is_named_and_the_rest_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["good.md", "a.pdf"] {
+            std::fs::write(dir.path().join(name), "x").unwrap();
+        }
+        std::fs::create_dir(dir.path().join("nothing")).unwrap();
+        let paths = ["absent.md", "a.pdf", "good.md", "nothing"].map(|name| dir.path().join(name));
+        let found = discover(&paths);
+        assert_eq!(found.documents, [paths[2].canonicalize().unwrap()]);
+        let named: Vec<_> = found.problems.iter().map(|(path, _)| path).collect();
+        assert_eq!(named, [&paths[0], &paths[1], &paths[3]]);
     }
 
     #[test]
@@ -122,10 +286,9 @@ mod tests {
             std::fs::write(&path, bytes).unwrap();
             path
         };
-        let error = discover(&[write("a.pdf", b"x")]).unwrap_err().to_string();
+        let error = problem(&write("a.pdf", b"x"));
         assert!(error.contains("a.pdf") && error.contains("found .pdf"), "{error}");
-        let error = discover(&[dir.path().join("absent.md")]).unwrap_err().to_string();
-        assert!(error.contains("absent.md"), "{error}");
+        assert!(problem(&dir.path().join("absent.md")).contains("absent.md"));
         let error = read_document(&write("latin1.txt", b"caf\xe9 noir")).unwrap_err().to_string();
         assert!(error.contains("latin1.txt") && error.contains("offset 3"), "{error}");
         let error = read_document(&write("empty.md", b"")).unwrap_err().to_string();
@@ -133,9 +296,67 @@ mod tests {
         let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.txt"));
         std::fs::write(&odd, "text").unwrap();
         assert!(matches!(read_document(&odd), Err(QuireError::DocumentName { .. })));
-        let error = discover(&["/dev/null".into()]).unwrap_err().to_string();
-        assert!(error.contains("no regular file"), "{error}");
-        let error = read_document(&write("blank.md", b" \n\t")).unwrap_err().to_string();
-        assert!(error.contains("only white space"), "{error}");
+        assert!(problem(Path::new("/dev/null")).contains("no regular file"));
+        for blank in [&b" \n\t"[..], b"\xef\xbb\xbf\n"] {
+            let error = read_document(&write("blank.md", blank)).unwrap_err().to_string();
+            assert!(error.contains("only white space"), "{error}");
+        }
+    }
+
+    #[test]
+    fn text_in_other_encodings_is_refused_with_the_command_that_converts_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.txt");
+        let text = "The lamp of Varn Point was lit in 1851. Żółć.\n";
+        let wide = |mark: bool, big: bool| -> Vec<u8> {
+            let units = mark.then_some(0xfeff).into_iter().chain(text.encode_utf16());
+            units.flat_map(|unit: u16| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
+        };
+        let wider = |big: bool| -> Vec<u8> {
+            let units = text.chars().map(|c| c as u32);
+            units.flat_map(|unit| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
+        };
+        for (bytes, encoding) in [
+            (wide(true, false), "UTF-16"),
+            (wide(true, true), "UTF-16"),
+            (wide(false, false), "UTF-16LE"),
+            (wide(false, true), "UTF-16BE"),
+            (wider(false), "UTF-32LE"),
+            (wider(true), "UTF-32BE"),
+            (b"\xff\xfe\x00\x00a\x00\x00\x00".to_vec(), "UTF-32"),
+        ] {
+            let error = decode(&path, bytes.clone()).unwrap_err().to_string();
+            assert!(error.contains("x.txt") && error.contains(&format!("iconv -f {encoding} -t UTF-8")), "{error}");
+            // The command does what the message says.
+            std::fs::write(&path, bytes).unwrap();
+            let converted =
+                std::process::Command::new("iconv").args(["-f", encoding, "-t", "UTF-8"]).arg(&path).output();
+            if let Ok(converted) = converted {
+                let converted = decode(&path, converted.stdout).unwrap();
+                assert!(converted == text || converted == "a", "{converted:?}");
+            }
+        }
+        let error = decode(&path, b"a log\0torn here, and much more text than that".to_vec()).unwrap_err().to_string();
+        assert!(error.contains("NUL byte at offset 5") && error.contains("UTF-16LE"), "{error}");
+        let marked = decode(&path, b"\xef\xbb\xbfwith a mark".to_vec()).unwrap();
+        assert_eq!(marked, "\u{feff}with a mark");
+    }
+
+    #[test]
+    fn neither_pipes_nor_endless_nor_huge_files_hang() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe.txt");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        for path in [pipe.as_path(), Path::new("/dev/zero")] {
+            let error = read_document(path).unwrap_err().to_string();
+            assert!(error.contains("no regular file"), "{error}");
+        }
+        let huge = dir.path().join("huge.txt");
+        std::fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
+        let error = read_document(&huge).unwrap_err().to_string();
+        assert!(error.contains("huge.txt") && error.contains("1099511627776") && error.contains("split"), "{error}");
+        std::fs::write(&huge, "abcd").unwrap();
+        assert!(matches!(read_bytes(&huge, 3), Err(QuireError::DocumentTooLarge { found: 4, limit: 3, .. })));
+        assert_eq!(read_bytes(&huge, 4).unwrap(), b"abcd");
     }
 }

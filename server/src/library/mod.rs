@@ -4,12 +4,13 @@
 //! collection and answers queries. None of this knows a model: tokens are counted by a function that is passed in.
 
 mod collections;
+mod directory;
 mod ingest;
 mod search;
 mod split;
 
 pub use collections::Library;
-pub use ingest::{Document, discover, read_document};
+pub use ingest::{Discovered, Document, Skipped, discover, read_document};
 pub use search::{Collection, CollectionWriter, Found, StoredDocument};
 pub use split::{ChunkSpan, Format, Limits, Span, split};
 

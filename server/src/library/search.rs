@@ -17,6 +17,7 @@ use tantivy::tokenizer::{
 };
 use tantivy::{Index, IndexReader, IndexWriter, ReloadPolicy, TantivyDocument, TantivyError, Term};
 
+use super::directory::IndexFolder;
 use super::ingest::Document;
 use super::split::{ChunkSpan, Span};
 use crate::error::{QuireError, Result};
@@ -32,6 +33,8 @@ pub struct Found {
     pub path: PathBuf,
     /// Where in the document.
     pub span: Span,
+    /// The line that it begins in, from 1.
+    pub line: usize,
     /// The text there.
     pub passage: String,
     /// BM25 score; higher is better.
@@ -107,7 +110,8 @@ impl Collection {
         if !dir.join("meta.json").is_file() {
             return Ok(None);
         }
-        let index = Index::open_in_dir(dir).map_err(|e| index_error(dir, e))?;
+        let opened = IndexFolder::open(dir).map_err(TantivyError::from).and_then(Index::open);
+        let index = opened.map_err(|e| index_error(dir, e))?;
         Collection::with_index(dir, index).map(Some)
     }
 
@@ -163,6 +167,7 @@ impl Collection {
         let best = searcher.search(&query, &TopDocs::with_limit(limit.max(1)).order_by_score()).map_err(failed)?;
         let mut texts: HashMap<String, String> = HashMap::new();
         let mut found = Vec::with_capacity(best.len());
+        let mut starts = Vec::with_capacity(best.len());
         for (score, address) in best {
             let record: TantivyDocument = searcher.doc(address).map_err(failed)?;
             let path = text_of(&record, self.fields.path).unwrap_or_default().to_string();
@@ -175,8 +180,10 @@ impl Collection {
             let (Some(place), Some(passage)) = (&place, passage) else {
                 return Err(self.damaged(&path));
             };
-            found.push(Found { span: place.chars, passage: passage.into(), score, path: PathBuf::from(path) });
+            starts.push(place.bytes.start);
+            found.push(Found { span: place.chars, line: 1, passage: passage.into(), score, path: PathBuf::from(path) });
         }
+        number_lines(&texts, &starts, &mut found);
         Ok(found)
     }
 
@@ -295,6 +302,20 @@ impl CollectionWriter<'_> {
     }
 }
 
+/// Says in which lines passages begin, given where they begin in bytes; every text is read once.
+fn number_lines(texts: &HashMap<String, String>, starts: &[usize], found: &mut [Found]) {
+    for (path, text) in texts {
+        let mut inside: Vec<usize> = (0..found.len()).filter(|&i| found[i].path.as_os_str() == path.as_str()).collect();
+        inside.sort_by_key(|&i| starts[i]);
+        let (mut line, mut counted) = (1, 0);
+        for i in inside {
+            line += text.as_bytes()[counted..starts[i]].iter().filter(|&&byte| byte == b'\n').count();
+            counted = starts[i];
+            found[i].line = line;
+        }
+    }
+}
+
 fn text_of(record: &TantivyDocument, field: Field) -> Option<&str> {
     record.get_first(field).and_then(|value| value.as_str())
 }
@@ -373,7 +394,13 @@ mod tests {
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].passage, "The lighthouse keepers counted ships.");
         assert_eq!(found[0].path, PathBuf::from("/d/a.txt"));
-        assert_eq!(found[0].span, Span { start: 33, end: 70 });
+        assert_eq!((found[0].span, found[0].line), (Span { start: 33, end: 70 }, 2));
+        put(&collection, "/d/c.txt", "One ship.\n\n\nTwo ships.\nThree ships.\n");
+        let found = collection.search("ships", 9).unwrap();
+        let lines = |name: &str| found.iter().filter(|f| f.path.ends_with(name)).map(|f| f.line).collect::<Vec<_>>();
+        let mut in_c = lines("c.txt");
+        in_c.sort_unstable();
+        assert_eq!((lines("a.txt"), in_c), (vec![2], vec![1, 4, 5]));
     }
 
     #[test]

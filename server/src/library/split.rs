@@ -88,11 +88,17 @@ impl TryChunkSizer for Counter<'_> {
 /// so that its time grows with the square of the length.
 const PIECE: usize = 32 << 10;
 
+/// The byte order mark that some editors write at the beginning of UTF-8: a character of the file, not of the text.
+fn mark(text: &str) -> &str {
+    let mark = '\u{feff}';
+    if text.starts_with(mark) { &text[..mark.len_utf8()] } else { "" }
+}
+
 /// Cuts `text` into pieces of at most [`PIECE`] bytes: behind an empty line if there is one, else behind a line, else
-/// behind a space, else anywhere between two characters.
+/// behind a space, else anywhere between two characters. A byte order mark belongs to no piece.
 fn pieces(text: &str) -> Vec<Range<usize>> {
     let mut found = Vec::new();
-    let mut start = 0;
+    let mut start = mark(text).len();
     while text.len() - start > PIECE {
         let mut limit = start + PIECE;
         while !text.is_char_boundary(limit) {
@@ -119,7 +125,7 @@ pub fn split(
     limits: Limits,
     count: &dyn Fn(&str) -> Result<usize, EngineError>,
 ) -> Result<Vec<ChunkSpan>, EngineError> {
-    let (mut chunks, mut chars) = (Vec::new(), 0);
+    let (mut chunks, mut chars) = (Vec::new(), mark(text).chars().count());
     for piece in pieces(text) {
         let text = &text[piece.clone()];
         let counter = Counter { count, known: RefCell::default() };
@@ -192,6 +198,16 @@ mod tests {
         let one_word = "é".repeat(PIECE);
         assert_eq!(pieces(&one_word), [0..PIECE, PIECE..2 * PIECE]);
         assert_eq!(pieces("short"), vec![0..5]);
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_in_no_chunk_and_still_a_character_of_the_file() {
+        let text = "\u{feff}# One\n\nThe lamp was lit.";
+        for format in [Format::Text, Format::Markdown] {
+            let chunks = split(text, format, Limits { tokens: 40, overlap: 0 }, &words).unwrap();
+            assert_eq!(&text[chunks[0].bytes.clone()], "# One\n\nThe lamp was lit.");
+            assert_eq!(chunks[0].chars, Span { start: 1, end: 25 });
+        }
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Citation {
     pub document: PathBuf,
     /// Where in the document, in characters.
     pub span: Span,
+    /// The line that it begins in, from 1.
+    pub line: usize,
     /// The text there.
     pub passage: String,
     /// How well it fits the question (BM25).
@@ -314,6 +316,7 @@ fn cite(context: &[ContextChunk], answer: &str) -> Vec<Citation> {
             Citation {
                 document: chunk.found.path.clone(),
                 span: chunk.found.span,
+                line: chunk.found.line,
                 passage: chunk.found.passage.clone(),
                 score: chunk.found.score,
                 contains_answer: parts.iter().any(|part| passage.contains(part.as_str())),

@@ -158,7 +158,7 @@ mod tests {
     use crate::library::Span;
 
     fn found(path: &str, start: usize, end: usize, passage: &str) -> Found {
-        Found { path: path.into(), span: Span { start, end }, passage: passage.into(), score: 1.0 }
+        Found { path: path.into(), span: Span { start, end }, line: 1, passage: passage.into(), score: 1.0 }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::Service;
 use crate::error::{QuireError, Result};
-use crate::library::{Collection, CollectionWriter, Document, Format, Span, discover, read_document, split};
+use crate::library::{Collection, CollectionWriter, Document, Format, Skipped, Span, discover, read_document, split};
 use crate::store::Origin;
 
 /// How a document stood to the collection.
@@ -41,6 +41,10 @@ pub enum IngestEvent<'a> {
         tokens: usize,
         /// Whether it had to be computed.
         origin: Origin,
+        /// Chunks of its document that are on disk by now.
+        done: usize,
+        /// Chunks of its document.
+        total: usize,
     },
     /// A document and all of its chunks are on disk and can be found.
     Document {
@@ -57,9 +61,9 @@ pub enum IngestEvent<'a> {
         /// Documents in all.
         total: usize,
     },
-    /// A document could not be ingested. The collection keeps what it had of it.
+    /// A document could not be ingested, or a folder could not be read. The collection keeps what it had of it.
     Failed {
-        /// The document.
+        /// The document or folder.
         path: &'a Path,
         /// Why.
         error: &'a QuireError,
@@ -77,8 +81,10 @@ pub struct IngestReport {
     pub changed: usize,
     /// Documents that were there already.
     pub unchanged: usize,
-    /// Documents that could not be ingested.
+    /// Documents that could not be ingested, and folders that could not be read.
     pub failed: usize,
+    /// What folders hold beside documents with text.
+    pub skipped: Skipped,
     /// Chunks that were in the store already.
     pub chunks_cached: usize,
     /// Chunks that were computed and stored.
@@ -107,12 +113,12 @@ impl IngestReport {
 }
 
 impl Service {
-    /// Ingests the documents at `paths`. One that cannot be read is reported and left out; see
+    /// Ingests the documents at `paths`. What cannot be read is reported and left out; see
     /// [`IngestReport::check`].
     ///
     /// # Errors
-    /// What keeps all documents from being ingested: no such path, a data folder that cannot be written, a failing
-    /// engine or store.
+    /// What keeps all documents from being ingested: nothing but one wrong path, a data folder that cannot be written, a
+    /// failing engine or store.
     pub fn ingest(
         &self,
         collection: &str,
@@ -120,16 +126,34 @@ impl Service {
         on_event: &mut dyn FnMut(&IngestEvent<'_>),
     ) -> Result<IngestReport> {
         let started = Instant::now();
-        let documents = discover(paths)?;
+        let mut found = discover(paths);
+        if let ([], 1) = (&found.documents[..], found.problems.len())
+            && let Some((_, error)) = found.problems.pop()
+        {
+            return Err(error);
+        }
+        let documents = found.documents;
         let collection_name = collection;
         let collection = self.library().collection_or_new(collection_name)?;
         let mut writer = collection.writer()?;
-        let evicted = self.store.chunks().stats()?.evicted;
-        let mut report = IngestReport { collection: collection_name.into(), ..IngestReport::default() };
+        let evicted = self.store.evicted()?;
+        let mut report =
+            IngestReport { collection: collection_name.into(), skipped: found.skipped, ..IngestReport::default() };
+        for (path, error) in &found.problems {
+            report.failed += 1;
+            on_event(&IngestEvent::Failed { path, error });
+        }
         for (index, path) in documents.iter().enumerate() {
             let progress = (index + 1, documents.len());
             let document = match read_document(path) {
                 Ok(document) => document,
+                // One that had text keeps it in the collection, which must be told.
+                Err(QuireError::EmptyDocument { .. })
+                    if found.named.binary_search(path).is_err() && collection.document(path)?.is_none() =>
+                {
+                    report.skipped.empty += 1;
+                    continue;
+                }
                 Err(error) => {
                     report.failed += 1;
                     on_event(&IngestEvent::Failed { path, error: &error });
@@ -139,7 +163,7 @@ impl Service {
             self.ingest_one(&collection, &mut writer, &document, progress, &mut report, on_event)?;
         }
         writer.finish()?;
-        report.chunks_evicted = self.store.chunks().stats()?.evicted - evicted;
+        report.chunks_evicted = self.store.evicted()? - evicted;
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }
@@ -167,15 +191,21 @@ impl Service {
             })?,
         };
         let mut computed = 0;
-        for span in &spans {
+        for (index, span) in spans.iter().enumerate() {
             let tokens = self.chunk_tokens(&document.text[span.bytes.clone()])?;
             let (key, origin) = self.store.ensure(&self.chunk_prefix, &tokens)?;
             self.metrics.chunk(origin == Origin::Cached);
             computed += usize::from(origin == Origin::Computed);
             report.tokens += tokens.len();
-            let event =
-                IngestEvent::Chunk { key, path: &document.path, span: span.chars, tokens: tokens.len(), origin };
-            on_event(&event);
+            on_event(&IngestEvent::Chunk {
+                key,
+                path: &document.path,
+                span: span.chars,
+                tokens: tokens.len(),
+                origin,
+                done: index + 1,
+                total: spans.len(),
+            });
         }
         if state != DocumentState::Unchanged {
             writer.replace(document, &fingerprint, &spans)?;

@@ -13,11 +13,10 @@ pub use context::{ContextChunk, Question};
 pub use conversation::Conversation;
 pub use ingest::{DocumentState, IngestEvent, IngestReport};
 
-use std::path::Path;
-
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
 
 use crate::config::Settings;
+use crate::data_dir;
 use crate::error::{QuireError, Result};
 use crate::library::{Found, Library, Limits};
 use crate::metrics::Metrics;
@@ -80,24 +79,38 @@ pub struct Service {
     chunk_suffix: Vec<u32>,
 }
 
+/// What a service is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Documents are ingested: the data folder must take them, and the chunk store gets the budget that is set.
+    Ingest,
+    /// Requests are served: the chunk store gets the budget that is set, if it can be written.
+    Serve,
+    /// Questions are answered. Where nothing can be written, answers are made all the same.
+    Ask,
+}
+
 impl Service {
     /// Loads the model and opens the data folder.
     ///
     /// # Errors
     /// Everything that can be wrong with the model, the data folder or the store, each named.
-    pub fn open(settings: &Settings) -> Result<Service> {
-        Service::open_with(settings, settings.engine()?)
+    pub fn open(settings: &Settings, purpose: Purpose) -> Result<Service> {
+        Service::open_with(settings, purpose, settings.engine()?)
     }
 
     /// As [`open`](Self::open), with an engine as `config` says.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn open_with(settings: &Settings, config: EngineConfig) -> Result<Service> {
-        check_writable(&settings.data_dir)?;
+    pub fn open_with(settings: &Settings, purpose: Purpose, config: EngineConfig) -> Result<Service> {
+        match data_dir::prepare(&settings.data_dir) {
+            Err(QuireError::DataDir { .. }) if purpose != Purpose::Ingest => data_dir::check(&settings.data_dir)?,
+            outcome => outcome?,
+        }
         let model = settings.served_name(&config.model_dir);
         let engine = Engine::load(config)?;
-        let store = KvStore::open(&engine, &settings.data_dir, &model, settings.cache_bytes, &settings.tenant)?;
+        let store = open_store(settings, purpose, &engine, &model)?;
         let chunk_suffix = engine.tokenizer().encode(engine.chat().chunk_suffix())?;
         let tokens = settings.chunk_tokens.saturating_sub(chunk_suffix.len()).max(1);
         settings.blending().validate(engine.spec().layers)?;
@@ -174,9 +187,9 @@ impl Service {
     /// # Errors
     /// What the store refuses.
     pub fn observe(&self) -> Result<()> {
-        let stats = self.store.chunks().stats()?;
+        let (chunks, bytes) = self.store.stats()?.map_or((0, 0), |stats| (stats.chunks, stats.payload_bytes));
         let load = self.engine.load_report();
-        self.metrics.state(&load, stats.chunks, stats.payload_bytes, self.store.corrupt_reads());
+        self.metrics.state(&load, chunks, bytes, self.store.corrupt_reads());
         Ok(())
     }
 }
@@ -197,10 +210,20 @@ pub fn generate(
     Ok(Answering::new(stream, started, std::sync::Arc::clone(metrics), options))
 }
 
-/// Finds out before the model is loaded that nothing could be stored.
-fn check_writable(data_dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(data_dir).map_err(|e| QuireError::writing(data_dir, e))?;
-    let probe = data_dir.join(format!(".writable-{}", std::process::id()));
-    std::fs::write(&probe, b"").map_err(|e| QuireError::writing(data_dir, e))?;
-    std::fs::remove_file(&probe).map_err(|e| QuireError::writing(data_dir, e))
+/// Only who ingests or serves decides how large the store may become.
+fn open_store(settings: &Settings, purpose: Purpose, engine: &Engine, model: &str) -> Result<KvStore> {
+    let open = match purpose {
+        Purpose::Ingest => KvStore::open,
+        Purpose::Serve | Purpose::Ask => KvStore::open_if_possible,
+    };
+    let store = open(engine, &settings.data_dir, model, settings.store_bytes(), &settings.tenant)?;
+    let budget = settings.cache_bytes.filter(|_| purpose != Purpose::Ask);
+    match budget.map(|bytes| store.set_budget(bytes.0)) {
+        Some(Err(error)) if purpose == Purpose::Serve => {
+            tracing::warn!(%error, "the chunk store keeps the budget that it has");
+        }
+        Some(outcome) => outcome?,
+        None => {}
+    }
+    Ok(store)
 }

@@ -64,7 +64,10 @@ pub(crate) fn clean(command: &mut Command, data_dir: &Path) {
             command.env_remove(name);
         }
     }
-    command.current_dir(data_dir.parent().unwrap()).stdin(Stdio::null());
+    // Nor do the settings and the history of whoever runs the tests lie there.
+    let home = data_dir.parent().unwrap();
+    command.env("XDG_CONFIG_HOME", home.join("config")).env("XDG_STATE_HOME", home.join("state"));
+    command.current_dir(home).stdin(Stdio::null());
 }
 
 /// Output as text: stdout, stderr.

@@ -1,13 +1,5 @@
 //! What is typed into a conversation: texts of one line or several, and commands.
 
-use std::io::{BufRead, Read};
-
-use tokio::sync::mpsc::{Receiver, channel};
-
-use crate::error::{QuireError, Result};
-
-/// Bytes of one line at most.
-const LINE_LIMIT: u64 = 16 << 20;
 /// Begins and ends a text of several lines.
 const FENCE: &str = "\"\"\"";
 
@@ -46,8 +38,12 @@ impl Grammar {
         *self = Grammar::default();
     }
 
-    /// Takes a line. `None`: nothing is complete, or there is nothing in it.
+    /// Takes a line, or several that were pasted or recalled at once. `None`: nothing is complete, or there is nothing
+    /// in it.
     pub(super) fn feed(&mut self, line: &str) -> Option<Entry> {
+        if line.contains('\n') {
+            return self.feed_block(line);
+        }
         if !self.is_open()
             && let Some(rest) = line.trim_start().strip_prefix(FENCE)
         {
@@ -76,6 +72,21 @@ impl Grammar {
         }
     }
 
+    /// Several lines at once are a text as they are; fences around them are taken off.
+    fn feed_block(&mut self, block: &str) -> Option<Entry> {
+        if !self.fenced && !block.trim_start().starts_with(FENCE) {
+            self.lines.push(block.trim_end_matches('\n').into());
+            return self.finish();
+        }
+        let mut lines = block.split('\n');
+        let entry = lines.by_ref().find_map(|line| self.feed(line))?;
+        let rest = lines.collect::<Vec<_>>().join("\n");
+        Some(match entry {
+            Entry::Text(text) if !rest.trim().is_empty() => Entry::Text(format!("{text}\n{rest}")),
+            entry => entry,
+        })
+    }
+
     /// What has been typed is complete.
     pub(super) fn finish(&mut self) -> Option<Entry> {
         let Grammar { lines, fenced } = std::mem::take(self);
@@ -102,44 +113,6 @@ fn entry(text: String) -> Entry {
         ("/system", rest) => Entry::System(Some(rest.into())),
         _ => Entry::Unknown(text),
     }
-}
-
-/// The lines of standard input, read by a thread of their own: waiting for one cannot be interrupted otherwise.
-pub(super) fn lines() -> Receiver<Result<String>> {
-    let (sender, receiver) = channel(1);
-    std::thread::spawn(move || {
-        let mut stdin = std::io::stdin().lock();
-        loop {
-            let line = match read_line(&mut stdin) {
-                Ok(None) => return,
-                Ok(Some(line)) => Ok(line),
-                Err(error) => Err(error),
-            };
-            if sender.blocking_send(line).is_err() {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-fn read_line(input: &mut impl BufRead) -> Result<Option<String>> {
-    let mut bytes = Vec::new();
-    let read = input.take(LINE_LIMIT + 1).read_until(b'\n', &mut bytes);
-    read.map_err(|source| QuireError::Io { action: "read", path: "standard input".into(), source })?;
-    let wrong = |problem| QuireError::InvalidParameter { param: "standard input".into(), problem };
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    if bytes.len() as u64 > LINE_LIMIT {
-        return Err(wrong(format!("expected lines of at most {LINE_LIMIT} bytes, found a longer one")));
-    }
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        wrong(format!("expected UTF-8, found a line with an invalid byte at offset {at}"))
-    })?;
-    let line = text.strip_suffix('\n').unwrap_or(&text);
-    Ok(Some(line.strip_suffix('\r').unwrap_or(line).into()))
 }
 
 #[cfg(test)]
@@ -190,12 +163,11 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_are_no_text_are_refused() {
-        let read = |bytes: &[u8]| read_line(&mut std::io::BufReader::new(bytes));
-        assert_eq!(read(b"a\r\nb").unwrap().unwrap(), "a");
-        assert_eq!(read(b"").unwrap(), None);
-        assert!(read(b"ab\xff\n").unwrap_err().to_string().contains("offset 2"));
-        let long = vec![b'x'; LINE_LIMIT as usize + 1];
-        assert!(read(&long).unwrap_err().to_string().contains("longer"));
+    fn several_lines_at_once_are_one_text() {
+        assert_eq!(entries(&["one\ntwo\n", "three"]), [text("one\ntwo"), text("three")]);
+        assert_eq!(entries(&["\"\"\"\none\n\n/help\n\"\"\"", "two"]), [text("one\n\n/help"), text("two")]);
+        assert_eq!(entries(&["\"\"\"one\ntwo", "three\"\"\""]), [text("one\ntwo\nthree")]);
+        assert_eq!(entries(&["\"\"\"one\"\"\"\nbehind it"]), [text("one\nbehind it")]);
+        assert_eq!(entries(&["a \\", "b\nc"]), [text("a \nb\nc")]);
     }
 }

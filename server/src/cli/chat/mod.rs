@@ -1,6 +1,7 @@
 //! `quire chat`: a conversation on the terminal, or one turn a line from a pipe.
 
 mod input;
+mod lines;
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -8,17 +9,18 @@ use std::sync::Arc;
 use engine::{ChatMessage, Engine};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc::Receiver;
 
 use super::answer_view;
 use super::args::ChatArgs;
 use super::output::{Out, count, seconds};
-use crate::config::Settings;
+use crate::config::{self, Settings};
+use crate::data_dir;
 use crate::error::{QuireError, Result};
 use crate::library::Library;
 use crate::metrics::Metrics;
-use crate::service::{Answer, Answering, Conversation, Options, Piece, Question, Service, generate};
+use crate::service::{Answer, Answering, Conversation, Options, Piece, Purpose, Question, Service, generate};
 use input::{Entry, Grammar};
+use lines::{Lines, Typed};
 
 const HELP: &str = "\
 /help            this text
@@ -35,15 +37,20 @@ pub(super) fn run(settings: &Settings, args: &ChatArgs, documents: bool, out: &O
     speaker.tokens(&conversation.messages("Hello"))?;
     let failed = |source| QuireError::Io { action: "start the runtime for", path: "the conversation".into(), source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let interactive = std::io::stdin().is_terminal();
+    let lines = match interactive {
+        true => Lines::edited((!args.no_history).then(config::chat_history))?,
+        false => Lines::piped(),
+    };
     let result = runtime.block_on(async {
         let chat = Chat {
             speaker: &speaker,
             conversation,
             grammar: Grammar::default(),
-            lines: input::lines(),
+            lines,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
-            interactive: std::io::stdin().is_terminal(),
-            stats: args.stats,
+            interactive,
+            stats: args.stats || out.verbose,
             number: 0,
             out,
         };
@@ -65,12 +72,13 @@ impl Speaker {
     fn open(settings: &Settings, documents: bool, out: &Out) -> Result<Speaker> {
         if documents {
             // Before the model is loaded: a missing collection is the commoner mistake.
+            data_dir::check(&settings.data_dir)?;
             Library::new(&settings.data_dir).collection(&settings.collection)?;
         }
         let spinner = out.spinner("loading the model");
         let options = Options::from_settings(settings);
         let speaker = if documents {
-            let service = Box::new(Service::open(settings)?);
+            let service = Box::new(Service::open(settings, Purpose::Ask)?);
             let (collection, top_chunks) = (settings.collection.clone(), settings.top_chunks);
             Speaker::Documents { service, collection, top_chunks, options }
         } else {
@@ -131,7 +139,7 @@ struct Chat<'a> {
     speaker: &'a Speaker,
     conversation: Conversation,
     grammar: Grammar,
-    lines: Receiver<Result<String>>,
+    lines: Lines,
     interrupt: Signal,
     /// Somebody types.
     interactive: bool,
@@ -141,32 +149,44 @@ struct Chat<'a> {
 }
 
 impl Chat<'_> {
-    /// Until the input ends, or nobody reads the answers any more. What goes wrong is told to whoever types, and ends a conversation from a pipe.
+    /// Until the input ends, or nobody reads the answers any more. What goes wrong is told to whoever types, and ends a
+    /// conversation from a pipe.
     async fn converse(mut self) -> Result<()> {
         if self.interactive {
             self.out.note("/help lists commands, Ctrl-D ends");
         }
+        let mut typed = String::new();
         loop {
-            if self.interactive {
-                self.out.prompt(if self.grammar.is_open() { ". " } else { "> " });
-            }
+            let prompt = if self.grammar.is_open() { ". " } else { "> " };
             let line = tokio::select! {
-                line = self.lines.recv() => line,
-                _ = self.interrupt.recv() => {
-                    if !self.interactive {
-                        return Ok(());
-                    }
-                    self.grammar.reset();
-                    self.out.note("\n(Ctrl-D or /exit ends)");
-                    continue;
-                }
+                line = self.lines.next(prompt) => line,
+                _ = self.interrupt.recv() => Some(Ok(Typed::Interrupt)),
             };
             let ended = line.is_none();
             let step = match line {
-                Some(Ok(line)) => Ok(self.grammar.feed(&line)),
+                Some(Ok(Typed::Interrupt)) if !self.interactive => return Ok(()),
+                Some(Ok(Typed::Interrupt)) => {
+                    self.grammar.reset();
+                    typed.clear();
+                    self.out.note("(Ctrl-D or /exit ends)");
+                    continue;
+                }
+                Some(Ok(Typed::Line(line))) => {
+                    typed = if typed.is_empty() { line.clone() } else { format!("{typed}\n{line}") };
+                    Ok(self.grammar.feed(&line))
+                }
                 Some(Err(error)) => Err(error),
                 None => Ok(self.grammar.finish()),
             };
+            if !self.grammar.is_open() {
+                let line = std::mem::take(&mut typed);
+                // Recalled, a text of several lines needs no marks that say so.
+                let text = match &step {
+                    Ok(Some(Entry::Text(text))) if line.contains('\n') => text,
+                    _ => &line,
+                };
+                self.lines.remember(text).await;
+            }
             let step = match step {
                 Ok(Some(Entry::Exit)) => return Ok(()),
                 Ok(Some(entry)) => self.step(entry).await,
@@ -192,7 +212,7 @@ impl Chat<'_> {
     async fn step(&mut self, entry: Entry) -> Result<()> {
         match entry {
             Entry::Text(text) => return self.turn(text).await,
-            Entry::Help => self.out.note(HELP),
+            Entry::Help => self.out.prompt(&format!("{HELP}\n")),
             Entry::Clear => {
                 self.conversation.clear();
                 self.out.note("(forgotten)");

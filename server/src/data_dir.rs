@@ -1,0 +1,122 @@
+//! The data folder as a whole: which version it has, and whether it can be written.
+//!
+//! A small file says which layout the folder has: collections, chunks, and whatever later versions add. A folder without
+//! one is new, or from before there was a second layout. The chunk store and the collections have versions of their own.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{QuireError, Result};
+
+/// The layout that this build writes, and the newest it reads.
+const FORMAT: u32 = 1;
+
+/// What the file says; other fields are for people.
+#[derive(Debug, Serialize, Deserialize)]
+struct Marker {
+    format: u32,
+    #[serde(default)]
+    written_by: String,
+}
+
+fn marker(dir: &Path) -> PathBuf {
+    dir.join("quire-data.json")
+}
+
+/// Refuses a folder that a newer version has written. Changes nothing.
+///
+/// # Errors
+/// [`QuireError::NewerDataDir`]; [`QuireError::DataDirMarker`] for a file that says nothing.
+pub fn check(dir: &Path) -> Result<()> {
+    let path = marker(dir);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        // Whatever else is wrong with the folder is found by those who use it.
+        Err(_) if !path.is_file() => return Ok(()),
+        Err(source) => return Err(QuireError::Io { action: "read", path, source }),
+    };
+    match serde_json::from_str::<Marker>(&text) {
+        Ok(found) if found.format > FORMAT => {
+            Err(QuireError::NewerDataDir { path: dir.into(), found: found.format, supported: FORMAT })
+        }
+        Ok(_) => Ok(()),
+        Err(problem) => Err(QuireError::DataDirMarker { path, problem: problem.to_string() }),
+    }
+}
+
+/// Makes the folder ready to be written: it exists, has a version that this build knows, and takes files.
+///
+/// # Errors
+/// Those of [`check`], and [`QuireError::DataDir`].
+pub fn prepare(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| QuireError::writing(dir, e))?;
+    check(dir)?;
+    let probe = dir.join(format!(".writable-{}", std::process::id()));
+    std::fs::write(&probe, b"").map_err(|e| QuireError::writing(dir, e))?;
+    let path = marker(dir);
+    if path.exists() {
+        return std::fs::remove_file(&probe).map_err(|e| QuireError::writing(dir, e));
+    }
+    // The probe becomes the marker, whole or not at all.
+    let content = Marker { format: FORMAT, written_by: format!("quire {}", env!("CARGO_PKG_VERSION")) };
+    let text = serde_json::to_string(&content)
+        .map_err(|e| QuireError::Internal(format!("the version of the data folder cannot be written: {e}")))?;
+    let written = std::fs::write(&probe, text + "\n").and_then(|()| std::fs::rename(&probe, &path));
+    written.map_err(|e| {
+        let _ = std::fs::remove_file(&probe);
+        QuireError::writing(dir, e)
+    })
+}
+
+/// Whether this process may make files in the folder, found out without making one.
+///
+/// # Errors
+/// The system's reason: permissions, a read-only file system, no such folder.
+pub fn check_writable(dir: &Path) -> std::io::Result<()> {
+    use rustix::fs::{Access, access};
+    Ok(access(dir, Access::WRITE_OK | Access::EXEC_OK)?)
+}
+
+/// Free bytes where `path` lies or would lie; `None` where the system does not say.
+#[must_use]
+pub fn free_bytes(path: &Path) -> Option<u64> {
+    let existing = path.ancestors().find(|p| p.exists()).filter(|p| !p.as_os_str().is_empty());
+    let found = rustix::fs::statvfs(existing.unwrap_or(Path::new("."))).ok()?;
+    Some(found.f_bavail * found.f_frsize)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_folder_of_a_newer_version_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path()).unwrap();
+        check(dir.path()).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        prepare(dir.path()).unwrap();
+        std::fs::write(marker(dir.path()), "{\"format\": 7, \"compressed\": true}").unwrap();
+        for outcome in [check(dir.path()), prepare(dir.path())] {
+            let text = outcome.unwrap_err().to_string();
+            for part in [&*dir.path().to_string_lossy(), "version 7", "up to 1", "newer quire", "--data-dir"] {
+                assert!(text.contains(part), "{text} lacks {part}");
+            }
+        }
+        std::fs::write(marker(dir.path()), "torn").unwrap();
+        let text = check(dir.path()).unwrap_err().to_string();
+        assert!(text.contains("quire-data.json") && text.contains("Remove"), "{text}");
+    }
+
+    #[test]
+    fn asking_whether_a_folder_can_be_written_leaves_nothing_there() {
+        let dir = tempfile::tempdir().unwrap();
+        check(dir.path()).unwrap();
+        check_writable(dir.path()).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(check_writable(&dir.path().join("absent")).is_err());
+        assert!(free_bytes(&dir.path().join("not/there/yet")).unwrap() > 0);
+    }
+}
