@@ -75,11 +75,11 @@ impl KvStore {
         KvStore::with_store(engine, Some(store), salt)
     }
 
-    /// As [`open`](Self::open); where the disk is full or the folder cannot be written, the store is only read, or done
-    /// without. That is logged.
+    /// As [`open`](Self::open); where the disk is full, the folder cannot be written or the store is damaged as a whole, it
+    /// is only read, or done without. That is logged.
     ///
     /// # Errors
-    /// As for [`open`](Self::open), but for these two.
+    /// As for [`open`](Self::open), but for these.
     pub fn open_if_possible(
         engine: &Engine,
         data_dir: &Path,
@@ -88,7 +88,9 @@ impl KvStore {
         salt: &str,
     ) -> Result<KvStore> {
         let problem = match open_chunks(engine, data_dir, name, new_budget) {
-            Err(QuireError::Store(problem @ (StoreError::ReadOnly { .. } | StoreError::OutOfSpace { .. }))) => problem,
+            Err(QuireError::Store(
+                problem @ (StoreError::ReadOnly { .. } | StoreError::OutOfSpace { .. } | StoreError::Damaged { .. }),
+            )) => problem,
             opened => return KvStore::with_store(engine, Some(opened?), salt),
         };
         // Who may not write cannot rescue it either: then it is done without.

@@ -77,7 +77,8 @@ fn documents_and_file_names_do_not_command_the_terminal() {
     let found: Value = serde_json::from_str(&printed).unwrap();
     assert_eq!(found["passage"].as_str().unwrap(), text.trim_end());
     assert!(found["path"].as_str().unwrap().ends_with(name));
-    fail(quire(&data).args(["doctor", "\u{1b}[31m"]), 2, &["\\u{1b}[31m"]);
+    let usage = fail(quire(&data).args(["doctor", "\u{1b}[31mx\u{202e}"]), 2, &["unexpected argument"]);
+    assert!(!harmful(&usage), "{usage:?}");
 }
 
 #[test]

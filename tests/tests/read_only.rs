@@ -96,6 +96,8 @@ fn the_cache_is_looked_into_beside_a_running_server_and_verified_without_one() {
 fn damage_is_told_and_removed_only_when_asked() {
     let dir = ingested();
     let data = dir.path().join("data");
+    // Whoever opens the store next for writing moves chunks out of its log.
+    succeed(quire(&data).args(["ask", &example().question]));
     let files = std::fs::read_dir(data.join("chunks")).unwrap().map(|entry| entry.unwrap().path());
     let largest = files.filter(|path| path.is_file()).max_by_key(|path| path.metadata().unwrap().len()).unwrap();
     let mut bytes = std::fs::read(&largest).unwrap();
@@ -129,6 +131,21 @@ fn a_data_folder_of_a_newer_version_is_named_by_every_command() {
     assert!(texts(&output).0.contains("newer quire") && output.status.code() == Some(1));
     fail(quire(&data).arg("ingest").args(example().documents), 1, &["version 2", "newer quire"]);
     assert!(traces(&data) == before);
+}
+
+#[test]
+fn a_store_that_cannot_be_opened_any_more_is_done_without_until_it_is_cleared() {
+    let dir = ingested();
+    let data = dir.path().join("data");
+    std::fs::remove_file(data.join("chunks/CURRENT")).unwrap();
+    let output = quire(&data).args(["ask", "--json", &example().question]).output().unwrap();
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success() && stderr.contains("no cache is used"), "{stderr}");
+    let answer: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(answer["answer"]["text"].as_str().unwrap().trim(), example().answer);
+    fail(quire(&data).arg("ingest").args(example().documents), 1, &["chunks is corrupt", "remove the directory"]);
+    succeed(quire(&data).args(["cache", "evict", "--all"]));
+    succeed(quire(&data).arg("ingest").args(example().documents));
 }
 
 /// A shell in namespaces of its own, in which it may mount; `None` where the system grants no such thing.
@@ -189,7 +206,8 @@ fn a_full_disk_is_freed_and_answers_are_made_without_the_cache() {
         run ask --json "$2" | tail -n 1 > "$1/answer"
         run search river > /dev/null
         run cache stats > /dev/null
-        run serve --port 0 --json > "$1/served" & server=$!
+        "$QUIRE" --data-dir "$disk/data" --model "$MODEL" serve --port 0 --json > "$1/served" & server=$!
+        trap 'kill "$server" 2> /dev/null || true' EXIT
         for _ in $(seq 600); do grep -q ready "$1/served" && break; sleep 0.1; done
         grep -q ready "$1/served"; kill "$server"; wait "$server"
         run cache evict --all
