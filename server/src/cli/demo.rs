@@ -57,7 +57,8 @@ pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> R
     let example = demonstration(&folder)?;
     let spinner = out.spinner("loading the model");
     // What is shown is what an index reads, not how soon it is ready.
-    let service = Service::open_with(settings, Purpose::Ingest, EngineConfig { wait_for_index: true, ..settings.engine()? })?;
+    let service =
+        Service::open_with(settings, Purpose::Ingest, EngineConfig { wait_for_index: true, ..settings.engine()? })?;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
