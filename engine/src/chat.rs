@@ -1,20 +1,23 @@
 //! Messages to prompt tokens: the model's chat template, and the place where retrieved context goes.
 //!
-//! A template is the model's own text, so that the literals of special tokens in it become these tokens. The contents
-//! of messages come from outside: literals of special tokens in them stay ordinary text. To tell the two apart after
-//! rendering, such literals are replaced by marks before, and put back as plain text after.
+//! A template is the model's own text, so that the literals of control tokens in it become these tokens. The contents
+//! of messages come from outside: literals of control tokens in them stay ordinary text (`marks.rs`).
 
+mod json;
+mod marks;
 mod python;
+pub(crate) mod source;
 mod template;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{EngineError, Result};
-use crate::tokenizer::{Part, Tokenizer};
-use template::Template;
+use crate::tokenizer::Tokenizer;
+use marks::Marks;
+pub use template::ChatTemplate;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,24 +72,20 @@ impl Default for ContextFormat {
 /// `"\n\n"`.
 #[derive(Debug)]
 pub struct PromptFormat {
-    template: Option<Template>,
+    template: Option<ChatTemplate>,
     context: ContextFormat,
 }
 
 impl PromptFormat {
-    /// Reads `chat_template.jinja` or the template in `tokenizer_config.json`, and `prompt.json`, in `dir`; each may be
-    /// absent. A model without a template loads, but renders no messages.
+    /// Reads the model's template (`chat_template.jinja`, `additional_chat_templates/default.jinja` or
+    /// `chat_template` in `tokenizer_config.json`) and `prompt.json` in `dir`; each may be absent. A model without a
+    /// template loads, but renders no messages.
     ///
     /// # Errors
     /// [`EngineError::Config`] and [`EngineError::ChatTemplate`] for malformed files.
     pub fn from_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<PromptFormat> {
-        let config_path = dir.join("tokenizer_config.json");
-        let config: Value = parse(&config_path)?.unwrap_or_default();
-        let source = match read(&dir.join("chat_template.jinja"))? {
-            Some(source) => Some(source),
-            None => template_in(&config, &config_path)?,
-        };
-        let template = source.map(|source| Template::new(source, &config)).transpose()?;
+        let template = template_source(dir)?;
+        let template = template.map(|source| ChatTemplate::new(&source, tokenizer.names().to_vec())).transpose()?;
         let context: ContextFormat = parse(&dir.join("prompt.json"))?.unwrap_or_default();
         // Found wrong now rather than at the first question.
         tokenizer.encode(&context.chunk_suffix)?;
@@ -97,6 +96,16 @@ impl PromptFormat {
     #[must_use]
     pub fn chunk_suffix(&self) -> &str {
         &self.context.chunk_suffix
+    }
+
+    /// The control token that the template puts behind what the assistant says, where it puts one there.
+    pub(crate) fn turn_end(&self, tokenizer: &Tokenizer) -> Option<u32> {
+        // A text that no template contains.
+        const ANSWER: &str = "\u{f4c1e}";
+        let turns = [ChatMessage::new("user", "?"), ChatMessage::new("assistant", ANSWER)];
+        let text = self.template.as_ref()?.render_turns(&turns, false).ok()?;
+        let (_, behind) = text.rsplit_once(ANSWER)?;
+        tokenizer.control_at_start(behind.trim_start())
     }
 
     /// Whether messages can be rendered at all.
@@ -110,10 +119,10 @@ impl PromptFormat {
     /// # Errors
     /// [`EngineError::ChatTemplate`] if there is none, it refuses the messages or exceeds its limits.
     pub fn render(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Vec<u32>> {
-        let (mut marks, messages) = Marks::take(tokenizer, messages)?;
-        let text = self.template()?.render(&messages)?;
-        let parts = marks.split(&text)?;
-        tokenizer.encode_parts(&parts.before, false)
+        let template = self.template()?;
+        let marks = Marks::choose(tokenizer, template, messages)?;
+        let text = marks.render(template, messages)?;
+        tokenizer.encode_parts(&marks.split(&text)?.before, false)
     }
 
     /// The prompt for a conversation over retrieved context, in front of and behind that context.
@@ -121,8 +130,9 @@ impl PromptFormat {
     /// # Errors
     /// As [`render`](Self::render); [`EngineError::InvalidRequest`] if there is no message to put the context into.
     pub fn render_with_context(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<ContextPrompt> {
-        let (mut marks, mut messages) = Marks::take(tokenizer, messages)?;
-        let hole = marks.hole();
+        let template = self.template()?;
+        let marks = Marks::choose(tokenizer, template, messages)?;
+        let (mut messages, hole) = (messages.to_vec(), marks.hole());
         match &self.context.context_role {
             Some(role) => {
                 let at = messages.iter().position(|m| m.role != "system").unwrap_or(messages.len());
@@ -135,7 +145,7 @@ impl PromptFormat {
                 first.content = format!("{}{hole}{}", self.context.preamble, first.content);
             }
         }
-        let text = self.template()?.render(&messages)?;
+        let text = marks.render(template, &messages)?;
         let parts = marks.split(&text)?;
         let Some(after) = parts.after else {
             return Err(EngineError::ChatTemplate(
@@ -152,7 +162,7 @@ impl PromptFormat {
         Ok(ContextPrompt { prefix, suffix })
     }
 
-    fn template(&self) -> Result<&Template> {
+    fn template(&self) -> Result<&ChatTemplate> {
         self.template.as_ref().ok_or_else(|| {
             EngineError::ChatTemplate(
                 "the model has none: expected chat_template.jinja or `chat_template` in tokenizer_config.json. \
@@ -183,8 +193,15 @@ fn parse<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>> {
     })
 }
 
-/// The template in `tokenizer_config.json`: a text, or a list of named ones.
-fn template_in(config: &Value, path: &Path) -> Result<Option<String>> {
+/// The text of the template in a model's folder, where there is one. A file comes before `tokenizer_config.json`.
+pub(crate) fn template_source(dir: &Path) -> Result<Option<String>> {
+    for file in ["additional_chat_templates/default.jinja", "chat_template.jinja"] {
+        if let Some(source) = read(&dir.join(file))? {
+            return Ok(Some(source));
+        }
+    }
+    let path = dir.join("tokenizer_config.json");
+    let config: Value = parse(&path)?.unwrap_or_default();
     let named = |list: &[Value]| {
         let default = list.iter().find(|t| t["name"] == "default");
         default.and_then(|t| t["template"].as_str()).map(str::to_string)
@@ -193,88 +210,15 @@ fn template_in(config: &Value, path: &Path) -> Result<Option<String>> {
         Value::Null => return Ok(None),
         Value::String(text) => Some(text.clone()),
         Value::Array(list) => named(list),
+        Value::Object(templates) => templates.get("default").and_then(Value::as_str).map(str::to_string),
         _ => None,
     };
     found.map(Some).ok_or_else(|| EngineError::Config {
-        file: PathBuf::from(path),
+        file: path,
         field: "chat_template".into(),
-        expected: "a text, or a list with an entry named \"default\"".into(),
+        expected: "a text, or several with one named \"default\"".into(),
         found: "something else".into(),
     })
-}
-
-/// Stand-ins for literals of special tokens inside contents, and for the retrieved context.
-struct Marks {
-    fence: String,
-    literals: Vec<String>,
-}
-
-struct Split<'a> {
-    before: Vec<Part<'a>>,
-    after: Option<Vec<Part<'a>>>,
-}
-
-impl Marks {
-    const HOLE: &'static str = "0";
-
-    /// Replaces every literal of a special token in the contents by a mark.
-    fn take(tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<(Marks, Vec<ChatMessage>)> {
-        if messages.is_empty() {
-            return Err(EngineError::InvalidRequest("expected at least one message, found none".into()));
-        }
-        // Random, so that no content can be made to contain it; digits, so that changes of case leave it alone.
-        let fence = format!("\u{10fffe}{:039}\u{10fffe}", rand::random::<u128>());
-        let mut marks = Marks { fence, literals: Vec::new() };
-        let mut marked = Vec::with_capacity(messages.len());
-        for message in messages {
-            let (mut content, mut rest) = (String::new(), message.content.as_str());
-            while let Some(found) = tokenizer.find_special_literal(rest) {
-                content.push_str(&rest[..found.start]);
-                marks.literals.push(rest[found.clone()].to_string());
-                content.push_str(&marks.mark(&marks.literals.len().to_string()));
-                rest = &rest[found.end..];
-            }
-            content.push_str(rest);
-            marked.push(ChatMessage::new(message.role.clone(), content));
-        }
-        Ok((marks, marked))
-    }
-
-    fn mark(&self, name: &str) -> String {
-        format!("{fence}{name}{fence}", fence = self.fence)
-    }
-
-    /// The mark of the place for the context.
-    fn hole(&self) -> String {
-        self.mark(Self::HOLE)
-    }
-
-    /// Splits a rendered text at the marks; what they stand for is plain, the rest was the template's or harmless.
-    fn split<'a>(&'a mut self, text: &'a str) -> Result<Split<'a>> {
-        let altered = || {
-            EngineError::ChatTemplate(
-                "it takes the contents of messages apart or shows the context twice: expected each content whole. \
-                 Use another template"
-                    .into(),
-            )
-        };
-        let mut split = Split { before: Vec::new(), after: None };
-        for (index, piece) in text.split(self.fence.as_str()).enumerate() {
-            let part = if index % 2 == 0 {
-                Part::Trusted(piece)
-            } else if piece == Self::HOLE {
-                if split.after.replace(Vec::new()).is_some() {
-                    return Err(altered());
-                }
-                continue;
-            } else {
-                let literal = piece.parse::<usize>().ok().and_then(|n| self.literals.get(n.checked_sub(1)?));
-                Part::Plain(literal.ok_or_else(altered)?)
-            };
-            split.after.as_mut().unwrap_or(&mut split.before).push(part);
-        }
-        Ok(split)
-    }
 }
 
 #[cfg(test)]

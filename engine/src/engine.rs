@@ -51,6 +51,17 @@ pub struct EngineLoad {
     pub prefix_hits: u64,
 }
 
+/// Adds the tokens that end an answer though the model's configuration does not list them: the tokenizer's end of a
+/// text, and what the chat template puts behind an answer where nobody has said how to generate.
+fn complete_eos(spec: &mut ModelSpec, tokenizer: &Tokenizer, chat: &PromptFormat) {
+    let turn_end = if spec.eos_stated { None } else { chat.turn_end(tokenizer) };
+    for token in tokenizer.eos().into_iter().chain(turn_end) {
+        if !spec.eos.contains(&token) {
+            spec.eos.push(token);
+        }
+    }
+}
+
 /// Cloneable handle to an engine. The engine stops when [`shutdown`](Engine::shutdown) was called or the last
 /// handle is dropped, after the requests that it has taken.
 #[derive(Clone)]
@@ -83,9 +94,10 @@ impl Engine {
     /// # Errors
     /// Everything that can be wrong with a model's folder, each named.
     pub fn load(config: EngineConfig) -> Result<Engine> {
-        let spec = ModelSpec::from_dir(&config.model_dir)?;
+        let mut spec = ModelSpec::from_dir(&config.model_dir)?;
         let tokenizer = Tokenizer::from_dir(&config.model_dir, spec.vocab)?;
         let chat = PromptFormat::from_dir(&config.model_dir, &tokenizer)?;
+        complete_eos(&mut spec, &tokenizer, &chat);
         let weights = Weights::open(&config.model_dir)?;
         let max_context = config.max_context.map_or(spec.max_context, |m| m.min(spec.max_context));
         let model = Arc::new(load_model(spec, &weights, &config, max_context)?);

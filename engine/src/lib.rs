@@ -39,7 +39,7 @@ pub use backend::cpu::Isa;
 pub use backend::cuda::{
     AttentionShape, CudaConfig, copy_bandwidth, decode_attention, find_gpu, missing_libraries as missing_cuda_libraries,
 };
-pub use chat::{ChatMessage, ContextPrompt, PromptFormat};
+pub use chat::{ChatMessage, ChatTemplate, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
 pub use config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, EngineConfig, Strategy};
 pub use engine::{Engine, EngineLoad, Model};

@@ -1,18 +1,25 @@
-//! Text to token ids and back, through a model's `tokenizer.json`.
+//! Text to token ids and back, through a model's `tokenizer.json` and the files beside it.
 //!
-//! Two ways in: [`Tokenizer::encode`] recognises the literals of special tokens (`<|end_of_text|>` and the like) and
+//! Two ways in: [`Tokenizer::encode`] recognises the literals of control tokens (`<|end_of_text|>` and the like) and
 //! is for text of the model's own making, such as a template; [`Tokenizer::encode_plain`] reads them as ordinary
-//! text and is for everything that comes from outside: a document must not be able to end a prompt. "Special" is
-//! what `tokenizer.json` marks so. Neither adds tokens of its own.
+//! text and is for everything that comes from outside: a document must not be able to end a prompt. Control tokens
+//! are those that are marked as special, and added tokens that the model's chat template writes. Neither adds tokens
+//! of its own.
+
+mod declared;
+mod literals;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::Value;
 use tokenizers::AddedToken;
 
+use crate::chat::source::Source;
+use crate::chat::template_source;
 use crate::error::{EngineError, Result};
+use declared::Declared;
+use literals::{Literals, is_control, markers};
 
 /// A model's tokenizer. Cheap to clone, safe to share.
 #[derive(Debug, Clone)]
@@ -24,24 +31,41 @@ pub struct Tokenizer {
 struct Inner {
     path: PathBuf,
     full: tokenizers::Tokenizer,
-    /// Reads the literals of special tokens as text; knows the `stands` instead.
-    plain: tokenizers::Tokenizer,
-    stands: Vec<Stand>,
-    specials: Vec<Special>,
-    /// The characters that special tokens begin with.
-    openers: Vec<char>,
-    bos: Option<u32>,
-    eos: Option<u32>,
+    /// Embeddings that the model has: ids from here on stand for nothing.
+    vocab: usize,
+    plain: Plain,
+    /// The literals of `controls`.
+    recognised: Literals,
+    /// Control tokens by literal, sorted.
+    controls: Vec<(String, Control)>,
+    /// Ids of special tokens, sorted.
+    specials: Vec<u32>,
+    /// Everything whose literal must not act in a text from outside.
+    guarded: Literals,
+    names: Vec<(String, String)>,
     fingerprint: [u8; 32],
 }
 
+/// A token that is recognised only in trusted text.
 #[derive(Debug)]
-struct Special {
+struct Control {
     id: u32,
-    token: AddedToken,
+    strips: (bool, bool),
 }
 
-/// A literal that no text contains. It stands for a special token in text whose other parts are plain, so that one
+/// Reads the literals of control tokens as text; knows the `stands` instead.
+#[derive(Debug)]
+struct Plain {
+    tokenizer: tokenizers::Tokenizer,
+    stands: Vec<Stand>,
+    /// Texts that would come out as control tokens, or as what the template writes for them, even so. They are taken
+    /// apart behind their first character.
+    broken: Literals,
+    /// What is put there.
+    gap: Stand,
+}
+
+/// A literal that no text contains. It stands for a control token in text whose other parts are plain, so that one
 /// pass splits the text exactly as the original literal would have.
 #[derive(Debug)]
 struct Stand {
@@ -53,18 +77,18 @@ struct Stand {
 /// A part of a text: from the model's own template, or from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part<'a> {
-    /// Literals of special tokens are recognised.
+    /// Literals of control tokens are recognised.
     Trusted(&'a str),
     /// Everything is plain text.
     Plain(&'a str),
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` in `dir` and, if there, the names of bos and eos in `tokenizer_config.json`; checks that
-    /// every id fits a model with `vocab` embeddings.
+    /// Reads `tokenizer.json` in `dir` and the tokens that the files beside it declare, for a model with `vocab`
+    /// embeddings. Tokens beyond them are never made: as literals they are ordinary text.
     ///
     /// # Errors
-    /// [`EngineError::MissingFile`], [`EngineError::Tokenizer`], [`EngineError::TokenizerMismatch`].
+    /// [`EngineError::MissingFile`], [`EngineError::Tokenizer`]; [`EngineError::Config`] for a malformed file beside it.
     pub fn from_dir(dir: &Path, vocab: usize) -> Result<Tokenizer> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path)
@@ -72,44 +96,61 @@ impl Tokenizer {
         let failed = |e: tokenizers::Error| EngineError::Tokenizer { path: path.clone(), why: e.to_string() };
         let mut full = tokenizers::Tokenizer::from_bytes(&bytes).map_err(failed)?;
         full.with_padding(None).with_truncation(None).map_err(failed)?;
-        check_vocabulary(&full, &path, vocab)?;
+        if full.get_vocab_size(true) == 0 {
+            return Err(EngineError::Tokenizer { path, why: "it has no tokens".into() });
+        }
+        let known: Vec<AddedToken> = full.get_added_tokens_decoder().into_values().collect();
+        let Declared { names, tokens } = Declared::read(dir, &known)?;
+        full.add_tokens(tokens.iter().cloned()).map_err(failed)?;
 
-        let mut specials: Vec<Special> = full
-            .get_added_tokens_decoder()
-            .into_iter()
-            .filter(|(_, token)| token.special)
-            .map(|(id, token)| Special { id, token })
+        let template = template_source(dir)?.map(|source| Source::new(&source).literals).unwrap_or_default();
+        let mut added: Vec<(u32, AddedToken)> = full.get_added_tokens_decoder().into_iter().collect();
+        added.sort_by_key(|(id, _)| *id);
+        let specials = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let exists = |id: u32| (id as usize) < vocab;
+        let hidden: Vec<AddedToken> = added
+            .iter()
+            .filter(|(id, token)| !exists(*id) || is_control(token, &template))
+            .map(|(_, token)| token.clone())
             .collect();
-        specials.sort_by_key(|special| special.id);
-        let mut openers: Vec<char> = specials.iter().filter_map(|s| s.token.content.chars().next()).collect();
-        openers.sort_unstable();
-        openers.dedup();
-        let (plain, stands) = plain(&full, &specials).map_err(failed)?;
-
-        let config = read_config(&dir.join("tokenizer_config.json"))?;
-        let named = |key: &str| {
-            let name = &config[key];
-            full.token_to_id(name.as_str().or_else(|| name["content"].as_str())?)
-        };
-        let (bos, eos) = (named("bos_token"), named("eos_token"));
-        let fingerprint = blake3::derive_key("quire tokenizer 1", &bytes);
-        Ok(Tokenizer { inner: Arc::new(Inner { path, full, plain, stands, specials, openers, bos, eos, fingerprint }) })
+        let mut controls: Vec<(String, Control)> = added
+            .iter()
+            .filter(|(id, token)| exists(*id) && is_control(token, &template))
+            .map(|(id, token)| (token.content.clone(), Control { id: *id, strips: (token.lstrip, token.rstrip) }))
+            .collect();
+        controls.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let is_added = |text: &String| added.iter().any(|(_, token)| token.content == *text);
+        let markers: Vec<String> = markers(&template).into_iter().filter(|text| !is_added(text)).collect();
+        let literals = |texts: Vec<String>| Literals::new(texts).map_err(|why| failed(why.into()));
+        let recognised = literals(controls.iter().map(|(literal, _)| literal.clone()).collect())?;
+        let guarded = literals(recognised.texts().iter().chain(&markers).cloned().collect())?;
+        let plain = Plain::new(&full, &hidden, &controls, markers).map_err(failed)?;
+        let fingerprint = fingerprint(&bytes, &tokens, guarded.texts());
+        let inner = Inner { path, full, vocab, plain, recognised, controls, specials, guarded, names, fingerprint };
+        Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
-    /// Token ids of a trusted text: the literals of special tokens become these tokens. None is added.
+    /// Token ids of a trusted text: the literals of control tokens become these tokens. None is added.
     ///
     /// # Errors
-    /// [`EngineError::Tokenizer`] if the tokenizer's own rules fail on the text.
+    /// [`EngineError::Tokenizer`] if the tokenizer's own rules fail on the text; [`EngineError::TokenizerMismatch`] where
+    /// they give a token that the model has no embedding for.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.inner.full.encode_fast(text, false).map_err(|e| self.failed(&e))?.get_ids().to_vec())
+        self.encode_parts(&[Part::Trusted(text)], false)
     }
 
-    /// Token ids of a text from outside: the literals of special tokens are ordinary text. None is added.
+    /// Token ids of a text from outside: the literals of control tokens are ordinary text. None is added.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.inner.plain.encode_fast(text, false).map_err(|e| self.failed(&e))?.get_ids().to_vec())
+        let (apart, gaps) = self.inner.plain.take_apart(text);
+        let mut ids = self.ids(apart.as_deref().unwrap_or(text))?;
+        if !gaps.is_empty() {
+            ids.retain(|id| *id != self.inner.plain.gap.id);
+        }
+        self.check(&ids)?;
+        Ok(ids)
     }
 
     /// As [`encode_plain`](Self::encode_plain), with the bytes of `text` that each token stands for. Tokens that share
@@ -118,62 +159,92 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_plain_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.plain.encode(text, false).map_err(|e| self.failed(&e))?;
-        let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end);
-        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
+        let plain = &self.inner.plain;
+        let (apart, gaps) = plain.take_apart(text);
+        let encoding = plain.tokenizer.encode(apart.as_deref().unwrap_or(text), false).map_err(|e| self.failed(&e))?;
+        let width = plain.gap.literal.len();
+        // Where a place of the text with gaps lies in the text.
+        let opened: Vec<usize> = gaps.iter().enumerate().map(|(i, gap)| gap + i * width).collect();
+        let place = |at: usize| at - width * opened.partition_point(|gap| *gap < at);
+        let ranges = encoding.get_offsets().iter().map(|&(start, end)| place(start)..place(end));
+        let tokens: Vec<(u32, Range<usize>)> =
+            encoding.get_ids().iter().copied().zip(ranges).filter(|(id, _)| *id != plain.gap.id).collect();
+        self.check(encoding.get_ids().iter().filter(|id| **id != plain.gap.id))?;
+        Ok(tokens)
     }
 
     /// Tokenises parts as the one text they make up. With `continues`, the text does not begin the prompt: tokenizers
     /// that mark the beginning of a text do not mark this one.
     pub(crate) fn encode_parts(&self, parts: &[Part<'_>], continues: bool) -> Result<Vec<u32>> {
+        let plain = &self.inner.plain;
         let mut text = String::new();
         let mut ids = Vec::new();
-        if continues && let Some(stand) = self.inner.stands.first() {
-            text.push_str(&stand.literal);
+        if continues {
+            text.push_str(&plain.gap.literal);
         }
         for part in parts {
             match part {
-                Part::Plain(plain) => text.push_str(plain),
+                Part::Plain(part) => text.push_str(plain.take_apart(part).0.as_deref().unwrap_or(part)),
                 Part::Trusted(trusted) => self.stand_in(trusted, &mut text, &mut ids),
             }
         }
-        let encoded = self.encode_plain(&text)?;
-        let encoded = &encoded[usize::from(continues && !self.inner.stands.is_empty() && !encoded.is_empty())..];
         let mut ids = ids.into_iter();
-        let is_stand = |id: u32| self.inner.stands.iter().any(|stand| stand.id == id);
-        let restored = encoded.iter().map(|&id| if is_stand(id) { ids.next() } else { Some(id) });
-        let restored: Option<Vec<u32>> = restored.collect();
+        let is_stand = |id: u32| plain.stands.iter().any(|stand| stand.id == id);
+        let encoded = self.ids(&text)?.into_iter().filter(|id| *id != plain.gap.id);
+        let restored: Option<Vec<u32>> = encoded.map(|id| if is_stand(id) { ids.next() } else { Some(id) }).collect();
         match restored {
-            Some(restored) if ids.next().is_none() => Ok(restored),
-            _ => Err(EngineError::Internal("special tokens were lost while a prompt was tokenised".into())),
+            Some(restored) if ids.next().is_none() => {
+                self.check(&restored)?;
+                Ok(restored)
+            }
+            _ => Err(EngineError::Internal("control tokens were lost while a prompt was tokenised".into())),
         }
     }
 
-    /// Appends `trusted` to `text`, special tokens replaced by their stands and their ids appended to `ids`.
+    /// Appends `trusted` to `text`, control tokens replaced by their stands and their ids appended to `ids`.
     fn stand_in(&self, mut trusted: &str, text: &mut String, ids: &mut Vec<u32>) {
-        while let Some((at, special)) = self.find_special(trusted) {
-            let strips = (special.token.lstrip, special.token.rstrip);
-            text.push_str(&trusted[..at]);
-            // Every special token has a stand that strips as it does.
-            text.extend(self.inner.stands.iter().find(|s| s.strips == strips).map(|s| s.literal.as_str()));
-            ids.push(special.id);
-            trusted = &trusted[at + special.token.content.len()..];
+        let Inner { plain, controls, .. } = &*self.inner;
+        while let Some(found) = self.inner.recognised.find(trusted) {
+            text.push_str(&trusted[..found.start]);
+            let literal = &trusted[found.clone()];
+            if let Ok(at) = controls.binary_search_by(|(control, _)| control.as_str().cmp(literal)) {
+                let control = &controls[at].1;
+                // Every control token has a stand that strips as it does.
+                text.extend(plain.stands.iter().find(|s| s.strips == control.strips).map(|s| s.literal.as_str()));
+                ids.push(control.id);
+            }
+            trusted = &trusted[found.end..];
         }
         text.push_str(trusted);
     }
 
-    /// The leftmost literal of a special token in `text`, the longest of those that start there.
-    fn find_special(&self, text: &str) -> Option<(usize, &Special)> {
-        let mut openings = text.char_indices().filter(|(_, c)| self.inner.openers.contains(c));
-        openings.find_map(|(at, _)| {
-            let here = self.inner.specials.iter().filter(|s| text[at..].starts_with(&s.token.content));
-            here.max_by_key(|s| s.token.content.len()).map(|special| (at, special))
-        })
+    fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.inner.plain.tokenizer.encode_fast(text, false).map_err(|e| self.failed(&e))?.get_ids().to_vec())
     }
 
-    /// The leftmost literal of a special token in `text`.
-    pub(crate) fn find_special_literal(&self, text: &str) -> Option<Range<usize>> {
-        self.find_special(text).map(|(at, special)| at..at + special.token.content.len())
+    /// Refuses tokens that the model has no embedding for.
+    fn check<'a>(&self, ids: impl IntoIterator<Item = &'a u32>) -> Result<()> {
+        match ids.into_iter().find(|id| **id as usize >= self.inner.vocab) {
+            None => Ok(()),
+            Some(id) => Err(EngineError::TokenizerMismatch {
+                path: self.inner.path.clone(),
+                token: self.inner.full.id_to_token(*id).unwrap_or_default(),
+                id: *id,
+                vocab: self.inner.vocab,
+            }),
+        }
+    }
+
+    /// The leftmost text that must not act as a control token when it comes from outside: the literal of one, or a mark
+    /// of turns that the chat template writes.
+    pub(crate) fn find_control(&self, text: &str) -> Option<Range<usize>> {
+        self.inner.guarded.find(text)
+    }
+
+    /// The control token whose literal `text` begins with.
+    pub(crate) fn control_at_start(&self, text: &str) -> Option<u32> {
+        let found = self.inner.recognised.find(text).filter(|found| found.start == 0)?;
+        self.token_to_id(&text[found])
     }
 
     /// The text of these tokens; special tokens and ids beyond the vocabulary give none.
@@ -192,10 +263,10 @@ impl Tokenizer {
         self.inner.full.decode(ids, false).map_err(|e| self.failed(&e))
     }
 
-    /// Whether `tokenizer.json` marks the token as special.
+    /// Whether the token is marked as special: it has no text.
     #[must_use]
     pub fn is_special(&self, id: u32) -> bool {
-        self.inner.specials.binary_search_by_key(&id, |special| special.id).is_ok()
+        self.inner.specials.binary_search(&id).is_ok()
     }
 
     /// The id of a token by its literal.
@@ -204,19 +275,30 @@ impl Tokenizer {
         self.inner.full.token_to_id(token)
     }
 
-    /// The token that `tokenizer_config.json` names to begin a text.
+    /// The token that is named to begin a text, where the model has it.
     #[must_use]
     pub fn bos(&self) -> Option<u32> {
-        self.inner.bos
+        self.named("bos_token")
     }
 
-    /// The token that `tokenizer_config.json` names to end a text.
+    /// The token that is named to end a text, where the model has it.
     #[must_use]
     pub fn eos(&self) -> Option<u32> {
-        self.inner.eos
+        self.named("eos_token")
     }
 
-    /// Hash of `tokenizer.json`: equal fingerprints give equal tokens.
+    fn named(&self, name: &str) -> Option<u32> {
+        let (_, literal) = self.inner.names.iter().find(|(named, _)| named == name)?;
+        self.token_to_id(literal).filter(|id| (*id as usize) < self.inner.vocab)
+    }
+
+    /// The literals of the tokens that the model's files name: `bos_token`, `<s>`.
+    #[must_use]
+    pub fn names(&self) -> &[(String, String)] {
+        &self.inner.names
+    }
+
+    /// Hash of everything that decides how texts are tokenised: equal fingerprints give equal tokens.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
         self.inner.fingerprint
@@ -233,50 +315,74 @@ impl Tokenizer {
     }
 }
 
-fn check_vocabulary(tokenizer: &tokenizers::Tokenizer, path: &Path, vocab: usize) -> Result<()> {
-    match tokenizer.get_vocab(true).into_iter().max_by_key(|(_, id)| *id) {
-        Some((token, id)) if id as usize >= vocab => {
-            Err(EngineError::TokenizerMismatch { path: path.to_path_buf(), token, id, vocab })
+impl Plain {
+    /// `hidden`: added tokens whose literals are to be ordinary text; `markers`: further texts that must not come out as
+    /// they do in the template.
+    fn new(
+        full: &tokenizers::Tokenizer,
+        hidden: &[AddedToken],
+        controls: &[(String, Control)],
+        markers: Vec<String>,
+    ) -> tokenizers::Result<Plain> {
+        let mut tokenizer = full.clone();
+        tokenizer.set_encode_special_tokens(true);
+        tokenizer.add_tokens(hidden.iter().map(|token| token.clone().special(true)))?;
+        let mut stand = |strips: (bool, bool)| -> tokenizers::Result<Stand> {
+            // Random, so that no text can be made to contain it.
+            let literal = format!("\u{10fffd}{:032x}\u{10fffd}", rand::random::<u128>());
+            let token = AddedToken::from(literal.clone(), false).normalized(false).lstrip(strips.0).rstrip(strips.1);
+            tokenizer.add_tokens([token])?;
+            let id = tokenizer.token_to_id(&literal).ok_or("a token that was added is not there")?;
+            Ok(Stand { literal, id, strips })
+        };
+        let gap = stand((false, false))?;
+        let mut kinds: Vec<(bool, bool)> = controls.iter().map(|(_, control)| control.strips).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let stands = kinds.into_iter().map(&mut stand).collect::<tokenizers::Result<_>>()?;
+        let mut broken = markers;
+        for (literal, control) in controls {
+            if tokenizer.encode_fast(literal.as_str(), false)?.get_ids().contains(&control.id) {
+                broken.push(literal.clone());
+            }
         }
-        Some(_) => Ok(()),
-        None => Err(EngineError::Tokenizer { path: path.to_path_buf(), why: "it has no tokens".into() }),
+        Ok(Plain { tokenizer, stands, broken: Literals::new(broken)?, gap })
+    }
+
+    /// `text` with gaps in it, where it holds texts that must not stay whole, and the places of the gaps in `text`.
+    fn take_apart(&self, text: &str) -> (Option<String>, Vec<usize>) {
+        let (mut apart, mut gaps, mut done) = (String::new(), Vec::new(), 0);
+        while let Some(found) = self.broken.find(&text[done..]) {
+            let first = text[done + found.start..].chars().next().map_or(1, char::len_utf8);
+            let gap = done + found.start + first;
+            apart.push_str(&text[done..gap]);
+            apart.push_str(&self.gap.literal);
+            gaps.push(gap);
+            done = gap;
+        }
+        if gaps.is_empty() {
+            return (None, gaps);
+        }
+        apart.push_str(&text[done..]);
+        (Some(apart), gaps)
     }
 }
 
-fn plain(
-    full: &tokenizers::Tokenizer,
-    specials: &[Special],
-) -> tokenizers::Result<(tokenizers::Tokenizer, Vec<Stand>)> {
-    let mut plain = full.clone();
-    plain.set_encode_special_tokens(true);
-    let mut stands: Vec<Stand> = Vec::new();
-    let kinds = [(false, false), (false, true), (true, false), (true, true)];
-    for strips in kinds {
-        // The first one also marks a text that continues another.
-        if strips != (false, false) && !specials.iter().any(|s| (s.token.lstrip, s.token.rstrip) == strips) {
-            continue;
-        }
-        // Random, so that no text can be made to contain it.
-        let literal = format!("\u{10fffd}{:032x}\u{10fffd}", rand::random::<u128>());
-        let token = AddedToken::from(literal.clone(), false).normalized(false).lstrip(strips.0).rstrip(strips.1);
-        plain.add_tokens([token])?;
-        let id = plain.token_to_id(&literal).ok_or("a token that was added is not there")?;
-        stands.push(Stand { literal, id, strips });
+/// What decides how texts are tokenised: `tokenizer.json`, what other files add to it, and what is guarded.
+fn fingerprint(file: &[u8], declared: &[AddedToken], guarded: &[String]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("quire tokenizer 2");
+    let mut field = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+    };
+    field(file);
+    for token in declared {
+        let flags = [token.single_word, token.lstrip, token.rstrip, token.normalized, token.special];
+        field(token.content.as_bytes());
+        field(&flags.map(u8::from));
     }
-    Ok((plain, stands))
-}
-
-fn read_config(path: &Path) -> Result<Value> {
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| EngineError::Config {
-            file: path.to_path_buf(),
-            field: "(the whole file)".into(),
-            expected: "a JSON object".into(),
-            found: e.to_string(),
-        }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(e) => Err(EngineError::reading(path, e, "it names the special tokens")),
-    }
+    field(&[]);
+    guarded.iter().for_each(|literal| field(literal.as_bytes()));
+    *hasher.finalize().as_bytes()
 }
 
 /// Turns tokens that come one by one into text, never half a character.

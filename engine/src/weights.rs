@@ -83,16 +83,24 @@ pub struct Weights {
     dir: PathBuf,
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
+    /// Tensors that the index places in a file which lacks them: an error once they are asked for. (Indexes name tied
+    /// embeddings and computed frequencies that nobody stored.)
+    lacking: BTreeMap<String, PathBuf>,
 }
+
+/// What the names of a causal model's tensors begin with, but for its head.
+const PREFIX: &str = "model.";
 
 impl Weights {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`, and checks
-    /// every header: names, shapes, number formats and offsets must describe each file completely.
+    /// every header: names, shapes, number formats and offsets must describe each file completely. Tensors of a model that
+    /// was saved without its head get the names that they have with it (`layers.0...` is `model.layers.0...`).
     ///
     /// # Errors
     /// [`EngineError::MissingFile`] and [`EngineError::CorruptWeights`], naming the file.
     pub fn open(dir: &Path) -> Result<Weights> {
-        let mut weights = Weights { dir: dir.to_path_buf(), shards: Vec::new(), entries: BTreeMap::new() };
+        let mut weights =
+            Weights { dir: dir.to_path_buf(), shards: Vec::new(), entries: BTreeMap::new(), lacking: BTreeMap::new() };
         let index = dir.join(INDEX);
         if index.is_file() && !dir.join(SINGLE).is_file() {
             weights.open_sharded(&index)?;
@@ -107,24 +115,44 @@ impl Weights {
             }
             weights.entries = weights.open_shard(&single)?;
         }
+        weights.add_prefix();
         Ok(weights)
     }
 
     fn open_sharded(&mut self, index: &Path) -> Result<()> {
-        let mut opened: BTreeMap<String, BTreeMap<String, Entry>> = BTreeMap::new();
-        for (name, file) in read_index(index)? {
-            if !opened.contains_key(&file) {
-                let entries = self.open_shard(&self.dir.join(&file))?;
-                opened.insert(file.clone(), entries);
+        let placed = read_index(index)?;
+        let mut opened: BTreeMap<&String, BTreeMap<String, Entry>> = BTreeMap::new();
+        for file in placed.values() {
+            if !opened.contains_key(file) {
+                let entries = self.open_shard(&self.dir.join(file))?;
+                opened.insert(file, entries);
             }
-            let entry = opened.get_mut(&file).and_then(|entries| entries.remove(&name));
-            let entry = entry.ok_or_else(|| EngineError::CorruptWeights {
-                path: self.dir.join(&file),
-                why: format!("expected tensor `{name}`, which {} places there, found none", index.display()),
-            })?;
-            self.entries.insert(name, entry);
+        }
+        for (name, file) in &placed {
+            if let Some(entry) = opened.get_mut(file).and_then(|entries| entries.remove(name)) {
+                self.entries.insert(name.clone(), entry);
+            } else {
+                self.lacking.insert(name.clone(), self.dir.join(file));
+            }
+        }
+        // What the index does not name is there all the same; what it places elsewhere is not.
+        for (name, entry) in opened.into_values().flatten() {
+            if !placed.contains_key(&name) {
+                self.entries.insert(name, entry);
+            }
         }
         Ok(())
+    }
+
+    /// Gives the tensors of a model that was saved without its head the names that they have with it.
+    fn add_prefix(&mut self) {
+        if !self.entries.contains_key("embed_tokens.weight") {
+            return;
+        }
+        let named = |name: String| if name.starts_with("lm_head.") { name } else { format!("{PREFIX}{name}") };
+        self.entries =
+            std::mem::take(&mut self.entries).into_iter().map(|(name, entry)| (named(name), entry)).collect();
+        self.lacking = std::mem::take(&mut self.lacking).into_iter().map(|(name, file)| (named(name), file)).collect();
     }
 
     fn open_shard(&mut self, path: &Path) -> Result<BTreeMap<String, Entry>> {
@@ -180,12 +208,17 @@ impl Weights {
     /// The tensor `name`, which must have this shape.
     ///
     /// # Errors
-    /// [`EngineError::MissingTensor`], [`EngineError::TensorShape`], [`EngineError::TensorDtype`].
+    /// [`EngineError::MissingTensor`], [`EngineError::TensorShape`], [`EngineError::TensorDtype`];
+    /// [`EngineError::CorruptWeights`] where the index promised it.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
-        let entry = self.entries.get(name).ok_or_else(|| EngineError::MissingTensor {
-            name: name.to_string(),
-            expected: shape.to_vec(),
-            dir: self.dir.clone(),
+        let entry = self.entries.get(name).ok_or_else(|| match self.lacking.get(name) {
+            Some(file) => EngineError::CorruptWeights {
+                path: file.clone(),
+                why: format!("expected tensor `{name}`, which {INDEX} places there, found none"),
+            },
+            None => {
+                EngineError::MissingTensor { name: name.to_string(), expected: shape.to_vec(), dir: self.dir.clone() }
+            }
         })?;
         if entry.shape != shape {
             return Err(EngineError::TensorShape {
@@ -203,6 +236,13 @@ impl Weights {
             }
         };
         Ok(Tensor { dtype, shape: &entry.shape, data: self.data(entry) })
+    }
+
+    /// Whether two tensors are there and have the same format, shape and bytes.
+    #[must_use]
+    pub fn same(&self, one: &str, other: &str) -> bool {
+        let (Some(one), Some(other)) = (self.entries.get(one), self.entries.get(other)) else { return false };
+        one.dtype == other.dtype && one.shape == other.shape && self.data(one) == self.data(other)
     }
 
     /// Hash over names, formats, shapes and bytes of all tensors: the identity of the weights, however they are

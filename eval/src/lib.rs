@@ -11,6 +11,7 @@
 //!   answers while long prompts arrive, [`bench_attention_decode`] a device's attention beside cuDNN's;
 //!   [`write_checkpoint`] writes a model of random weights for them.
 //! * [`bench_index`] measures indexes beside hnswlib, faiss and usearch, on made-up keys and on those of a model's heads.
+//! * [`bench_templates`] renders chat templates of public models here and by transformers, and shows where they differ.
 //! * [`Record`] is one measured figure, [`RecordLog`] a folder of JSON lines files that only grow; a later record
 //!   supersedes an earlier one of the same bench, case, metric and machine. [`markdown_report`] makes tables of them.
 //!
@@ -30,6 +31,7 @@
 
 mod ask;
 mod error;
+mod process;
 mod progress;
 mod quality;
 mod record;
@@ -37,6 +39,7 @@ mod report;
 mod speed;
 mod stats;
 mod tasks;
+mod templates;
 
 pub use error::{EvalError, Result};
 pub use progress::Progress;
@@ -55,3 +58,4 @@ pub use tasks::{
     Context, DataSource, GENERATED_TASKS, GenerateOptions, Question, Score, Size, generate, load_files,
     normalize_squad, reference_outputs, score, task_names,
 };
+pub use templates::{TemplateDifference, TemplateOptions, TemplateReport, bench_templates};

@@ -48,7 +48,10 @@ fn check(name: &str) {
 }
 
 fn check_on(name: &str, device: DeviceChoice) {
-    let dir = fixtures().join("golden").join(name);
+    check_in(name, fixtures().join("golden").join(name), device);
+}
+
+fn check_in(name: &str, dir: PathBuf, device: DeviceChoice) {
     let expected = json(&dir.join("expected.json"));
     let vocab = ModelSpec::from_dir(&dir).unwrap().vocab;
     let config = EngineConfig {
@@ -111,6 +114,100 @@ fn qwen_2_with_biases_in_shards() {
 #[test]
 fn qwen_3_with_normed_heads() {
     check("qwen3");
+}
+
+/// The same model, stored in another way: `change` gets a copy of its folder.
+fn check_stored(name: &str, change: impl FnOnce(&Path)) {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(fixtures().join("golden").join(name)).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    change(copy.path());
+    check_in(name, copy.path().into(), DeviceChoice::Cpu);
+}
+
+fn configure(dir: &Path, fields: &Value) {
+    let mut config = json(&dir.join("config.json"));
+    config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+/// Rewrites the header of a file of weights.
+fn rewrite(path: &Path, change: impl FnOnce(&mut serde_json::Map<String, Value>, &mut Vec<u8>)) {
+    let bytes = std::fs::read(path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut data = bytes[8 + length..].to_vec();
+    change(&mut header, &mut data);
+    let header = serde_json::to_vec(&header).unwrap();
+    std::fs::write(path, [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat()).unwrap();
+}
+
+#[test]
+fn weights_without_the_prefix_of_a_causal_model() {
+    check_stored("llama3", |dir| {
+        rewrite(&dir.join("model.safetensors"), |header, _| {
+            let bare = |name: String| name.strip_prefix("model.").map_or(name.clone(), str::to_string);
+            *header = std::mem::take(header).into_iter().map(|(name, tensor)| (bare(name), tensor)).collect();
+        });
+    });
+}
+
+#[test]
+fn an_index_that_names_what_no_shard_holds() {
+    check_stored("llama3", |dir| {
+        let mut map = serde_json::Map::new();
+        rewrite(&dir.join("model.safetensors"), |header, _| {
+            for name in header.keys().filter(|name| *name != "__metadata__") {
+                map.insert(name.clone(), "model-1.safetensors".into());
+            }
+        });
+        for name in ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"] {
+            map.insert(name.into(), "model-1.safetensors".into());
+        }
+        std::fs::rename(dir.join("model.safetensors"), dir.join("model-1.safetensors")).unwrap();
+        let index = serde_json::json!({"weight_map": map});
+        std::fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    });
+}
+
+/// transformers uses a head that is stored, even where the configuration ties it to the embedding.
+#[test]
+fn a_stored_head_counts_beside_tying() {
+    check_stored("llama2", |dir| configure(dir, &serde_json::json!({"tie_word_embeddings": true})));
+}
+
+#[test]
+fn a_window_that_begins_behind_the_last_layer() {
+    let window = serde_json::json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2, "layer_types": null});
+    check_stored("qwen3", |dir| configure(dir, &window));
+}
+
+#[test]
+fn weights_of_mixed_formats() {
+    check_stored("llama3", |dir| {
+        rewrite(&dir.join("model.safetensors"), |header, data| {
+            // Every second tensor as f32, which holds each bf16 number exactly.
+            let mut wide = Vec::new();
+            for (index, (name, tensor)) in header.iter_mut().enumerate() {
+                if name == "__metadata__" {
+                    continue;
+                }
+                let place = |i: usize| tensor["data_offsets"][i].as_u64().unwrap() as usize;
+                let stored = data[place(0)..place(1)].to_vec();
+                let from = wide.len();
+                if index % 2 == 0 {
+                    tensor["dtype"] = "F32".into();
+                    stored.chunks(2).for_each(|half| wide.extend([0, 0, half[0], half[1]]));
+                } else {
+                    wide.extend(stored);
+                }
+                tensor["data_offsets"] = serde_json::json!([from, wide.len()]);
+            }
+            *data = wide;
+        });
+    });
 }
 
 #[test]

@@ -6,6 +6,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
 
+use super::source::Source;
 use super::{ChatMessage, python};
 use crate::error::{EngineError, Result};
 
@@ -16,46 +17,54 @@ const OUTPUT_LIMIT: usize = 16 << 20;
 
 const NAME: &str = "chat_template";
 
-/// The special tokens whose literals templates may use.
-const TOKENS: [&str; 4] = ["bos_token", "eos_token", "pad_token", "unk_token"];
-
+/// A model's chat template: conversations to texts, as Hugging Face's `apply_chat_template` renders them.
 #[derive(Debug)]
-pub(super) struct Template {
+pub struct ChatTemplate {
     environment: Environment<'static>,
-    tokens: Vec<(&'static str, String)>,
+    tokens: Vec<(String, String)>,
+    literals: String,
 }
 
-impl Template {
-    /// Compiles `source`; the literals of special tokens are taken from `config` (`tokenizer_config.json`).
-    pub(super) fn new(source: String, config: &serde_json::Value) -> Result<Template> {
+impl ChatTemplate {
+    /// Compiles `source`, in which each of `tokens` (`bos_token`, `<s>`) is a variable.
+    ///
+    /// # Errors
+    /// [`EngineError::ChatTemplate`] where it does not compile.
+    pub fn new(source: &str, tokens: Vec<(String, String)>) -> Result<ChatTemplate> {
         let mut environment = Environment::new();
         // As Hugging Face renders chat templates. No loader is set: a template reaches no file.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(python::call_method);
-        environment.add_function("raise_exception", |message: String| -> std::result::Result<String, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| python::strftime_now(&format));
-        environment.add_filter("tojson", python::to_json);
-        environment.add_template_owned(NAME, source).map_err(|e| failed(&e))?;
-        let literal =
-            |value: &serde_json::Value| value.as_str().or_else(|| value["content"].as_str()).map(str::to_string);
-        let tokens = TOKENS.into_iter().filter_map(|name| Some((name, literal(&config[name])?))).collect();
-        Ok(Template { environment, tokens })
+        python::install(&mut environment);
+        let Source { text, literals } = Source::new(source);
+        environment.add_template_owned(NAME, text).map_err(|e| failed(&e))?;
+        Ok(ChatTemplate { environment, tokens, literals })
+    }
+
+    /// Everything that the template can write by itself.
+    pub(super) fn literals(&self) -> &str {
+        &self.literals
     }
 
     /// The text of a conversation, up to where the assistant's answer begins.
-    pub(super) fn render(&self, messages: &[ChatMessage]) -> Result<String> {
+    ///
+    /// # Errors
+    /// [`EngineError::ChatTemplate`] where it refuses the messages or exceeds its limits.
+    pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
+        self.render_turns(messages, true)
+    }
+
+    /// The text of a conversation; with `answering`, up to where the assistant's answer begins.
+    pub(super) fn render_turns(&self, messages: &[ChatMessage], answering: bool) -> Result<String> {
         let message = |m: &ChatMessage| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
         let mut context: Vec<(&str, Value)> = vec![
             ("messages", messages.iter().map(message).collect()),
-            ("add_generation_prompt", Value::from(true)),
+            ("add_generation_prompt", Value::from(answering)),
             ("tools", Value::from(())),
             ("documents", Value::from(())),
         ];
-        context.extend(self.tokens.iter().map(|(name, literal)| (*name, Value::from(literal.as_str()))));
+        context.extend(self.tokens.iter().map(|(name, literal)| (name.as_str(), Value::from(literal.as_str()))));
         let context = Value::from_pairs(context);
         let mut output = Capped(Vec::new());
         let template = self.environment.get_template(NAME).map_err(|e| failed(&e))?;

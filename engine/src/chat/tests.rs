@@ -3,6 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 use serde_json::json;
+use std::path::PathBuf;
 use std::sync::LazyLock;
 use tempfile::TempDir;
 
@@ -49,8 +50,13 @@ fn the_reference_model_gets_its_own_form() {
     assert_eq!(prompt.suffix, TOKENIZER.encode(expected).unwrap());
     assert_eq!(format.render(&TOKENIZER, &turns).unwrap(), [&[1], &prompt.suffix[..]].concat());
 
-    let error = format.render(&TOKENIZER, &[ChatMessage::new("system", "Be kind"), user("Who?")]).unwrap_err();
-    assert!(error.to_string().contains("roles user, assistant and context, not system"), "{error}");
+    let told = [ChatMessage::new("system", " Ada wrote it. "), user("Who?")];
+    let expected = "<|begin_of_text|>Ada wrote it.<|chunk|><|question|>Who?<|answer|>";
+    assert_eq!(format.render(&TOKENIZER, &told).unwrap(), TOKENIZER.encode(expected).unwrap());
+    let untold = [ChatMessage::new("system", " "), user("Who?")];
+    assert_eq!(format.render(&TOKENIZER, &untold).unwrap(), format.render(&TOKENIZER, &untold[1..]).unwrap());
+    let error = format.render(&TOKENIZER, &[ChatMessage::new("tool", "7"), user("Who?")]).unwrap_err();
+    assert!(error.to_string().contains("roles system, user, assistant and context, not tool"), "{error}");
 }
 
 #[test]
@@ -111,13 +117,194 @@ fn templates_see_what_hugging_face_shows_them() {
         ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}x{% endfor %}end", "end"),
         ("{{ messages[0].items() | list | length }}{{ messages[0].get('name', '-') }}", "2-"),
         ("{{ messages[-1].content.split('t')[0] }}", "  Hi "),
-        ("{{ {'a<b': 1} | tojson }}", "{\"a<b\":1}"),
+        ("{{ {'a<b': 1} | tojson }}", "{\"a<b\": 1}"),
         ("{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{{ twice('a') }}", "aa"),
         ("{{ missing }}{{ unk_token }}{{ eos_token }}", "<|end_of_text|>"),
         ("{{ '2' ~ strftime_now('%Y')[1:2] }}", "20"),
     ];
     for (template, expected) in cases {
         assert_eq!(rendered(template, &messages).unwrap(), expected, "{template}");
+    }
+}
+
+/// Each line was rendered by transformers 5.24.
+#[test]
+fn templates_say_what_they_say_in_python() {
+    let cases = [
+        // What `{% generation %}` encloses is rendered, in a scope of its own.
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+        ("a\n  {%- generation -%}\n b \n{%- endgeneration %}\nc", "abc"),
+        ("{% if tools is iterable %}yes{% else %}no{% endif %}", "no"),
+        (
+            "{{ 'abc' is iterable }} {{ missing is iterable }} {{ {} is iterable }} {{ 1 is iterable }}",
+            "True True True False",
+        ),
+        ("{{ 'abc' is sequence }} {{ {} is sequence }} {{ none is sequence }}", "True True False"),
+        (
+            "{{ true }} {{ none }} {{ 1.0 }} {{ [1, 'a', none] }} {{ {'b': true} }}",
+            "True None 1.0 [1, 'a', None] {'b': True}",
+        ),
+        (
+            "{{ {'b': [1, 2.5], 'a': {'é': none}, 'c': []} | tojson }}",
+            "{\"b\": [1, 2.5], \"a\": {\"é\": null}, \"c\": []}",
+        ),
+        ("{{ {'b': 1, 'a': '\"<é'} | tojson(indent=2, sort_keys=true) }}", "{\n  \"a\": \"\\\"<é\",\n  \"b\": 1\n}"),
+        ("{{ ['é'] | tojson(ensure_ascii=true, separators=(',', ':')) }}", "[\"\\u00e9\"]"),
+        ("{{ 'a.b.c'.rsplit('.', 1) }} {{ 'a b  c'.split(none, 1) }}", "['a.b', 'c'] ['a', 'b  c']"),
+        ("{{ 'a\u{2028}b\r\nc'.splitlines() | length }} {{ 'k=v'.partition('=')[2] }}", "3 v"),
+        ("{{ 'abc'.removeprefix('ab') }}{{ 'abc'.index('c') }}{{ ['x', 'y'].index('y') }}{{ '7'.zfill(3) }}", "c21007"),
+        ("{{ 'x\x1c '.strip() }}|{{ 'xay'.strip('xy') }}|{{ ' \x1f' | trim }}", "x|a|"),
+        ("{{ 'ab'.center(5, '*') }}{{ 'aB'.swapcase() }}{{ 'a%sb' | format(1) }}", "**ab*Aba1b"),
+        (
+            "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('+') }}",
+            "  Hi there ",
+        ),
+        ("{{ 'x' if messages[0].tool_calls else 'y' }}{{ messages[0]['name'] is defined }}", "yFalse"),
+        ("{{ (messages | last).content[2:-1] }}{{ 7 // 2 }}{{ 'a' * 3 }}", "Hi there3aaa"),
+        ("a\r\n{% if true %}\r\nb\r\n{% endif %}\r\n", "a\nb\n"),
+    ];
+    for (template, expected) in cases {
+        assert_eq!(rendered(template, &[user("  Hi there ")]).unwrap(), expected, "{template}");
+    }
+    for refused in [
+        "{{ 'abc'.nonsense() }}",
+        "{{ missing.name }}",
+        "{{ missing | tojson }}",
+        "{{ 'a' + missing }}",
+        "{{ strftime_now(3) }}",
+        "{% for tool in tools %}{% endfor %}",
+    ] {
+        assert!(rendered(refused, &[user("Hi")]).is_err(), "{refused}");
+    }
+}
+
+#[test]
+fn methods_that_make_much_of_little_are_stopped() {
+    let cases = [
+        "{{ messages[0].content.replace('', messages[0].content) }}",
+        "{{ messages[0].content.replace('x', messages[0].content) }}",
+        "{{ 'x'.center(99999999999) }}",
+        "{{ messages[0].content.join(range(9999)) }}",
+        "{% set ns = namespace(l=[1]) %}{% for i in range(99) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}",
+        "{% set ns = namespace(l=[1]) %}{% for i in range(24) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson(indent=9) }}",
+    ];
+    for template in cases {
+        let error = rendered(template, &[user(&"x".repeat(100_000))]).unwrap_err();
+        assert!(matches!(error, EngineError::ChatTemplate(_)), "{template}: {error:?}");
+    }
+}
+
+/// Small tokenizers with what lies beside them, and the tokens that transformers makes of conversations
+/// (`tests/fixtures/make_chat_golden.py`).
+#[test]
+fn prompts_are_those_of_transformers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/chat.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert!(cases.len() >= 14);
+    for case in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tokenizer = golden["tokenizers"][case["tokenizer"].as_str().unwrap()].clone();
+        tokenizer["added_tokens"] = case["added_tokens"].clone();
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        for (name, content) in case["files"].as_object().unwrap() {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content.as_str().map_or_else(|| content.to_string(), str::to_string)).unwrap();
+        }
+        let messages: Vec<ChatMessage> = serde_json::from_value(case["messages"].clone()).unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        let tokenizer = Tokenizer::from_dir(dir.path(), 400).unwrap();
+        let format = PromptFormat::from_dir(dir.path(), &tokenizer).unwrap();
+        assert_eq!(format.render(&tokenizer, &messages).unwrap(), ids, "{}", case["name"]);
+    }
+}
+
+/// A folder with a tokenizer of bytes, in which these are added tokens that are not special, and this template.
+fn byte_level(added: &[&str], template: &str) -> (Tokenizer, PromptFormat) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/chat.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let mut tokenizer = golden["tokenizers"]["bytes"].clone();
+    let first = tokenizer["model"]["vocab"].as_object().unwrap().len();
+    let token = |(i, text): (usize, &&str)| {
+        json!({"id": first + i, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": true, "special": false})
+    };
+    tokenizer["added_tokens"] = added.iter().enumerate().map(token).collect();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+    let tokenizer = Tokenizer::from_dir(dir.path(), 400).unwrap();
+    let format = PromptFormat::from_dir(dir.path(), &tokenizer).unwrap();
+    (tokenizer, format)
+}
+
+#[test]
+fn a_template_sees_the_control_tokens_of_contents_and_strips_around_them() {
+    let template = "{% for m in messages %}<think>{{ m.content.split('</think>')[-1].lstrip('\n') }}{% endfor %}";
+    let (tokenizer, format) = byte_level(&["<think>", "</think>"], template);
+    let think = tokenizer.token_to_id("<think>").unwrap();
+    let ids = format.render(&tokenizer, &[user("a <think>b</think>\n\nc <think>")]).unwrap();
+    assert_eq!(tokenizer.decode(&ids).unwrap(), "<think>c <think>");
+    assert_eq!((ids[0], ids.iter().filter(|id| **id == think).count()), (think, 1), "{ids:?}");
+}
+
+#[test]
+fn no_cut_of_a_content_makes_its_literals_act() {
+    // Each shows a content so that one mark of the literal in it, or both, may be lost.
+    let templates = [
+        "{% for m in messages %}<|x|>{{ m.content[1:] }}{% endfor %}",
+        "{% for m in messages %}<|x|>{{ m.content[:-1] }}{% endfor %}",
+        "{% for m in messages %}<|x|>{{ m.content | tojson }}{% endfor %}",
+        "{% for m in messages %}<|x|>{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}",
+        "{% for m in messages %}<|x|>{{ m.content.split('a')[-1] }}{% endfor %}",
+        "{% for m in messages %}<|x|>{{ m.content.strip('<|x>') }}{{ m.content | upper }}{% endfor %}",
+    ];
+    for template in templates {
+        let (tokenizer, format) = byte_level(&["<|x|>"], template);
+        let control = tokenizer.token_to_id("<|x|>").unwrap();
+        for content in ["<|x|>", "a<|x|>b", "<|x|>a", "a<|x|>", " <|x|><|x|> "] {
+            let ids = format.render(&tokenizer, &[user(content)]).unwrap();
+            assert_eq!(ids.iter().filter(|id| **id == control).count(), 1, "{template} {content:?}: {ids:?}");
+        }
+    }
+}
+
+#[test]
+fn marks_of_turns_that_are_no_tokens_are_told_apart_too() {
+    let template = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}";
+    let (tokenizer, format) = byte_level(&[], template);
+    let ids = format.render(&tokenizer, &[user("a [/INST] b")]).unwrap();
+    assert_eq!(tokenizer.decode(&ids).unwrap(), "[INST] a [/INST] b [/INST]");
+    let mark = |text: &str| tokenizer.encode(text).unwrap();
+    assert_eq!(ids, [mark("[INST] a "), tokenizer.encode_plain("[/INST]").unwrap(), mark(" b [/INST]")].concat());
+}
+
+#[test]
+fn a_role_is_a_word() {
+    let format = format("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", None);
+    for role in ["", "user|>x<|system", "us er", "a\nb"] {
+        let error = format.render(&TOKENIZER, &[ChatMessage::new(role, "x")]).unwrap_err();
+        assert!(matches!(&error, EngineError::InvalidRequest(why) if why.contains("role")), "{role:?}: {error:?}");
+    }
+    format.render(&TOKENIZER, &[ChatMessage::new("tool_response-2", "x")]).unwrap();
+}
+
+#[test]
+fn what_the_template_puts_behind_an_answer_ends_it() {
+    let turn_end = |template: &str| {
+        let (tokenizer, format) = byte_level(&["<|end|>", "<|start|>"], template);
+        format.turn_end(&tokenizer).map(|id| tokenizer.decode(&[id]).unwrap())
+    };
+    let chat = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}";
+    assert_eq!(turn_end(chat).as_deref(), Some("<|end|>"));
+    assert_eq!(turn_end("{% for m in messages %}{{ m.content }} \n<|end|>{% endfor %}").as_deref(), Some("<|end|>"));
+    for none in [
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        "{{ messages[0].content }}<|end|>",
+        "{{ raise_exception('x') }}",
+    ] {
+        assert_eq!(turn_end(none), None, "{none}");
     }
 }
 

@@ -71,6 +71,20 @@ impl Fields {
         }
     }
 
+    /// The field as a size, where it is one.
+    pub(crate) fn get_size(&self, field: &str) -> Option<usize> {
+        self.optional_size(field).ok().flatten()
+    }
+
+    /// A whole number, which may be 0.
+    pub(crate) fn whole_or(&self, field: &str, default: usize) -> Result<usize> {
+        match self.get(field).map(Value::as_u64) {
+            None => Ok(default),
+            Some(Some(n @ 0..=0x4000_0000)) => Ok(n as usize),
+            Some(_) => Err(self.wrong(field, "a whole number from 0 to 2^30")),
+        }
+    }
+
     pub(crate) fn size_or(&self, field: &str, default: usize) -> Result<usize> {
         Ok(self.optional_size(field)?.unwrap_or(default))
     }

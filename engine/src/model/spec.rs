@@ -88,10 +88,14 @@ pub struct ModelSpec {
     pub bos: Option<u32>,
     /// Tokens that end an answer; may be empty.
     pub eos: Vec<u32>,
+    /// `generation_config.json` lists `eos`. Otherwise it is what the configuration of the bare model says, which for
+    /// a model tuned to converse need not end a turn.
+    pub eos_stated: bool,
 }
 
 impl ModelSpec {
-    /// Reads `config.json` and, if there, `generation_config.json` (whose bos and eos come first) in `dir`.
+    /// Reads `config.json` and, if there, `generation_config.json` (whose bos and eos come first) in `dir`. Where
+    /// `config.json` leaves the length of an extended context open, `tokenizer_config.json` may state it.
     ///
     /// # Errors
     /// Missing or malformed files ([`EngineError::MissingFile`], [`EngineError::Config`]), and models this engine
@@ -103,7 +107,14 @@ impl ModelSpec {
             Ok(true) => Some(Fields::read(&path, "it states the tokens that end an answer")?),
             _ => None,
         };
-        ModelSpec::from_fields(&config, generation.as_ref())
+        let tokenizer = dir.join("tokenizer_config.json");
+        let stated = match tokenizer.try_exists() {
+            Ok(true) => {
+                Fields::read(&tokenizer, "it may state the length of the context")?.get_size("model_max_length")
+            }
+            _ => None,
+        };
+        ModelSpec::from_fields(&config, generation.as_ref(), stated)
     }
 
     /// What of this spec changes the numbers that the same weights give, in a canonical text form. The rotary embedding
@@ -124,12 +135,13 @@ impl ModelSpec {
         )
     }
 
-    fn from_fields(config: &Fields, generation: Option<&Fields>) -> Result<ModelSpec> {
+    fn from_fields(config: &Fields, generation: Option<&Fields>, stated: Option<usize>) -> Result<ModelSpec> {
         let family = family(config)?;
-        refuse_unsupported(config, family)?;
+        refuse_unsupported(config)?;
 
+        let layers = config.size("num_hidden_layers")?;
         let heads = config.size("num_attention_heads")?;
-        let kv_heads = config.size_or("num_key_value_heads", heads)?;
+        let kv_heads = config.size_or("num_key_value_heads", default_kv_heads(config, family, heads))?;
         if heads % kv_heads != 0 {
             return Err(config.wrong("num_key_value_heads", &format!("a divisor of num_attention_heads ({heads})")));
         }
@@ -137,11 +149,7 @@ impl ModelSpec {
         let head_dim = head_dim(config, family, hidden, heads)?;
         let positions = config.size("max_position_embeddings")?;
         let rope = rope(config, head_dim, positions)?;
-        let max_context = match rope.scaling {
-            // Qwen2.5 states YaRN beside the unextended length.
-            RopeScaling::Yarn { factor, original_context, .. } => positions.max((factor * original_context) as usize),
-            _ => positions,
-        };
+        let max_context = max_context(config, &rope.scaling, positions, stated)?;
         let (attention_bias, output_bias) = attention_biases(config, family)?;
         let norm_eps = config.number_or("rms_norm_eps", 1e-6)? as f32;
         if !(norm_eps > 0.0 && norm_eps < 1.0) {
@@ -151,7 +159,7 @@ impl ModelSpec {
         let (bos, eos) = special_tokens(config, generation, family, vocab)?;
         Ok(ModelSpec {
             family,
-            layers: config.size("num_hidden_layers")?,
+            layers,
             hidden,
             intermediate: config.size("intermediate_size")?,
             heads,
@@ -166,9 +174,10 @@ impl ModelSpec {
             qk_norm: family == Family::Qwen3,
             tied_embeddings: config.flag_or("tie_word_embeddings", false)?,
             max_context,
-            sliding_window: sliding_window(config, family)?,
+            sliding_window: sliding_window(config, family, layers)?,
             bos,
             eos,
+            eos_stated: generation.is_some_and(|g| g.get("eos_token_id").is_some()),
         })
     }
 }
@@ -187,7 +196,7 @@ fn family(config: &Fields) -> Result<Family> {
     })
 }
 
-fn refuse_unsupported(config: &Fields, family: Family) -> Result<()> {
+fn refuse_unsupported(config: &Fields) -> Result<()> {
     if let Some(quantization) = config.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
         return Err(EngineError::Unsupported {
@@ -208,22 +217,49 @@ fn refuse_unsupported(config: &Fields, family: Family) -> Result<()> {
             });
         }
     }
-    let windowed = config.flag_or("use_sliding_window", false)?;
-    let mixed =
-        matches!(config.get("layer_types"), Some(Value::Array(kinds)) if kinds.iter().any(|k| k != "full_attention"));
-    if family != Family::Mistral && (windowed || mixed) {
-        return Err(EngineError::Unsupported {
-            what: "attention pattern",
-            found: if windowed {
-                "use_sliding_window: true".into()
-            } else {
-                "layer_types other than full_attention".into()
-            },
-            supported: "full attention in every layer, or Mistral's window in every layer".into(),
-            advice: "Models published with use_sliding_window: false run as they are",
-        });
-    }
     Ok(())
+}
+
+/// Heads of keys and values where the configuration names none: the default of the family's configuration in
+/// transformers; `null` stands for as many as there are query heads.
+fn default_kv_heads(config: &Fields, family: Family, heads: usize) -> usize {
+    match family {
+        _ if config.has("num_key_value_heads") => heads,
+        Family::Llama => heads,
+        Family::Mistral => 8,
+        Family::Qwen2 | Family::Qwen3 => 32,
+    }
+}
+
+/// Tokens of context. `positions`: `max_position_embeddings`; `stated`: the length that the tokenizer's configuration
+/// names.
+fn max_context(config: &Fields, scaling: &RopeScaling, positions: usize, stated: Option<usize>) -> Result<usize> {
+    Ok(match *scaling {
+        // Models state YaRN beside the length before it, or the extended one.
+        RopeScaling::Yarn { factor, original_context, .. } => positions.max((factor * original_context) as usize),
+        // The same for position interpolation, which does not name the length before: `max_position_embeddings` may be
+        // either, and is the one before where nothing says otherwise.
+        RopeScaling::Linear { factor } => {
+            let scaled = (factor * positions as f64) as usize;
+            let original = original_positions(config)?;
+            let extended = original.map(|original| (factor * original as f64) as usize);
+            let stated = stated.filter(|stated| (positions..=scaled).contains(stated));
+            extended.or(stated).unwrap_or(scaled).max(positions)
+        }
+        _ => positions,
+    })
+}
+
+/// `original_max_position_embeddings`, wherever a configuration has it.
+fn original_positions(config: &Fields) -> Result<Option<usize>> {
+    const FIELD: &str = "original_max_position_embeddings";
+    let nested = [config.nested("rope_parameters")?, config.nested("rope_scaling")?];
+    for fields in [config].into_iter().chain(nested.iter().flatten()) {
+        if let Some(positions) = fields.optional_size(FIELD)? {
+            return Ok(Some(positions));
+        }
+    }
+    Ok(None)
 }
 
 fn head_dim(config: &Fields, family: Family, hidden: usize, heads: usize) -> Result<usize> {
@@ -258,12 +294,36 @@ fn attention_biases(config: &Fields, family: Family) -> Result<(bool, bool)> {
     })
 }
 
-fn sliding_window(config: &Fields, family: Family) -> Result<Option<usize>> {
-    match family {
-        // An absent field means Mistral 7B's first release; null means no window.
-        Family::Mistral if !config.has("sliding_window") => Ok(Some(4096)),
-        Family::Mistral => config.optional_size("sliding_window"),
-        _ => Ok(None),
+/// The window of all layers. Qwen's configurations name the layers that have one; Llama's know no window.
+fn sliding_window(config: &Fields, family: Family, layers: usize) -> Result<Option<usize>> {
+    if family == Family::Llama {
+        return Ok(None);
+    }
+    // An absent field means Mistral 7B's first release; null means no window.
+    let window = match config.has("sliding_window") {
+        true => config.optional_size("sliding_window")?,
+        false => Some(4096),
+    };
+    if family == Family::Mistral {
+        return Ok(window);
+    }
+    let used = config.flag_or("use_sliding_window", false)?;
+    let window = window.filter(|_| used);
+    let windowed = match config.get("layer_types") {
+        Some(Value::Array(kinds)) => kinds.iter().filter(|kind| *kind != "full_attention").count(),
+        Some(_) => return Err(config.wrong("layer_types", "a list of names")),
+        None if window.is_none() => 0,
+        None => layers.saturating_sub(config.whole_or("max_window_layers", 28)?),
+    };
+    match (windowed, window) {
+        (0, _) => Ok(None),
+        (windowed, Some(window)) if windowed == layers => Ok(Some(window)),
+        _ => Err(EngineError::Unsupported {
+            what: "attention pattern",
+            found: format!("{windowed} of {layers} layers with a window (layer_types, use_sliding_window)"),
+            supported: "full attention in every layer, or one window in every layer".into(),
+            advice: "Models published with use_sliding_window: false run as they are",
+        }),
     }
 }
 

@@ -165,6 +165,7 @@ impl<'a> Piece<'a> {
 impl Transformer {
     /// Loads and packs the weights for the CPU. `kv`: the KV format, `None` for that of the weights.
     pub(crate) fn load(spec: ModelSpec, weights: &Weights, threads: usize, kv: Option<KvDtype>) -> Result<Transformer> {
+        let spec = with_stored_head(spec, weights);
         let cpu = Cpu::new(threads);
         let embedding = weights.tensor("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
         let shape = kv_shape(&spec, embedding.dtype, kv);
@@ -193,6 +194,7 @@ impl Transformer {
         config: &CudaConfig,
         limits: Limits,
     ) -> Result<Transformer> {
+        let spec = with_stored_head(spec, weights);
         let embedding = weights.tensor("model.embed_tokens.weight", &[spec.vocab, spec.hidden])?;
         let shape = kv_shape(&spec, embedding.dtype, kv);
         let (rope, scale) = (RopeTable::new(&spec.rope), softmax_scale(&spec));
@@ -516,6 +518,14 @@ impl Rows {
             sin: gather(&self.sin, half, picked),
         }
     }
+}
+
+/// The spec as the weights have it: a head that is stored and differs from the embedding is used even where the
+/// configuration ties the two, as transformers does.
+fn with_stored_head(spec: ModelSpec, weights: &Weights) -> ModelSpec {
+    const HEAD: &str = "lm_head.weight";
+    let own = weights.has(HEAD) && !weights.same(HEAD, "model.embed_tokens.weight");
+    ModelSpec { tied_embeddings: spec.tied_embeddings && !own, ..spec }
 }
 
 /// The shape and format of KV: `kv`, or that of the weights.

@@ -2,7 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::LazyLock;
 
 /// The reference model's: byte-level BPE, special tokens 0 to 5.
@@ -63,12 +63,52 @@ fn special_tokens_are_recognised_only_in_trusted_text() {
 }
 
 #[test]
-fn a_tokenizer_for_a_larger_vocabulary_is_refused() {
+fn tokens_beyond_the_vocabulary_are_never_made() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference");
-    match Tokenizer::from_dir(&dir, 7000) {
-        Err(EngineError::TokenizerMismatch { id: 7167, vocab: 7000, .. }) => {}
-        other => panic!("{other:?}"),
+    let all = std::fs::read(dir.join("tokenizer.json")).unwrap();
+    let mut json: Value = serde_json::from_slice(&all).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    let mut unused = added[0].clone();
+    unused["id"] = json!(7168);
+    unused["content"] = json!("<|unused|>");
+    added.push(unused);
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::write(copy.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_dir(copy.path(), 7168).unwrap();
+    let text = "a <|unused|> b";
+    for ids in [tokenizer.encode(text).unwrap(), tokenizer.encode_plain(text).unwrap()] {
+        assert!(ids.iter().all(|id| *id < 7168), "{ids:?}");
+        assert_eq!(tokenizer.decode(&ids).unwrap(), text);
     }
+    // An ordinary word of the vocabulary that the model lacks is an error where it is needed.
+    let short = Tokenizer::from_dir(&dir, 7000).unwrap();
+    assert_eq!(short.encode_plain("the").unwrap(), REFERENCE.encode_plain("the").unwrap());
+    let word = REFERENCE.decode(&[7167]).unwrap();
+    for error in [short.encode_plain(&word), short.encode(&word)] {
+        assert!(matches!(error, Err(EngineError::TokenizerMismatch { id: 7000.., vocab: 7000, .. })), "{error:?}");
+    }
+    assert!(short.encode_plain_with_offsets(&word).is_err());
+}
+
+#[test]
+fn a_piece_that_plain_text_gives_is_taken_apart() {
+    // Unigram models have their special tokens among their pieces.
+    let vocab =
+        json!([["<unk>", 0.0], ["</s>", -1.0], ["<", -2.0], ["/", -2.0], ["s", -2.0], [">", -2.0], ["a", -2.0]]);
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+        "post_processor": null, "decoder": null, "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab},
+        "added_tokens": [{"id": 1, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false,
+                          "normalized": false, "special": true}],
+    });
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_dir(dir.path(), 7).unwrap();
+    assert_eq!(tokenizer.encode("a</s>").unwrap(), [6, 1]);
+    assert_eq!(tokenizer.encode_plain("a</s>a").unwrap(), [6, 2, 3, 4, 5, 6]);
+    let offsets = tokenizer.encode_plain_with_offsets("a</s>a</s>").unwrap();
+    let ranges: Vec<Range<usize>> = offsets.into_iter().map(|(_, range)| range).collect();
+    assert_eq!(ranges, (0..10).map(|at| at..at + 1).collect::<Vec<_>>());
 }
 
 #[test]

@@ -152,12 +152,8 @@ fn shards_are_one_set_of_weights() {
 #[test]
 fn a_missing_shard_and_a_wrong_index_are_named() {
     let (one, _) = shards();
-    let cases: [(&str, &str); 6] = [
+    let cases: [(&str, &str); 5] = [
         (r#"{"weight_map":{"a":"one.safetensors","b":"two.safetensors"}}"#, "two.safetensors is missing"),
-        (
-            r#"{"weight_map":{"a":"one.safetensors","b":"one.safetensors"}}"#,
-            "one.safetensors is damaged: expected tensor `b`",
-        ),
         (r#"{"weight_map":{"a":"../one.safetensors"}}"#, "expected the name of a file beside the index"),
         (r#"{"weight_map":{"a":7}}"#, "expected the name of a file"),
         (r#"{"weights":{}}"#, "expected an object `weight_map`"),
@@ -170,6 +166,34 @@ fn a_missing_shard_and_a_wrong_index_are_named() {
     }
     let error = Weights::open(folder(&[("pytorch_model.bin", b"x")]).path()).unwrap_err();
     assert!(matches!(&error, EngineError::MissingFile { path, .. } if path.ends_with(SINGLE)), "{error}");
+}
+
+#[test]
+fn a_tensor_that_no_shard_holds_is_missed_only_where_it_is_needed() {
+    let (one, two) = shards();
+    let index = br#"{"weight_map":{"a":"one.safetensors","lm_head.weight":"one.safetensors","b":"two.safetensors"}}"#;
+    let dir = folder(&[("one.safetensors", &one), ("two.safetensors", &two), (INDEX, index)]);
+    let weights = Weights::open(dir.path()).unwrap();
+    assert!(weights.has("a") && weights.has("b") && !weights.has("lm_head.weight"));
+    let error = weights.tensor("lm_head.weight", &[2]).unwrap_err().to_string();
+    assert!(error.contains("one.safetensors is damaged: expected tensor `lm_head.weight`"), "{error}");
+    // What an index leaves out is there all the same.
+    let index = br#"{"weight_map":{"b":"two.safetensors","c":"one.safetensors"}}"#;
+    let dir = folder(&[("one.safetensors", &one), ("two.safetensors", &two), (INDEX, index)]);
+    assert_eq!(Weights::open(dir.path()).unwrap().tensor("a", &[2]).unwrap().to_f32(), [1.0, 2.0]);
+}
+
+#[test]
+fn a_model_saved_without_its_head_has_the_names_of_one_with_it() {
+    let tensor = |name: &'static str| (name, safetensors::Dtype::F32, vec![1], bytes_of(&[3.0]));
+    let names = ["embed_tokens.weight", "layers.0.mlp.up_proj.weight", "norm.weight", "lm_head.weight"];
+    let bare = open(&file(&names.map(tensor))).unwrap();
+    let with =
+        ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"];
+    let whole = open(&file(&with.map(tensor))).unwrap();
+    assert_eq!(bare.names().collect::<Vec<_>>(), whole.names().collect::<Vec<_>>());
+    assert_eq!(bare.fingerprint(), whole.fingerprint());
+    assert!(whole.same("lm_head.weight", "model.norm.weight") && !whole.same("lm_head.weight", "x"));
 }
 
 #[test]

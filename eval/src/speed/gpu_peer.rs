@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::process::Process;
 use crate::error::{EvalError, Result};
+use crate::process::Process;
 
 /// The program itself travels with this one.
 const SCRIPT: &str = include_str!("../../peers/transformers_gpu.py");

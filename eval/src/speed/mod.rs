@@ -11,7 +11,6 @@ mod membw;
 mod mixed;
 mod peer;
 mod prefill;
-mod process;
 mod prompt;
 mod random;
 mod rate;

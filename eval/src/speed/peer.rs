@@ -4,8 +4,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::PeerOptions;
-use super::process::Process;
 use crate::error::Result;
+use crate::process::Process;
 
 /// The program itself travels with this one.
 const SCRIPT: &str = include_str!("../../peers/transformers_speed.py");

@@ -314,6 +314,18 @@ pub enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// Chat templates of public models, rendered here and by Hugging Face transformers
+    Templates {
+        /// Python interpreter that imports transformers and jinja2
+        #[arg(long, value_name = "PROGRAM", default_value = "python3")]
+        python: PathBuf,
+        /// Folder of packages that carry templates; scripts/chat_templates.sh brings some
+        #[arg(long, value_name = "FOLDER")]
+        packages: PathBuf,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
     /// Kill an ingest at random moments and check what is left
     Crash {
         /// Times to kill

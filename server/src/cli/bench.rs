@@ -7,8 +7,8 @@ use std::time::Duration;
 use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
     AttentionOptions, BlendBenchOptions, CheckpointOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData,
-    MembwOptions, PeerOptions, SourceProvider, SpeedOptions, bench_blend, bench_decode, bench_index, bench_membw,
-    bench_prefill, default_results_dir, write_checkpoint, write_report,
+    MembwOptions, PeerOptions, SourceProvider, SpeedOptions, TemplateOptions, bench_blend, bench_decode, bench_index,
+    bench_membw, bench_prefill, bench_templates, default_results_dir, write_checkpoint, write_report,
 };
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
@@ -84,6 +84,12 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 ..MembwOptions::default()
             };
             let report = with_progress(out, |progress| Ok(bench_membw(&options, progress)?))?;
+            print(&report, &report.table(), out);
+            Ok(())
+        }
+        BenchCommand::Templates { python, packages, records } => {
+            let options = TemplateOptions { python, packages, output: output(&records)? };
+            let report = with_progress(out, |progress| Ok(bench_templates(&options, progress)?))?;
             print(&report, &report.table(), out);
             Ok(())
         }

@@ -71,10 +71,11 @@ impl HubCache {
         options.open(&path).map_err(|e| writing(&path, e))
     }
 
-    /// Makes `name` in a commit's folder a link to a blob.
+    /// Makes `name` in a commit's folder, which may lie in a folder there, a link to a blob.
     pub(super) fn link(&self, id: &ModelId, commit: &str, name: &str, etag: &str) -> Result<()> {
         let path = self.snapshot(id, commit).join(name);
-        let target = Path::new("../../blobs").join(etag);
+        let up = "../".repeat(2 + name.matches('/').count());
+        let target = Path::new(&up).join("blobs").join(etag);
         if fs::read_link(&path).is_ok_and(|found| found == target) {
             return Ok(());
         }
@@ -151,6 +152,9 @@ mod tests {
         assert_eq!(fs::read_to_string(folder.join("config.json")).unwrap(), "{}");
         assert_eq!(cache.find(&pinned, false).unwrap(), folder);
         assert_eq!(snapshot_name(&folder).unwrap(), "org/name");
+
+        cache.link(&id, COMMIT, "additional_chat_templates/default.jinja", "config.json").unwrap();
+        assert_eq!(fs::read_to_string(folder.join("additional_chat_templates/default.jinja")).unwrap(), "{}");
 
         fs::remove_file(cache.blob(&id, "tokenizer.json")).unwrap();
         assert!(error(&id).contains("lacks tokenizer.json"), "{}", error(&id));

@@ -99,7 +99,8 @@ impl Client {
     /// Size and hash of a file of a commit.
     pub(super) fn describe(&self, commit: &str, name: &str) -> Result<RemoteFile> {
         let repository = self.id.repository();
-        let url = format!("{}/{repository}/resolve/{commit}/{}", self.endpoint, encoded(name));
+        let parts: Vec<String> = name.split('/').map(encoded).collect();
+        let url = format!("{}/{repository}/resolve/{commit}/{}", self.endpoint, parts.join("/"));
         let response = self.head(&url)?;
         self.accept(&url, &response)?;
         let headers = response.headers();

@@ -9,12 +9,15 @@ use super::error::HubError;
 use crate::error::{QuireError, Result};
 
 /// Files beside the weights that are read, those that must be there first.
-pub(super) const BESIDE_WEIGHTS: [&str; 6] = [
+pub(super) const BESIDE_WEIGHTS: [&str; 9] = [
     "config.json",
     "tokenizer.json",
     "generation_config.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/default.jinja",
     "prompt.json",
 ];
 

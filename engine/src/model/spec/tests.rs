@@ -103,6 +103,100 @@ fn yarn_beside_an_unextended_length_extends_the_context() {
     assert_eq!(read(&with(json!({"rope_scaling": scaling})), None).unwrap().max_context, 8192);
 }
 
+/// What `max_position_embeddings` means beside each scaling, and the length that is left open.
+#[test]
+fn an_extended_context_has_its_extended_length() {
+    let length = |scaling: Value, stated: Value| {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), with(json!({"rope_scaling": scaling})).to_string()).unwrap();
+        std::fs::write(dir.path().join("tokenizer_config.json"), stated.to_string()).unwrap();
+        ModelSpec::from_dir(dir.path()).unwrap().max_context
+    };
+    let linear = |factor: f64| json!({"type": "linear", "factor": factor});
+    // The length before is 2,048.
+    assert_eq!(length(linear(4.0), json!({})), 8192);
+    assert_eq!(length(linear(2.5), json!({"model_max_length": 1e30})), 5120);
+    assert_eq!(length(linear(1.0), json!({})), 2048);
+    // The tokenizer's configuration says that it is the length after, or something between.
+    assert_eq!(length(linear(4.0), json!({"model_max_length": 2048})), 2048);
+    assert_eq!(length(linear(4.0), json!({"model_max_length": 4096})), 4096);
+    assert_eq!(length(linear(4.0), json!({"model_max_length": 512})), 8192);
+    let original = json!({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 512});
+    assert_eq!(length(original, json!({})), 2048);
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 512});
+    assert_eq!(length(llama3, json!({"model_max_length": 4096})), 2048);
+    assert_eq!(length(json!({"type": "default"}), json!({"model_max_length": 4096})), 2048);
+    assert_eq!(length(json!(null), json!({"model_max_length": 4096})), 2048);
+}
+
+/// As transformers 5.24 reads each.
+#[test]
+fn a_window_is_that_of_the_layers_that_have_one() {
+    let window = |architecture: &str, change: Value| {
+        let mut config = with(json!({"architectures": [architecture], "num_key_value_heads": 2}));
+        config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        read(&config, None).map(|spec| spec.sliding_window)
+    };
+    for qwen in ["Qwen2ForCausalLM", "Qwen3ForCausalLM"] {
+        let used = |change: Value| {
+            let mut all = json!({"use_sliding_window": true, "sliding_window": 64});
+            all.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+            window(qwen, all)
+        };
+        assert_eq!(used(json!({"max_window_layers": 2})).unwrap(), None);
+        assert_eq!(used(json!({"max_window_layers": 70})).unwrap(), None);
+        assert_eq!(used(json!({})).unwrap(), None, "28 layers are the default");
+        assert_eq!(used(json!({"sliding_window": null, "max_window_layers": 0})).unwrap(), None);
+        assert_eq!(used(json!({"max_window_layers": 0})).unwrap(), Some(64));
+        assert_eq!(used(json!({"layer_types": ["sliding_attention", "sliding_attention"]})).unwrap(), Some(64));
+        assert_eq!(
+            used(json!({"max_window_layers": 0, "layer_types": ["full_attention", "full_attention"]})).unwrap(),
+            None
+        );
+        assert!(used(json!({"max_window_layers": 1})).is_err());
+        assert!(used(json!({"layer_types": ["full_attention", "sliding_attention"]})).is_err());
+        assert_eq!(window(qwen, json!({"sliding_window": 64, "max_window_layers": 0})).unwrap(), None);
+    }
+    // Llama's configuration knows none of these fields.
+    let all = json!({"use_sliding_window": true, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]});
+    assert_eq!(window("LlamaForCausalLM", all).unwrap(), None);
+    assert_eq!(window("MistralForCausalLM", json!({})).unwrap(), Some(4096));
+    assert_eq!(window("MistralForCausalLM", json!({"sliding_window": null})).unwrap(), None);
+}
+
+#[test]
+fn absent_and_null_fields_have_transformers_defaults() {
+    let spec = |change: Value| read(&with(change), None).unwrap();
+    assert_eq!(spec(json!({"num_key_value_heads": null})).kv_heads, 4);
+    let mut absent = with(json!({"num_attention_heads": 32, "hidden_size": 512}));
+    absent.as_object_mut().unwrap().remove("num_key_value_heads");
+    for (architecture, kv_heads) in [("LlamaForCausalLM", 32), ("MistralForCausalLM", 8), ("Qwen2ForCausalLM", 32)] {
+        absent["architectures"] = json!([architecture]);
+        assert_eq!(read(&absent, None).unwrap().kv_heads, kv_heads, "{architecture}");
+    }
+    assert_eq!(spec(json!({"head_dim": null})).head_dim, 16);
+    assert!(!spec(json!({"tie_word_embeddings": null})).tied_embeddings);
+    let plain = spec(json!({}));
+    for same in [
+        json!({"rope_scaling": null, "rope_parameters": null, "torch_dtype": "float16", "dtype": null, "x": 1}),
+        json!({"rope_scaling": {"type": "default"}}),
+        json!({"rope_scaling": {"rope_type": "default", "factor": null}}),
+        json!({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_scaling": {"type": "linear", "factor": 2}}),
+        json!({"attention_bias": null, "mlp_bias": false, "hidden_act": "silu", "max_window_layers": 0}),
+    ] {
+        assert_eq!(spec(same.clone()), plain, "{same}");
+    }
+    assert_eq!(spec(json!({"rope_parameters": {"rope_theta": 5e5}})).rope.theta, 5e5);
+}
+
+#[test]
+fn whether_the_ends_of_answers_are_stated_is_known() {
+    assert!(!read(&llama(), None).unwrap().eos_stated);
+    assert!(!read(&llama(), Some(&json!({"temperature": 1}))).unwrap().eos_stated);
+    assert!(read(&llama(), Some(&json!({"eos_token_id": [3]}))).unwrap().eos_stated);
+}
+
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
     let cases = [
@@ -116,8 +210,8 @@ fn what_is_not_supported_is_refused_by_name() {
         ),
         (json!({"rope_scaling": {"rope_type": "proportional"}}), "\"proportional\"", "llama3, yarn"),
         (
-            json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true}),
-            "use_sliding_window: true",
+            json!({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": true, "max_window_layers": 1}),
+            "1 of 2 layers with a window",
             "full attention",
         ),
         (

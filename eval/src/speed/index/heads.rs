@@ -18,7 +18,7 @@ use super::side::candidates;
 use super::texts::HeadText;
 use super::{HeadOptions, IndexBenchOptions};
 use crate::error::{EvalError, Result};
-use crate::speed::process::Process;
+use crate::process::Process;
 use crate::stats::mean;
 
 /// Share of the cold keys that may be read.

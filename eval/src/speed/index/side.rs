@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::data::{Judge, Recall, read_ids};
 use crate::error::Result;
-use crate::speed::process::Process;
+use crate::process::Process;
 use crate::stats::median;
 
 /// Queries of a group in batched searches: the query heads that share one KV head in Llama 3's shapes.

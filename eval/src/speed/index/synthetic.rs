@@ -14,9 +14,9 @@ use super::records::{Growth, Measured, Timed};
 use super::side::{Built, NEEDS, Ours, PEERS, PeerSide, Queries, SCRIPT, Side};
 use super::sweep::{Point, operating_point, sweep, within_budget};
 use crate::error::Result;
+use crate::process::Process;
 use crate::progress::Meter;
 use crate::speed::membw::FloorRate;
-use crate::speed::process::Process;
 use crate::stats::median;
 
 /// Queries of each set that graphs over key-key neighbours and the peers are searched for: they need up to 70 ms each.

@@ -13,7 +13,7 @@ use crate::error::{EvalError, Result};
 const TUNING: [&str; 2] = ["OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"];
 
 /// A running child. Dropping it ends it.
-pub(super) struct Process {
+pub(crate) struct Process {
     python: PathBuf,
     /// What the interpreter must import.
     needs: &'static str,
@@ -21,12 +21,12 @@ pub(super) struct Process {
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
     /// What its first line says of its libraries.
-    pub(super) version: String,
+    pub(crate) version: String,
 }
 
 impl Process {
     /// Starts `python -c script arguments` and waits until it says `{"ready": version}`.
-    pub(super) fn start(python: &Path, needs: &'static str, script: &str, arguments: &[String]) -> Result<Process> {
+    pub(crate) fn start(python: &Path, needs: &'static str, script: &str, arguments: &[String]) -> Result<Process> {
         let failed = |reason: String| EvalError::Peer { python: python.to_owned(), needs, reason };
         let mut command = Command::new(python);
         for name in TUNING {
@@ -53,7 +53,7 @@ impl Process {
     }
 
     /// Sends a command and waits for its answer.
-    pub(super) fn ask<T: DeserializeOwned>(&mut self, command: &Value) -> Result<T> {
+    pub(crate) fn ask<T: DeserializeOwned>(&mut self, command: &Value) -> Result<T> {
         let written = writeln!(self.stdin, "{command}").and_then(|()| self.stdin.flush());
         written.map_err(|e| self.failed(format!("it does not take commands: {e}")))?;
         let reply = self.reply()?;
