@@ -264,32 +264,75 @@ fn answers_as_transformers_does(device: DeviceChoice, together: bool) {
         ..EngineConfig::default()
     };
     let engine = Engine::load(config).unwrap();
-    let tokenizer = engine.tokenizer();
-    let suffix = tokenizer.encode(engine.chat().chunk_suffix()).unwrap();
     let prompts = lines(&fixtures().join("reference_prompts.jsonl"));
     let outputs = lines(&fixtures().join("reference_outputs.jsonl"));
     assert!(prompts.len() >= 50 && prompts.len() == outputs.len());
     let mut asked = Vec::new();
     for (prompt, expected) in prompts.iter().zip(&outputs) {
         assert_eq!(prompt["id"], expected["id"]);
-        let question = ChatMessage::new("user", prompt["question"].as_str().unwrap());
-        let parts = engine.chat().render_with_context(tokenizer, &[question]).unwrap();
-        assert_eq!(parts.prefix, tokenizer.encode(prompt["prefix"].as_str().unwrap()).unwrap());
-        let chunk = |text: &Value| PromptChunk {
-            tokens: [tokenizer.encode_plain(text.as_str().unwrap()).unwrap(), suffix.clone()].concat().into(),
-            prefix: parts.prefix.clone().into(),
-            source: None,
-        };
-        let chunks = prompt["chunks"].as_array().unwrap().iter().map(chunk).collect();
-        let assembled = Prompt { prefix: parts.prefix.clone(), chunks, suffix: parts.suffix };
+        let assembled = assemble(&engine, prompt);
         assert_eq!(assembled.len() as u64, expected["prompt_tokens"].as_u64().unwrap(), "{}", prompt["id"]);
-
         asked.push((engine.submit(Request::new(assembled, 24)).unwrap(), expected));
         if !together {
             asked.drain(..).for_each(|(events, expected)| check_answer(&engine, events, expected));
         }
     }
     asked.into_iter().for_each(|(events, expected)| check_answer(&engine, events, expected));
+}
+
+fn assemble(engine: &Engine, prompt: &Value) -> Prompt {
+    let tokenizer = engine.tokenizer();
+    let suffix = tokenizer.encode(engine.chat().chunk_suffix()).unwrap();
+    let question = ChatMessage::new("user", prompt["question"].as_str().unwrap());
+    let parts = engine.chat().render_with_context(tokenizer, &[question]).unwrap();
+    assert_eq!(parts.prefix, tokenizer.encode(prompt["prefix"].as_str().unwrap()).unwrap());
+    let chunk = |text: &Value| PromptChunk {
+        tokens: [tokenizer.encode_plain(text.as_str().unwrap()).unwrap(), suffix.clone()].concat().into(),
+        prefix: parts.prefix.clone().into(),
+        source: None,
+    };
+    let chunks = prompt["chunks"].as_array().unwrap().iter().map(chunk).collect();
+    Prompt { prefix: parts.prefix.clone(), chunks, suffix: parts.suffix }
+}
+
+/// The configuration names another token, and nobody has said how to generate.
+#[test]
+fn an_answer_ends_where_only_the_tokenizer_names_its_end() {
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference").canonicalize().unwrap();
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "prompt.json", "model.safetensors"] {
+        std::os::unix::fs::symlink(reference.join(name), copy.path().join(name)).unwrap();
+    }
+    let other = json(&reference.join("config.json"));
+    std::fs::remove_file(copy.path().join("config.json")).unwrap();
+    std::fs::write(copy.path().join("config.json"), other.to_string()).unwrap();
+    configure(copy.path(), &serde_json::json!({"eos_token_id": 3}));
+    let load = || {
+        let config = EngineConfig {
+            model_dir: copy.path().into(),
+            device: DeviceChoice::Cpu,
+            threads: 2,
+            kv_budget_bytes: 1 << 28,
+            ..EngineConfig::default()
+        };
+        Engine::load(config).unwrap()
+    };
+    let engine = load();
+    assert_eq!(engine.spec().eos, [3, 2]);
+    let prompt = &lines(&fixtures().join("reference_prompts.jsonl"))[0];
+    let expected = &lines(&fixtures().join("reference_outputs.jsonl"))[0];
+    let events = engine.submit(Request::new(assemble(&engine, prompt), 24)).unwrap();
+    check_answer(&engine, events, expected);
+    // Not even the tokenizer: the template puts it behind what the assistant said.
+    let unnamed = json(&reference.join("tokenizer_config.json"));
+    let template = unnamed["chat_template"].as_str().unwrap().replace("eos_token", "'<|end_of_text|>'");
+    std::fs::remove_file(copy.path().join("tokenizer_config.json")).unwrap();
+    let unnamed = serde_json::json!({"bos_token": unnamed["bos_token"], "chat_template": template});
+    std::fs::write(copy.path().join("tokenizer_config.json"), unnamed.to_string()).unwrap();
+    assert_eq!(load().spec().eos, [3, 2]);
+    // Where somebody has said how to generate, the template adds nothing.
+    std::fs::write(copy.path().join("generation_config.json"), r#"{"eos_token_id": [3]}"#).unwrap();
+    assert_eq!(load().spec().eos, [3]);
 }
 
 fn check_answer(engine: &Engine, events: EventStream, expected: &Value) {
