@@ -129,16 +129,31 @@ fn over_documents_a_turn_is_answered_as_a_question_is() {
     fails(&data, &["--collection", "absent"], b"x\n", 1, &["collection `absent` does not exist", "quire ingest"]);
 }
 
+/// The reference model with a template that refuses instructions.
+fn without_instructions(dir: &Path) -> String {
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference").canonicalize().unwrap();
+    let model = dir.join("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(&reference).unwrap() {
+        let file = file.unwrap();
+        std::os::unix::fs::symlink(file.path(), model.join(file.file_name())).unwrap();
+    }
+    let template = "{% if messages[0].role == 'system' %}{{ raise_exception('no instructions here') }}{% endif %}";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    model.display().to_string()
+}
+
 #[test]
 fn what_is_typed_wrong_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
     fails(&data, &[], b"/hepl\nx\n", 2, &["/hepl", "/clear", "a space in front"]);
     fails(&data, &[], b"a\xff\n", 2, &["standard input", "UTF-8", "offset 1"]);
-    // The reference model knows no instructions: found before anybody has typed anything.
-    let roles = &["this model knows the roles user, assistant and context, not system"];
-    fails(&data, &["--system", "Be brief."], b"", 1, roles);
-    fails(&data, &[], b"/system Be brief.\n", 1, roles);
+    // A model that knows no instructions: found before anybody has typed anything.
+    let model = without_instructions(dir.path());
+    let refused = &["no instructions here"];
+    fails(&data, &["--model", &model, "--system", "Be brief."], b"", 1, refused);
+    fails(&data, &["--model", &model], b"/system Be brief.\n", 1, refused);
     fails(&data, &["--model", "nowhere"], b"", 1, &["nowhere", "config.json", "missing"]);
     fail(quire(&data).args(["chat", "--temperature", "3"]), 2, &["temperature", "0 to 2"]);
     fail(quire(&data).args(["chat", "--strategy", "magic"]), 2, &["magic", "retrieval"]);
