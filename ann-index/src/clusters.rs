@@ -446,3 +446,6 @@ impl<T: Element> fmt::Debug for ClustersIndex<T> {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests;

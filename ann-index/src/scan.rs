@@ -123,3 +123,6 @@ pub(crate) fn read_key<T: Element>(rows: &Rows<T>, id: u32, out: &mut [f32]) -> 
     T::decode(rows.row(id as usize), out);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

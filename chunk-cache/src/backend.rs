@@ -13,7 +13,7 @@ use crate::key::ChunkKey;
 const MIB: usize = 1 << 20;
 
 /// The column families.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Family {
     /// What the store belongs to, and its byte budget: one row each.
     Meta,
@@ -99,6 +99,9 @@ pub enum Access {
 pub(crate) struct Backend {
     db: DB,
     path: PathBuf,
+    /// What was written, for tests that lose a part of it.
+    #[cfg(test)]
+    pub(crate) journal: crate::tests::power::Journal,
 }
 
 fn db_options(mode: Mode, access: Access) -> Options {
@@ -140,7 +143,12 @@ impl Backend {
             Access::Write => DB::open_cf_descriptors(&options, path, descriptors)?,
             Access::Read => DB::open_cf_descriptors_read_only(&options, path, descriptors, false)?,
         };
-        Ok(Backend { db, path: path.to_path_buf() })
+        Ok(Backend {
+            db,
+            path: path.to_path_buf(),
+            #[cfg(test)]
+            journal: Default::default(),
+        })
     }
 
     /// Removes all files of the database. Needs no space on the disk, and that nobody has it open.
@@ -167,12 +175,18 @@ impl Backend {
     /// Writes one row. With `Sync::Later` it survives the death of the process, but a power failure
     /// only after the next synced write.
     pub(crate) fn put(&self, family: Family, key: &[u8], value: &[u8], sync: Sync) -> Result<(), rocksdb::Error> {
-        self.db.put_cf_opt(self.family(family), key, value, &write_options(sync))
+        self.db.put_cf_opt(self.family(family), key, value, &write_options(sync))?;
+        #[cfg(test)]
+        self.journal.wrote([(family, key.to_vec(), Some(value.to_vec()))], sync);
+        Ok(())
     }
 
     /// Makes every earlier write safe against power failure.
     pub(crate) fn sync(&self) -> Result<(), rocksdb::Error> {
-        self.db.flush_wal(true)
+        self.db.flush_wal(true)?;
+        #[cfg(test)]
+        self.journal.wrote([], Sync::Now);
+        Ok(())
     }
 
     pub(crate) fn delete(
@@ -180,11 +194,15 @@ impl Backend {
         rows: impl IntoIterator<Item = (Family, Vec<u8>)>,
         sync: Sync,
     ) -> Result<(), rocksdb::Error> {
+        let rows: Vec<_> = rows.into_iter().collect();
         let mut batch = WriteBatch::default();
-        for (family, key) in rows {
-            batch.delete_cf(self.family(family), key);
+        for (family, key) in &rows {
+            batch.delete_cf(self.family(*family), key);
         }
-        self.db.write_opt(batch, &write_options(sync))
+        self.db.write_opt(batch, &write_options(sync))?;
+        #[cfg(test)]
+        self.journal.wrote(rows.into_iter().map(|(family, key)| (family, key, None)), sync);
+        Ok(())
     }
 
     /// Moves a family from the log into table files.

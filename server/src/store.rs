@@ -289,3 +289,7 @@ impl ChunkSource for StoredChunk {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "store/tests.rs"]
+mod tests;

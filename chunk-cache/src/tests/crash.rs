@@ -117,3 +117,33 @@ fn a_log_torn_anywhere_loses_only_what_was_not_acknowledged() {
         assert!(after.verify().unwrap().is_clean());
     }
 }
+
+#[test]
+fn a_log_torn_within_a_removal_leaves_the_chunk_whole_or_absent() {
+    let directory = tempfile::tempdir().unwrap();
+    let whole = tempfile::tempdir().unwrap();
+    let store = open(directory.path()).unwrap();
+    for n in 0..3 {
+        put(&store, n).unwrap();
+    }
+    let log = log_file(directory.path());
+    let before = fs::metadata(&log).unwrap().len();
+    store.remove(&key(1)).unwrap();
+    image(directory.path(), whole.path());
+    let length = fs::metadata(log_file(whole.path())).unwrap().len();
+    assert!(length > before + 100);
+    let torn = tempfile::tempdir().unwrap();
+    let mut seen = Vec::new();
+    for point in (before..length).step_by(12).chain([length]) {
+        image(whole.path(), torn.path());
+        let file = fs::OpenOptions::new().write(true).open(log_file(torn.path())).unwrap();
+        file.set_len(point).unwrap();
+        drop(file);
+        let after = open(torn.path()).unwrap();
+        assert_eq!((look(&after, 0), look(&after, 2)), (Seen::Whole, Seen::Whole));
+        seen.push(look(&after, 1));
+        assert!(after.verify().unwrap().is_clean());
+    }
+    assert!(!seen.contains(&Seen::Corrupt), "{seen:?}");
+    assert!(seen.contains(&Seen::Whole) && seen.ends_with(&[Seen::Absent]), "{seen:?}");
+}

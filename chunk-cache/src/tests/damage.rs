@@ -169,6 +169,27 @@ fn our_own_checksum_catches_what_rocksdb_cannot_see() {
 }
 
 #[test]
+fn a_valid_row_of_another_put_of_the_same_chunk_is_corrupt() {
+    use crate::backend::{Family, Sync, row_key};
+    use crate::{format, records};
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path()).unwrap();
+    for n in 0..3 {
+        put(&store, n).unwrap();
+    }
+    // As an earlier put of the chunk could have left it: its name, its size and its checksums are right.
+    let other: Vec<u8> = layers(1)[1].keys.iter().map(|byte| byte ^ 1).collect();
+    let header = records::layer_header(&key(1), &SHAPE, tokens(1), 1);
+    let row = format::encode(&header, &[&other, &layers(1)[1].values]);
+    store.backend.put(Family::Kv, &row_key(&key(1), 2), &row, Sync::Now).unwrap();
+    assert_eq!([look(&store, 0), look(&store, 1), look(&store, 2)], [Seen::Whole, Seen::Corrupt, Seen::Whole]);
+    drop(store);
+    let store = open(directory.path()).unwrap();
+    let report = store.verify().unwrap();
+    assert_eq!(report.damaged.iter().map(|d| (d.key, d.layer)).collect::<Vec<_>>(), [(key(1), Some(1))]);
+}
+
+#[test]
 fn a_flipped_manifest_costs_one_chunk() {
     use crate::backend::{Family, Sync};
     let directory = tempfile::tempdir().unwrap();

@@ -1,9 +1,11 @@
 //! The store as a whole: against a model, damaged, crashed, refused, and from many threads.
 #![allow(clippy::unwrap_used)]
 
+mod budget;
 mod crash;
 mod damage;
 mod model;
+pub(crate) mod power;
 mod reading;
 mod refusals;
 mod threads;

@@ -5,5 +5,7 @@ mod plan;
 mod run;
 mod select;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use run::{blend, blend_behind};

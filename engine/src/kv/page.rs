@@ -111,3 +111,36 @@ fn key_at<E: Element>(dim: usize, slot: usize, d: usize) -> usize {
 fn value_at<E: Element>(dim: usize, slot: usize, d: usize) -> usize {
     (slot / E::STEP) * dim * E::STEP + d * E::STEP + slot % E::STEP
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_comes_back_rounded_and_the_others_stay() {
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let shape = KvShape { layers: 1, kv_heads: 3, head_dim: 16, dtype };
+            let number = |slot: usize, i: usize| ((slot * 7919 + i * 104_729) % 2003) as f32 / 77.7 - 12.0;
+            let row = |slot: usize, side: usize| -> Vec<f32> {
+                (0..shape.width()).map(|i| number(slot, 2 * i + side)).collect()
+            };
+            let mut page = Page::zeroed(&shape);
+            // Every second slot, in no order.
+            let slots: Vec<usize> = (0..PAGE / 2).map(|i| i * 77 % (PAGE / 2) * 2).collect();
+            slots.iter().for_each(|&slot| page.write(&shape, slot, &row(slot, 0), &row(slot, 1)));
+            for slot in 0..PAGE {
+                let wanted = |side, head: usize, d: usize| {
+                    let x = if slot % 2 == 0 { row(slot, side)[head * 16 + d] } else { 0.0 };
+                    if dtype == KvDtype::Bf16 { bf16::from_f32(x).to_f32() } else { x }
+                };
+                for head in 0..shape.kv_heads {
+                    let (mut key, mut value) = (vec![9.0; 16], vec![9.0; 16]);
+                    page.read(&shape, head, slot, &mut key, &mut value);
+                    for d in 0..16 {
+                        assert_eq!((key[d], value[d]), (wanted(0, head, d), wanted(1, head, d)), "{dtype:?} {slot}");
+                    }
+                }
+            }
+        }
+    }
+}

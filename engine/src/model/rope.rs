@@ -200,16 +200,55 @@ mod tests {
         scalings.into_iter().map(|scaling| Rope { theta: 500_000.0, head_dim: 16, scaling }).collect()
     }
 
-    #[test]
-    fn fingerprints_differ_exactly_where_rotations_do() {
-        let mut texts: Vec<String> = ropes().iter().map(Rope::fingerprint).collect();
-        texts.push(Rope { theta: 500_001.0, ..ropes()[0].clone() }.fingerprint());
-        texts.push(Rope { head_dim: 32, ..ropes()[0].clone() }.fingerprint());
-        texts.push(Rope { scaling: RopeScaling::Linear { factor: 4.000_000_001 }, ..ropes()[0].clone() }.fingerprint());
-        assert_eq!(texts[0], ropes()[0].fingerprint());
-        for (i, a) in texts.iter().enumerate() {
-            assert!(texts[i + 1..].iter().all(|b| a != b), "{a}");
+    /// The scaling with each of its numbers changed alone. A new number does not compile until it is named here.
+    fn each_number_changed(scaling: &RopeScaling) -> Vec<RopeScaling> {
+        let more = |x: f64| x * (1.0 + 1e-12);
+        match *scaling {
+            RopeScaling::None => Vec::new(),
+            RopeScaling::Linear { factor } => vec![RopeScaling::Linear { factor: more(factor) }],
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => (0..4)
+                .map(|i| {
+                    let turn = |at: usize, x: f64| if at == i { more(x) } else { x };
+                    RopeScaling::Llama3 {
+                        factor: turn(0, factor),
+                        low_freq_factor: turn(1, low_freq_factor),
+                        high_freq_factor: turn(2, high_freq_factor),
+                        original_context: turn(3, original_context),
+                    }
+                })
+                .collect(),
+            RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, truncate, attention_factor } => (0..6)
+                .map(|i| {
+                    let turn = |at: usize, x: f64| if at == i { more(x) } else { x };
+                    RopeScaling::Yarn {
+                        factor: turn(0, factor),
+                        original_context: turn(1, original_context),
+                        beta_fast: turn(2, beta_fast),
+                        beta_slow: turn(3, beta_slow),
+                        attention_factor: turn(4, attention_factor),
+                        truncate: truncate != (i == 5),
+                    }
+                })
+                .collect(),
         }
+    }
+
+    #[test]
+    fn every_number_of_every_scaling_changes_the_fingerprint() {
+        let mut texts = std::collections::BTreeSet::new();
+        let mut count = 0;
+        for rope in ropes() {
+            assert_eq!(rope.fingerprint(), rope.clone().fingerprint());
+            let theta = Rope { theta: rope.theta * (1.0 + 1e-12), ..rope.clone() };
+            let dim = Rope { head_dim: 32, ..rope.clone() };
+            let scaled = each_number_changed(&rope.scaling);
+            let scaled = scaled.into_iter().map(|scaling| Rope { scaling, ..rope.clone() });
+            for changed in scaled.chain([rope.clone(), theta, dim]) {
+                count += 1;
+                assert!(texts.insert(changed.fingerprint()), "{changed:?} has the fingerprint of another");
+            }
+        }
+        assert_eq!(count, 4 * 3 + 1 + 4 + 6);
     }
 
     #[test]

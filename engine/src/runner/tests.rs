@@ -393,6 +393,45 @@ fn requests_that_run_together_hold_their_common_beginning_once() {
 }
 
 #[test]
+fn a_sequence_is_said_to_free_what_it_frees() {
+    let mut rng = ChaCha8Rng::seed_from_u64(16);
+    let together = EngineConfig { prefix_cache: true, step_tokens: 4096, mixed_prefill_tokens: 4096, ..config() };
+    let mut bench = Bench::new(EngineConfig { prefill_chunk: 4096, ..together }, 64);
+    let page = bench.runner.limits.page_bytes;
+    let start = tokens(&mut rng, 8 * PAGE);
+    let with_tail = |kept: usize, tail: Vec<u32>| plain([start[..kept].to_vec(), tail].concat(), 200);
+    // The second shares four pages with the first, the third none; the fourth is not shared at all behind its window.
+    let tails = [tokens(&mut rng, 40), tokens(&mut rng, 300), tokens(&mut rng, 2 * PAGE + 9), tokens(&mut rng, 50)];
+    let [a, b, c, d] = tails;
+    let mut requests = [with_tail(8 * PAGE, a), with_tail(4 * PAGE, b), plain(c, 200), with_tail(2 * PAGE, d)];
+    requests[3].attention =
+        AttentionConfig { strategy: Strategy::Window, window: 4096, ..AttentionConfig::default() };
+    let mut streams = vec![bench.submit(&requests[0])];
+    (0..2).for_each(|_| bench.cycle());
+    streams.extend(requests[1..].iter().map(|request| bench.submit(request)));
+    (0..3).for_each(|_| bench.cycle());
+    let entries = |bench: &mut Bench| -> Vec<(u64, u64)> {
+        let running = bench.queue.running;
+        let entries = bench.runner.entries(&mut bench.queue);
+        let pages = |bytes: Bytes| bytes.host / page.host;
+        entries[..running].iter().map(|entry| (pages(entry.own), pages(entry.shared))).collect()
+    };
+    // Own pages, and those that others hold too: nine, six, three and three.
+    assert_eq!(entries(&mut bench), [(5, 4), (2, 4), (3, 0), (3, 0)]);
+    while bench.queue.running > 0 {
+        let left = bench.queue.running - 1;
+        let (own, used) = (entries(&mut bench)[left].0, bench.queue.used(page));
+        bench.runner.arrange(&mut bench.queue, &[left], left);
+        let freed = used.minus(bench.queue.used(page));
+        assert_eq!(freed, page.times(own as usize), "the last of {}", left + 1);
+        if left == 1 {
+            assert_eq!(entries(&mut bench), [(9, 0)], "what it shared is its own once nobody else holds it");
+        }
+    }
+    assert_eq!(bench.queue.used(page), Bytes::default());
+}
+
+#[test]
 fn two_that_read_the_same_prompt_at_once_end_up_with_one_copy() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let request = plain(tokens(&mut rng, 2 * PAGE + 10), 40);

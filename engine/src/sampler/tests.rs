@@ -142,29 +142,43 @@ proptest! {
     }
 
     #[test]
-    fn filters_keep_what_they_promise(
-        logits in prop::collection::vec(-6.0f32..6.0, 2..40),
-        top_k in 0usize..12, top_p in 0.05f32..=1.0, min_p in 0.0f32..0.5, temperature in 0.2f32..2.0,
+    fn filters_keep_exactly_what_they_promise(
+        logits in prop_oneof![
+            prop::collection::vec(-6.0f32..6.0, 2..40),
+            prop::collection::vec((-4i8..4).prop_map(f32::from), 2..40),
+        ],
+        top_k in prop_oneof![Just(0usize), 1usize..12, 12usize..60],
+        top_p in prop_oneof![Just(1.0f32), 0.01f32..1.0],
+        min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
+        temperature in 0.2f32..2.0,
     ) {
         let params = SamplingParams { temperature, top_k, top_p, min_p, ..params() };
-        let kept = Sampler::new(params).candidates(&logits);
+        let kept = Sampler::new(params.clone()).candidates(&logits);
         // The oracle, written over the full softmax.
         let probability = softmax(&logits, f64::from(temperature));
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
-        if top_k > 0 { order.truncate(top_k); }
-        let goal = order.iter().map(|i| probability[*i]).sum::<f64>() * f64::from(top_p);
-        let before = |n: usize| order[..n].iter().map(|i| probability[*i]).sum::<f64>();
-        let mut expected: Vec<usize> = Vec::new();
-        for (n, &i) in order.iter().enumerate() {
-            if (n == 0 || before(n) < goal - 1e-12) && probability[i] >= f64::from(min_p) * probability[order[0]] {
-                expected.push(i);
-            }
+        let likely = |i: &usize| probability[*i] >= f64::from(min_p) * probability[order[0]];
+        let within = if top_k > 0 { &order[..top_k.min(order.len())] } else { &order[..] };
+        let sum = |n: usize| within[..n].iter().map(|i| probability[*i]).sum::<f64>();
+        // Two sums of the same numbers differ by rounding, and by no token's probability.
+        let goal = sum(within.len()) * f64::from(top_p);
+        let is_nucleus = |n: &usize| sum(*n) > goal - 1e-12 && (sum(n - 1) < goal + 1e-12);
+        let nuclei: Vec<usize> = match top_p < 1.0 {
+            true => (1..=within.len()).filter(is_nucleus).collect(),
+            false => vec![within.len()],
+        };
+        let mut expected: Vec<Vec<usize>> =
+            nuclei.iter().map(|n| within[..*n].iter().copied().filter(likely).collect()).collect();
+        if !params.is_ordered() {
+            expected.iter_mut().for_each(|ids| ids.sort_unstable());
         }
-        // Sums differ by rounding: the last one of a nucleus may fall either way.
-        prop_assert!(kept.len().abs_diff(expected.len()) <= 1, "{:?} {:?}", kept, expected);
-        prop_assert!(!kept.is_empty());
-        for ((id, _), e) in kept.iter().zip(&expected) { prop_assert_eq!(*id as usize, *e); }
+        let ids: Vec<usize> = kept.iter().map(|(id, _)| *id as usize).collect();
+        prop_assert!(expected.contains(&ids), "{ids:?} instead of {expected:?}");
+        for (id, weight) in &kept {
+            let share = probability[*id as usize] / probability[order[0]];
+            prop_assert!((weight - share).abs() < 1e-6, "{weight} {share}");
+        }
     }
 
     #[test]
@@ -176,6 +190,19 @@ proptest! {
         };
         prop_assert_eq!(run(), run());
     }
+}
+
+#[test]
+fn of_equal_tokens_the_first_are_kept_and_no_more_than_it_takes() {
+    let kept = |top_k, top_p, min_p| -> Vec<u32> {
+        let sampler = Sampler::new(SamplingParams { top_k, top_p, min_p, ..params() });
+        sampler.candidates(&[1.0, 2.0, 2.0, 2.0, 2.0, -9.0]).iter().map(|(id, _)| *id).collect()
+    };
+    assert_eq!([kept(1, 1.0, 0.0), kept(3, 1.0, 0.0)], [vec![1], vec![1, 2, 3]]);
+    assert_eq!(kept(4, 0.5, 0.0), [1, 2], "half of four");
+    assert_eq!(kept(4, 0.51, 0.0), [1, 2, 3]);
+    assert_eq!(kept(4, 0.25, 0.0), [1]);
+    assert_eq!(kept(0, 1.0, 1.0), [1, 2, 3, 4], "as likely as the likeliest");
 }
 
 #[test]

@@ -146,6 +146,37 @@ fn who_waits_for_an_index_reads_nothing_and_keeps_its_place() {
 }
 
 #[test]
+fn of_two_prompts_that_fit_only_alone_one_is_admitted() {
+    // Two pages each; for whoever runs beside another, one more is kept for an answer.
+    let queue = [waiting(20), waiting(20), waiting(20)];
+    for (pages, admitted) in [(2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)] {
+        assert_eq!(tokens(&limits(64, 8, pages), &queue, 0), vec![20; admitted], "{pages} pages");
+    }
+    // Also beside one that runs, and where a step reads only a part of each prompt.
+    let queue = [decoding(10), waiting(20), waiting(20)];
+    for (pages, admitted) in [(3, 1), (4, 2), (5, 2), (6, 3)] {
+        assert_eq!(tokens(&limits(64, 8, pages), &queue, 1).len(), admitted, "{pages} pages");
+        assert_eq!(tokens(&limits(9, 8, pages), &queue, 1).len(), admitted.min(2), "{pages} pages, few tokens");
+    }
+}
+
+#[test]
+fn preempting_frees_only_what_nobody_else_holds() {
+    let shared = |own, shared| Entry { own: PAGE_BYTES.times(own), shared: PAGE_BYTES.times(shared), ..decoding(16) };
+    // The three hold four pages together, and two, one and none alone; each needs one more.
+    let queue = [shared(2, 4), shared(1, 4), shared(0, 4)];
+    let step = |pages| {
+        let step = plan(&limits(64, 8, pages), PAGE_BYTES.times(7), &queue, 3);
+        (step.preempted, step.tokens, step.out_of_memory)
+    };
+    assert_eq!(step(10), (vec![], vec![1, 1, 1], None));
+    assert_eq!(step(9), (vec![], vec![1, 1, 0], None), "the youngest would free nothing, and waits");
+    assert_eq!(step(8), (vec![1], vec![1, 1], None));
+    assert_eq!(step(7), (vec![1], vec![1, 0], None), "one page is free, not those that are shared");
+    assert_eq!(step(6), (vec![1, 2], vec![0], Some(PAGE_BYTES.times(7))));
+}
+
+#[test]
 fn either_memory_can_be_the_short_one() {
     let short = |device, host| Limits { budget: Bytes { device, host }, ..limits(64, 8, 0) };
     for budget in [short(2, 1000), short(1000, 1)] {

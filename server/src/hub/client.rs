@@ -262,6 +262,16 @@ mod tests {
     }
 
     #[test]
+    fn only_what_may_pass_is_tried_again() {
+        for status in [408, 429, 500, 502, 503, 504, 599] {
+            assert!(is_passing(status), "{status}");
+        }
+        for status in [200, 206, 301, 400, 401, 403, 404, 410, 416, 499, 600] {
+            assert!(!is_passing(status), "{status}");
+        }
+    }
+
+    #[test]
     fn patience_ends() {
         let mut patience = Patience::default();
         let pauses: Vec<_> = std::iter::from_fn(|| patience.next()).map(|pause| pause.as_millis()).collect();

@@ -153,6 +153,7 @@ pub fn split(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use proptest::prelude::*;
 
     /// Words as tokens.
     fn words(text: &str) -> Result<usize, EngineError> {
@@ -236,5 +237,49 @@ mod tests {
         let heads: Vec<_> =
             chunks.iter().map(|c| markdown[c.bytes.clone()].chars().take(5).collect::<String>()).collect();
         assert!(heads.contains(&"# Two".to_string()), "{heads:?}");
+    }
+
+    /// Words and white space of all kinds, some of it Markdown, long enough for several pieces now and then.
+    fn texts() -> impl Strategy<Value = String> {
+        let word = prop_oneof![
+            8 => "[a-zé]{1,9}[.,!?]?", 2 => "[東京都文書]{1,9}。?", 1 => Just("# ".to_string()), 1 => Just("- x".to_string()),
+            1 => Just("\u{301}👩‍👩‍👧".to_string()), 1 => "[0-9]{1,4}",
+        ];
+        let space = prop_oneof![8 => Just(" "), 2 => Just("\n"), 2 => Just("\n\n"), 1 => Just("\r\n"), 1 => Just("\t  ")];
+        let texts = prop::collection::vec((word, space), 0..120);
+        (texts, prop_oneof![4 => Just(1usize), 1 => Just(60)])
+            .prop_map(|(words, times)| words.iter().map(|(word, space)| format!("{word}{space}")).collect::<String>().repeat(times))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn chunks_lie_in_order_cover_every_word_and_keep_to_their_limits(
+            text in texts(), tokens in 4usize..60, share in 0usize..=10, markdown: bool,
+        ) {
+            let format = if markdown { Format::Markdown } else { Format::Text };
+            let limits = Limits { tokens, overlap: (tokens - 1) * share / 20 };
+            let chunks = split(&text, format, limits, &words).unwrap();
+            let (mut covered, mut start, mut chars) = (0, 0, 0);
+            for (i, chunk) in chunks.iter().enumerate() {
+                let passage = &text[chunk.bytes.clone()];
+                prop_assert!(!passage.is_empty() && passage.trim() == passage, "{passage:?}");
+                prop_assert!(words(passage).unwrap() <= tokens, "{} words", words(passage).unwrap());
+                prop_assert!(i == 0 || chunk.bytes.start > start, "chunks go on");
+                prop_assert!(chunk.bytes.start >= covered || limits.overlap > 0, "an overlap that nobody asked for");
+                if chunk.bytes.start < covered {
+                    let shared = words(&text[chunk.bytes.start..covered]).unwrap();
+                    prop_assert!(shared <= limits.overlap, "{shared} words shared");
+                } else {
+                    prop_assert!(text[covered..chunk.bytes.start].trim().is_empty(), "something is lost");
+                }
+                // Counted on from the chunk before.
+                chars += text[start..chunk.bytes.start].chars().count();
+                prop_assert_eq!(chunk.chars, Span { start: chars, end: chars + passage.chars().count() });
+                (start, covered) = (chunk.bytes.start, chunk.bytes.end);
+            }
+            prop_assert!(text[covered..].trim().is_empty(), "the end is lost");
+        }
     }
 }

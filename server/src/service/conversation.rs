@@ -149,4 +149,35 @@ mod tests {
         assert_eq!(conversation, said(3));
         assert!(Conversation::default().make_room("xx", 1, &length).is_err());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn as_few_turns_as_it_takes_make_way(
+            sizes in proptest::collection::vec((0usize..30, 0usize..30), 0..12), question in 0usize..60, room in 0usize..400,
+        ) {
+            let mut conversation = Conversation::new(Some("be".into()));
+            for (question, answer) in &sizes {
+                conversation.add("q".repeat(*question), "a".repeat(*answer));
+            }
+            let asked = "x".repeat(question);
+            // Characters of the prompt without the first so many turns.
+            let left = |dropped: usize| 2 + question + sizes[dropped..].iter().map(|(q, a)| q + a).sum::<usize>();
+            let dropped = match conversation.make_room(&asked, room, &length) {
+                Ok(dropped) => dropped,
+                Err(_) => {
+                    assert!(left(sizes.len()) > room && conversation.turns() == sizes.len());
+                    return Ok(());
+                }
+            };
+            assert_eq!(conversation.turns(), sizes.len() - dropped);
+            assert_eq!(length(&conversation.messages(&asked)).unwrap(), left(dropped));
+            assert!(left(dropped) <= room);
+            if dropped > 0 {
+                let enough = |dropped: usize| left(dropped) <= room - room / 4;
+                assert!(left(0) > room, "there was room");
+                assert!(enough(dropped) || dropped == sizes.len(), "no quarter is free");
+                assert!(dropped == 1 || !enough(dropped - 1), "one fewer would have been enough");
+            }
+        }
+    }
 }

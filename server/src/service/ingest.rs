@@ -233,3 +233,7 @@ impl Service {
         hasher.finalize().to_hex().to_string()
     }
 }
+
+#[cfg(test)]
+#[path = "ingest/tests.rs"]
+mod tests;

@@ -5,6 +5,8 @@
 
 mod retrieval;
 mod segment;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use retrieval::{ColdStats, attend_cold};
 pub(crate) use segment::{MakeIndex, Segment, SegmentRows, SegmentSource, make_index};

@@ -116,6 +116,32 @@ mod tests {
     }
 
     #[test]
+    fn a_number_is_rounded_to_the_nearest_of_bf16_and_between_two_to_the_even_one() {
+        let rounded = |x: f32| {
+            let mut x = [x];
+            round_bf16(&mut x);
+            x[0]
+        };
+        for sign in [1.0, -1.0] {
+            // 129/128 is the number behind 1; halfway to it the even neighbour is taken, which alternates.
+            for (x, wanted) in [(1.0 + 1.0 / 256.0, 1.0), (1.0 + 3.0 / 256.0, 1.0 + 2.0 / 128.0)] {
+                assert_eq!(rounded(sign * x), sign * wanted);
+                assert_eq!(rounded(sign * (x + 1e-6)), sign * (x + 1.0 / 256.0), "a little more");
+                assert_eq!(rounded(sign * (x - 1e-6)), sign * (x - 1.0 / 256.0), "a little less");
+            }
+        }
+        for x in values(2000) {
+            let below = f32::from_bits(x.to_bits() & 0xffff_0000);
+            let above = f32::from_bits((x.to_bits() & 0xffff_0000) + 0x1_0000);
+            let nearest = if (x - below).abs() <= (above - x).abs() { below } else { above };
+            let tie = (x - below).abs() == (above - x).abs();
+            assert!(tie || rounded(x) == nearest, "{x}: {} instead of {nearest}", rounded(x));
+        }
+        assert_eq!([rounded(0.0), rounded(f32::INFINITY)], [0.0, f32::INFINITY]);
+        assert!(rounded(f32::NAN).is_nan());
+    }
+
+    #[test]
     fn norm_and_swiglu_agree_with_double_precision() {
         for isa in super::super::Isa::available() {
             let mut cpu = Cpu::new(2);

@@ -260,6 +260,11 @@ mod tests {
                         let r = |x: f32, yes: bool| f64::from(if yes { bf16::from_f32(x).to_f32() } else { x });
                         let mut y = vec![1.0; rows * outputs];
                         layer.forward(&cpu, &x, &mut y, true);
+                        let mut alone = vec![f32::NAN; rows * outputs];
+                        layer.forward(&cpu, &x, &mut alone, false);
+                        for (added, alone) in y.iter().zip(&alone) {
+                            assert!((added - 1.0 - alone).abs() < 1e-4, "{isa:?}: what was there is overwritten");
+                        }
                         for (i, y) in y.iter().enumerate() {
                             let (a, b) = (i / outputs * inputs, i % outputs * inputs);
                             let dot: f64 = (0..inputs).map(|k| f64::from(x[a + k]) * r(w[b + k], rounded_w)).sum();
