@@ -27,7 +27,8 @@ fn check<T: Element>(seed: u64, dim: usize, keys: usize, queries: usize, k: usiz
             .filter(|&id| !hidden.contains(id))
             .map(|id| {
                 let key = &keys_at[id as usize * dim..(id as usize + 1) * dim];
-                Hit { id, score: query.iter().zip(key).map(|(a, b)| a * b).sum() }
+                // The two zeros are equal.
+                Hit { id, score: query.iter().zip(key).map(|(a, b)| a * b).sum::<f32>() + 0.0 }
             })
             .collect();
         all.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.id.cmp(&b.id)));

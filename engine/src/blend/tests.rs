@@ -164,7 +164,7 @@ fn holds(
 fn tolerances(dtype: KvDtype) -> [(f64, f64); 2] {
     match dtype {
         KvDtype::F32 => [(1e-6, 2e-6), (1e-3, 1e-3)],
-        KvDtype::Bf16 => [(1.0 / 512.0, 2e-6), (0.02, 0.02)],
+        KvDtype::Bf16 => [(1.0 / 256.0, 2e-6), (0.02, 0.02)],
     }
 }
 
