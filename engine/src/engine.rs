@@ -530,3 +530,7 @@ impl Model {
         Ok(all)
     }
 }
+
+#[cfg(test)]
+#[path = "engine/tests.rs"]
+mod tests;
