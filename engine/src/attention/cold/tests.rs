@@ -9,6 +9,7 @@ use ann_index::{IndexKind, IndexParams, SearchParams};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::segment::make_index;
 use super::{Segment, SegmentRows, SegmentSource, attend_cold};
 use crate::attention::dense::Queries;
 use crate::backend::cpu::Cpu;
@@ -25,6 +26,11 @@ fn normal(rng: &mut ChaCha8Rng, n: usize, size: f32) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-size..size)).collect()
 }
 
+fn encoded(rows: &Rows) -> SegmentRows {
+    let bytes = |side: &[f32]| side.iter().flat_map(|x| x.to_le_bytes()).collect();
+    SegmentRows::Read(rows.iter().map(|(keys, values)| (bytes(keys), bytes(values))).collect())
+}
+
 /// Tokens at `positions`, whose keys have the length `size`, with an index of them alone.
 fn segment(rng: &mut ChaCha8Rng, positions: Range<usize>, size: f32) -> (Rows, Arc<Segment>) {
     let n = positions.len() * SHAPE.width();
@@ -32,11 +38,12 @@ fn segment(rng: &mut ChaCha8Rng, positions: Range<usize>, size: f32) -> (Rows, A
     let source = SegmentSource {
         shape: SHAPE,
         absorbed: Vec::new(),
-        dense: SegmentRows::Read(rows.clone()),
+        dense: encoded(&rows),
         tokens: positions,
         params: IndexParams { kind: IndexKind::Flat, ..IndexParams::default() },
+        make: make_index,
     };
-    (rows, Arc::new(source.build().unwrap()))
+    (rows, Arc::new(source.build(&|| true).unwrap()))
 }
 
 /// Output and log-sum-exp of one query over its `k` best keys of all segments.
@@ -105,11 +112,12 @@ fn a_segment_that_absorbs_others_holds_their_tokens_in_order() {
     let source = SegmentSource {
         shape: SHAPE,
         absorbed: vec![a, b],
-        dense: SegmentRows::Read(last.clone()),
+        dense: encoded(&last),
         tokens: 90..115,
         params: IndexParams { kind: IndexKind::Flat, ..IndexParams::default() },
+        make: make_index,
     };
-    let whole = Arc::new(source.build().unwrap());
+    let whole = Arc::new(source.build(&|| true).unwrap());
     assert_eq!(whole.positions(), 4..115);
     let q = normal(&mut rng, HEADS * SHAPE.head_dim, 1.0);
     let queries = Queries { q: &q, positions: &[120], heads: HEADS, scale: SCALE, window: None };
