@@ -278,6 +278,55 @@ pub(crate) mod tests {
         }
     }
 
+    fn header() -> Header {
+        Header {
+            kind: Kind::Layer,
+            key: ChunkKey([7; 32]),
+            layer: 3,
+            shape: KvShape { layers: 24, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 },
+            tokens: 0x0102_0304,
+        }
+    }
+
+    #[test]
+    fn a_value_that_differs_from_what_is_wanted_in_one_field_is_refused() {
+        let wanted = header();
+        let mut last = wanted.key;
+        last.0[31] = 8;
+        let others = [
+            Header { kind: Kind::Head, ..wanted },
+            Header { key: last, ..wanted },
+            Header { layer: 4, ..wanted },
+            Header { tokens: wanted.tokens + 1, ..wanted },
+            Header { shape: KvShape { layers: 25, ..wanted.shape }, ..wanted },
+            Header { shape: KvShape { kv_heads: 64, head_dim: 2, ..wanted.shape }, ..wanted },
+            Header { shape: KvShape { head_dim: 65, ..wanted.shape }, ..wanted },
+            Header { shape: KvShape { dtype: KvDtype::F32, ..wanted.shape }, ..wanted },
+        ];
+        assert!(decode_as(&encode(&wanted, &[b"x"]), &wanted).is_ok());
+        for other in others {
+            let error = decode_as(&encode(&other, &[b"x"]), &wanted).unwrap_err();
+            assert_eq!((error.expected, error.found), (format!("{wanted:?}"), format!("{other:?}")));
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_a_value_are_frozen() {
+        // As the table at the top of this file has them: stores of earlier builds are read only while this holds.
+        let mut wanted = b"QKV\x1a\x01\x00\x04\x02".to_vec();
+        wanted.extend([7; 32]);
+        for number in [3u32, 24, 2, 64, 0x0102_0304] {
+            wanted.extend(number.to_le_bytes());
+        }
+        wanted.extend(2u64.to_le_bytes());
+        wanted.extend(crc32c::crc32c(b"ab").to_le_bytes());
+        wanted.extend(crc32c::crc32c(&wanted).to_le_bytes());
+        wanted.extend(b"ab");
+        let found = encode(&header(), &[b"a", b"b"]);
+        assert_eq!(found, wanted);
+        assert_eq!(decode(&found).unwrap().header, header());
+    }
+
     #[test]
     fn a_newer_version_is_named() {
         let header = Header {

@@ -261,4 +261,26 @@ mod tests {
         assert_eq!(hash(git, b"hello\n").unwrap(), git);
         assert_eq!(hash("d41d8cd98f00b204e9800998ecf8427e", b"hello\n"), None);
     }
+
+    #[test]
+    fn what_an_earlier_attempt_left_is_part_of_the_hash_and_too_much_of_it_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.incomplete");
+        let etag = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03".to_string();
+        let remote = RemoteFile { name: "x".into(), etag, size: 6, url: String::new() };
+        for (left, have) in [("", 0), ("hel", 3), ("hello\n", 6), ("hello\nand more", 0)] {
+            fs::write(&path, left).unwrap();
+            let mut transfer = Transfer::open(&path, &remote).unwrap();
+            assert_eq!(transfer.have, have, "{left:?}");
+            let piece = transfer.receive(&b"hello\n"[have as usize..], &mut |_| {}).unwrap();
+            assert!(matches!(piece, Piece::Complete));
+            transfer.verify().unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"hello\n", "{left:?}");
+        }
+        fs::write(&path, "HEL").unwrap();
+        let mut transfer = Transfer::open(&path, &remote).unwrap();
+        transfer.receive(&b"lo\n"[..], &mut |_| {}).unwrap();
+        let error = transfer.verify().unwrap_err().to_string();
+        assert!(error.contains(&remote.etag) && !path.exists(), "{error}");
+    }
 }

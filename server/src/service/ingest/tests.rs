@@ -3,14 +3,15 @@
 use engine::DeviceChoice;
 
 use super::*;
-use crate::config::{Named, Settings};
+use crate::config::{Bytes, Named, Settings};
+use crate::service::Purpose;
 
 fn settings(data_dir: &Path) -> Settings {
     Settings {
         model: Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference")),
         device: Named(DeviceChoice::Cpu),
         threads: 1,
-        kv_budget_bytes: 64 << 20,
+        kv_budget_bytes: Bytes(64 << 20),
         chunk_tokens: 64,
         chunk_overlap: 16,
         data_dir: data_dir.into(),
@@ -18,11 +19,21 @@ fn settings(data_dir: &Path) -> Settings {
     }
 }
 
-/// New, changed and unchanged documents, chunks that were cached and chunks that were computed.
+/// New, changed and unchanged documents, chunks that were cached and chunks that were computed, as the metrics have them too.
 fn ingest(settings: &Settings, documents: &Path) -> [usize; 5] {
-    let service = Service::open(settings).unwrap();
-    let report = service.ingest("notes", &[documents.into()], &mut |_| {}).unwrap();
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let report = ::metrics::with_local_recorder(&recorder, || {
+        let service = Service::open(settings, Purpose::Ingest).unwrap();
+        service.ingest("notes", &[documents.into()], &mut |_| {}).unwrap()
+    });
     assert_eq!(report.failed, 0);
+    let scrape = recorder.handle().render();
+    let counted = |name: &str| -> usize {
+        let line = scrape.lines().find(|line| line.starts_with(name)).unwrap();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let chunks = (counted("quire:chunk_hits_total"), counted("quire:chunk_misses_total"));
+    assert_eq!(chunks, (report.chunks_cached, report.chunks_computed), "{scrape}");
     [report.new, report.changed, report.unchanged, report.chunks_cached, report.chunks_computed]
 }
 
