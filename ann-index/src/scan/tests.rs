@@ -8,10 +8,10 @@ use rand_chacha::ChaCha8Rng;
 use super::*;
 use crate::key_index::Hit;
 
-/// Scans of small whole numbers, whose products are exact in every order and often equal.
+/// Scans of small eighths, whose products are exact in every order and often equal.
 fn check<T: Element>(seed: u64, dim: usize, keys: usize, queries: usize, k: usize, hide: f64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut numbers = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-2i8..=2).into()).collect() };
+    let mut numbers = |n: usize| -> Vec<f32> { (0..n).map(|_| f32::from(rng.random_range(-9i8..=9)) / 8.0).collect() };
     let (keys_at, queries_at) = (numbers(keys * dim), numbers(queries * dim));
     let rows = Rows::<T>::new(dim, 7);
     // In two parts, so that they lie in several runs.

@@ -121,3 +121,28 @@ impl DenseKv {
         copy
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::KvDtype;
+
+    #[test]
+    fn a_page_is_freed_with_its_last_token_and_no_sooner() {
+        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16, dtype: KvDtype::F32 };
+        let mut run = DenseKv::new(shape, 0);
+        run.extend_to(3 * PAGE + 5);
+        for position in 0..3 * PAGE + 5 {
+            run.write(position, &[position as f32; 16], &[-(position as f32); 16]);
+        }
+        for (start, pages) in [(0, 4), (PAGE - 1, 4), (PAGE, 3), (PAGE + 1, 3), (3 * PAGE - 1, 2), (3 * PAGE, 1)] {
+            run.drop_before(start);
+            assert_eq!((run.positions(), run.page_count()), (start..3 * PAGE + 5, pages));
+            let (keys, values) = run.rows(0, start..start + 2);
+            assert_eq!([keys[0], keys[16]], [start as f32, start as f32 + 1.0]);
+            assert_eq!([values[0], values[16]], [-(start as f32), -(start as f32 + 1.0)]);
+        }
+        run.drop_before(PAGE);
+        assert_eq!(run.positions().start, 3 * PAGE, "what is forgotten stays forgotten");
+    }
+}

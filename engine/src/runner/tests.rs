@@ -404,8 +404,7 @@ fn a_sequence_is_said_to_free_what_it_frees() {
     let tails = [tokens(&mut rng, 40), tokens(&mut rng, 300), tokens(&mut rng, 2 * PAGE + 9), tokens(&mut rng, 50)];
     let [a, b, c, d] = tails;
     let mut requests = [with_tail(8 * PAGE, a), with_tail(4 * PAGE, b), plain(c, 200), with_tail(2 * PAGE, d)];
-    requests[3].attention =
-        AttentionConfig { strategy: Strategy::Window, window: 4096, ..AttentionConfig::default() };
+    requests[3].attention = AttentionConfig { strategy: Strategy::Window, window: 4096, ..AttentionConfig::default() };
     let mut streams = vec![bench.submit(&requests[0])];
     (0..2).for_each(|_| bench.cycle());
     streams.extend(requests[1..].iter().map(|request| bench.submit(request)));

@@ -119,6 +119,20 @@ fn repetition_counts_prompt_and_answer_the_others_only_the_answer() {
 }
 
 #[test]
+fn a_token_of_the_prompt_alone_is_not_present_in_the_answer() {
+    let penalties =
+        SamplingParams { repetition_penalty: 2.0, presence_penalty: 1.0, frequency_penalty: 0.5, ..params() };
+    let mut sampler = Sampler::new(SamplingParams { temperature: 0.0, ..penalties });
+    sampler.observe(&[0, 0, 1]);
+    for wanted in [[2.0, 1.5, 3.0], [2.0, 1.5, 0.0]] {
+        let mut logits = [4.0, 3.0, 3.0];
+        sampler.sample(&mut logits).unwrap();
+        // Token 2 is chosen first, and is then divided and lowered.
+        assert_eq!(logits, wanted);
+    }
+}
+
+#[test]
 fn bias_forces_and_forbids_but_the_reported_probability_is_the_raw_one() {
     let forced = SamplingParams { logit_bias: vec![(2, 100.0)], ..params() };
     let sampled = Sampler::new(forced).sample(&mut [1.0, 2.0, 0.0]).unwrap();

@@ -245,10 +245,12 @@ mod tests {
             8 => "[a-zé]{1,9}[.,!?]?", 2 => "[東京都文書]{1,9}。?", 1 => Just("# ".to_string()), 1 => Just("- x".to_string()),
             1 => Just("\u{301}👩‍👩‍👧".to_string()), 1 => "[0-9]{1,4}",
         ];
-        let space = prop_oneof![8 => Just(" "), 2 => Just("\n"), 2 => Just("\n\n"), 1 => Just("\r\n"), 1 => Just("\t  ")];
+        let space =
+            prop_oneof![8 => Just(" "), 2 => Just("\n"), 2 => Just("\n\n"), 1 => Just("\r\n"), 1 => Just("\t  ")];
         let texts = prop::collection::vec((word, space), 0..120);
-        (texts, prop_oneof![4 => Just(1usize), 1 => Just(60)])
-            .prop_map(|(words, times)| words.iter().map(|(word, space)| format!("{word}{space}")).collect::<String>().repeat(times))
+        (texts, prop_oneof![4 => Just(1usize), 1 => Just(60)]).prop_map(|(words, times)| {
+            words.iter().map(|(word, space)| format!("{word}{space}")).collect::<String>().repeat(times)
+        })
     }
 
     proptest! {

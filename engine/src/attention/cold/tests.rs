@@ -51,7 +51,8 @@ fn direct(segments: &[Rows], layer: usize, head: usize, q: &[f32], k: usize) -> 
     let (dim, width) = (SHAPE.head_dim, SHAPE.width());
     let mut all: Vec<(f64, Vec<f64>)> = Vec::new();
     for (keys, values) in segments.iter().map(|rows| &rows[layer]) {
-        let of = |rows: &[f32]| -> Vec<f64> { rows[head * dim..(head + 1) * dim].iter().map(|x| f64::from(*x)).collect() };
+        let of =
+            |rows: &[f32]| -> Vec<f64> { rows[head * dim..(head + 1) * dim].iter().map(|x| f64::from(*x)).collect() };
         for (key, value) in keys.chunks_exact(width).zip(values.chunks_exact(width)) {
             let score: f64 = of(key).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum();
             all.push((score * f64::from(SCALE), of(value)));
@@ -70,7 +71,9 @@ fn the_best_keys_of_all_segments_together_are_attended() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let cpu = Cpu::new(2);
     // Alike, one that has all of the best, and some that have fewer keys than are asked for.
-    for sizes in [&[(300, 1.0)][..], &[(200, 1.0), (150, 1.0), (90, 1.0)], &[(60, 0.1), (60, 2.0)], &[(3, 1.0), (2, 2.0)]] {
+    for sizes in
+        [&[(300, 1.0)][..], &[(200, 1.0), (150, 1.0), (90, 1.0)], &[(60, 0.1), (60, 2.0)], &[(3, 1.0), (2, 2.0)]]
+    {
         let mut start = 4;
         let (rows, segments): (Vec<Rows>, Vec<_>) = sizes
             .iter()

@@ -42,7 +42,9 @@ fn a_document_is_read_anew_when_its_text_or_its_splitting_changes_and_only_then(
     let dir = tempfile::tempdir().unwrap();
     let documents = dir.path().join("documents");
     std::fs::create_dir(&documents).unwrap();
-    let lines = |n: usize| (0..n).map(|i| format!("Buoy {i} lies off the pier, and a lamp burns on it.\n\n")).collect::<String>();
+    let lines = |n: usize| {
+        (0..n).map(|i| format!("Buoy {i} lies off the pier, and a lamp burns on it.\n\n")).collect::<String>()
+    };
     std::fs::write(documents.join("a.md"), lines(16)).unwrap();
     std::fs::write(documents.join("b.txt"), "One lamp.").unwrap();
     let data = dir.path().join("data");
