@@ -6,6 +6,7 @@ Ends with exit code 0 and the line `ok`, or with the traceback of the first expe
 """
 
 import asyncio
+import os
 import sys
 
 try:
@@ -15,6 +16,7 @@ except ImportError as error:
 
 base_url, key, model, question, answer = sys.argv[1:]
 client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=120)
+examples = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "examples")
 asked = [{"role": "user", "content": question}]
 quire = {"quire": {"collection": "default"}}
 
@@ -32,6 +34,8 @@ def refused(kind, status, param, **arguments):
 
 
 def models():
+    raw = client.models.with_raw_response.list(extra_headers={"X-Request-Id": "mine-1"})
+    assert raw.headers["x-request-id"] == "mine-1", raw.headers
     names = [m.id for m in client.models.list()]
     assert names == [model], names
     assert client.models.retrieve(model).owned_by == "quire"
@@ -45,6 +49,7 @@ def models():
 def whole():
     done = client.chat.completions.create(model=model, messages=asked, max_tokens=32, extra_body=quire)
     assert done.object == "chat.completion" and done.model == model and done.id.startswith("chatcmpl-")
+    assert done._request_id.startswith("req-"), done._request_id
     choice = done.choices[0]
     assert choice.message.role == "assistant" and choice.finish_reason == "stop", choice
     assert choice.message.content.strip() == answer, (choice.message.content, answer)
@@ -57,7 +62,9 @@ def whole():
     assert stats["recomputed_tokens"] > 0 and stats["chunks_computed"] == 0 and stats["ttft_seconds"] > 0, stats
     assert any(c["contains_answer"] for c in extra["citations"]), extra["citations"]
     for c in extra["citations"]:
-        with open(c["document"], encoding="utf-8", newline="") as file:
+        # The name alone: folders of the server are its own.
+        assert os.path.basename(c["document"]) == c["document"] and c["document_id"].startswith("doc-"), c
+        with open(os.path.join(examples, c["document"]), encoding="utf-8", newline="") as file:
             text = file.read()
         assert text[c["span"]["start"] : c["span"]["end"]] == c["passage"], c
     return choice.message.content
@@ -135,7 +142,7 @@ def errors():
     refused(bad, 400, "messages", messages=[{"role": "user", "content": "word " * 40000}])
     refused(bad, 400, "messages", messages=[{"role": "user", "content": " "}], extra_body=quire)
     huge = {"collection": "default", "strategy": "retrieval", "window": 64, "k": 10**15}
-    refused(bad, 400, None, extra_body={"quire": huge})
+    refused(bad, 400, "quire.k", extra_body={"quire": huge})
     refused(openai.NotFoundError, 404, "model", model="another")
     refused(openai.NotFoundError, 404, "quire.collection", extra_body={"quire": {"collection": "absent"}})
     stranger = openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0)

@@ -18,6 +18,7 @@ use engine::{AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
+use crate::http::{Names, check_key, check_origins};
 use crate::hub::{self, HubConfig, ModelId};
 pub use layers::Config;
 use layers::Files;
@@ -176,7 +177,7 @@ settings! {
         /// Requests that run at the same time
         max_sequences: usize = 8, "8";
         /// Requests that may wait; more are refused with 429
-        queue: usize = 64, "64";
+        queue: usize = 256, "256";
         /// Tokens of a step over all requests: one for each that is answered, the rest for prompts
         step_tokens: usize = 512, "512";
         /// Tokens of prompts in a step in which some request is answered at most
@@ -253,12 +254,24 @@ settings! {
         api_key: Option<Secret> = None, "none: open to everyone who can connect";
         /// File that holds the key
         api_key_file: Option<PathBuf> = None, "none";
+        /// Names under which a server without a key may be asked, beside localhost and its address, separated by commas; *: all
+        allowed_hosts: Named<Names> = Named(Names::default()), "none";
+        /// Origins of web pages that may use the server, such as https://app.example, separated by commas; *: all
+        cors_origins: Named<Names> = Named(Names::default()), "none";
         /// Largest request body in bytes
         body_limit_bytes: Bytes = Bytes(8 << 20), "8M";
     }
     "Server", SERVING, ANYONE {
         /// Port to listen on; 0: any free one
         port: u16 = 8080, "8080";
+        /// Connections at the same time; a further one takes the place of the one that has been silent longest
+        max_connections: usize = 1024, "1024";
+        /// Seconds that a connection may take until the head of its next request has come
+        header_seconds: u64 = 30, "30";
+        /// Seconds that the body of a request may take
+        body_seconds: u64 = 60, "60";
+        /// Seconds that a client may take nothing of its answer
+        write_seconds: u64 = 60, "60";
         /// Seconds that running requests get at shutdown
         drain_seconds: u64 = 30, "30";
         /// Seconds between comments that keep a silent stream open
@@ -316,13 +329,26 @@ impl Settings {
             ("max_tokens", self.max_tokens),
             ("body_limit_bytes", self.body_limit_bytes.0 as usize),
             ("keepalive_seconds", self.keepalive_seconds as usize),
+            ("max_connections", self.max_connections),
+            ("header_seconds", self.header_seconds as usize),
+            ("body_seconds", self.body_seconds as usize),
+            ("write_seconds", self.write_seconds as usize),
         ];
         for (key, value) in at_least_one {
             if value == 0 {
                 return refuse(key, "expected at least 1, found 0".into());
             }
         }
-        for (key, value, limit) in [("top_chunks", self.top_chunks, MAX_TOP_CHUNKS), ("threads", self.threads, 1024)] {
+        let day = 86_400;
+        let at_most = [
+            ("top_chunks", self.top_chunks, MAX_TOP_CHUNKS),
+            ("threads", self.threads, 1024),
+            ("max_connections", self.max_connections, 1 << 20),
+            ("header_seconds", self.header_seconds as usize, day),
+            ("body_seconds", self.body_seconds as usize, day),
+            ("write_seconds", self.write_seconds as usize, day),
+        ];
+        for (key, value, limit) in at_most {
             if value > limit {
                 return refuse(key, format!("expected at most {limit}, found {value}"));
             }
@@ -341,9 +367,10 @@ impl Settings {
         if !(0.0..=1.0).contains(&self.ratio) {
             return refuse("ratio", format!("expected 0 to 1, found {}", self.ratio));
         }
-        if self.api_key.as_deref() == Some("") {
-            return refuse("api_key", "expected a key, found an empty text; leave it out to run without".into());
+        if let Some(key) = &self.api_key {
+            check_key(key).or_else(|problem| refuse("api_key", problem.into()))?;
         }
+        check_origins(&self.cors_origins.0).or_else(|problem| refuse("cors_origins", problem))?;
         self.attention().validate().or_else(|e| refuse("strategy", e.to_string()))?;
         crate::library::check_collection_name(&self.collection).or_else(|e| refuse("collection", e.to_string()))
     }

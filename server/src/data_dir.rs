@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
+use crate::process::create_private_dir;
 
 /// The layout that this build writes, and the newest it reads.
 const FORMAT: u32 = 1;
@@ -50,7 +51,7 @@ pub fn check(dir: &Path) -> Result<()> {
 /// # Errors
 /// Those of [`check`], and [`QuireError::DataDir`].
 pub fn prepare(dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(|e| QuireError::writing(dir, e))?;
+    create_private_dir(dir).map_err(|e| QuireError::writing(dir, e))?;
     check(dir)?;
     let probe = dir.join(format!(".writable-{}", std::process::id()));
     std::fs::write(&probe, b"").map_err(|e| QuireError::writing(dir, e))?;

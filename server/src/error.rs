@@ -293,10 +293,12 @@ pub enum QuireError {
     Draining,
 
     /// More requests than the server takes.
-    #[error("too many requests: {limit} run or wait already. Try again later")]
+    #[error("too many requests: {limit} run or wait already. Try again in {retry_after_seconds} s")]
     TooManyRequests {
         /// Requests that the server takes at once.
         limit: usize,
+        /// When there should be room again, in seconds.
+        retry_after_seconds: u32,
     },
 
     /// Something that should not happen happened.

@@ -29,7 +29,9 @@ pub mod http;
 pub mod hub;
 pub mod library;
 pub mod metrics;
+mod process;
 pub mod service;
+mod single_flight;
 pub mod store;
 
 pub use error::{QuireError, Result};

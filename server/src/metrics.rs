@@ -26,14 +26,47 @@ const DEVIATION: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 
 /// [`QuireError::Internal`] when there is one already.
 pub fn install() -> Result<PrometheusHandle> {
     let failed = |e: metrics_exporter_prometheus::BuildError| QuireError::Internal(format!("metrics: {e}"));
-    PrometheusBuilder::new()
+    let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("inter_token_latency_seconds".into()), TOKEN_SECONDS))
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("keys_scanned_per_token".into()), KEYS))
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("blend_deviation".into()), DEVIATION))
         .map_err(failed)?
         .install_recorder()
-        .map_err(failed)
+        .map_err(failed)?;
+    describe_http();
+    Ok(recorder)
+}
+
+/// A request was answered with this status, or given up by its client (499). `handler` is its route, not its path: what
+/// clients choose must not become a label.
+pub(crate) fn http_request(method: &'static str, handler: &str, status: u16) {
+    let labels = [("method", method.to_string()), ("handler", handler.to_string()), ("status", status.to_string())];
+    counter!("quire:http_requests_total", &labels).increment(1);
+}
+
+/// A request was refused or failed with this code, also within a stream whose status was 200.
+pub(crate) fn http_error(status: u16, code: &'static str) {
+    let labels = [("status", status.to_string()), ("code", code.to_string())];
+    counter!("quire:request_errors_total", &labels).increment(1);
+}
+
+/// So many connections are open.
+pub(crate) fn connections(open: usize) {
+    gauge!("quire:connections").set(open as f64);
+}
+
+/// A connection ended before its client or the server meant it to: `timeout`, `evicted`, or `client`.
+pub(crate) fn connection_cut(reason: &'static str) {
+    counter!("quire:connections_cut_total", "reason" => reason).increment(1);
+}
+
+fn describe_http() {
+    describe_counter!("quire:http_requests_total", "Requests by method, route and status; 499: the client went away");
+    describe_counter!("quire:request_errors_total", "Refusals and errors by status and code");
+    describe_gauge!("quire:connections", "Open connections");
+    describe_counter!("quire:connections_cut_total", "Connections that ended early: timeout, evicted, client");
+    connections(0);
 }
 
 /// Handles of all metrics of a service. Without a recorder they do nothing.

@@ -16,6 +16,7 @@ use chunk_cache::{
 use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
 
 use crate::error::{QuireError, Result};
+use crate::single_flight::{SingleFlight, Turn, Waited};
 
 /// The folder of the chunk store.
 #[must_use]
@@ -62,6 +63,16 @@ pub struct KvStore {
     numerics: String,
     salt: Vec<u8>,
     corrupt: Arc<AtomicU64>,
+    /// Missing chunks that are being computed.
+    missing: SingleFlight<ChunkKey, Placed>,
+}
+
+/// Where a chunk is that was just computed.
+#[derive(Clone)]
+enum Placed {
+    Stored,
+    /// The store could not take it: it is shared from memory by all that waited for it.
+    InMemory(Arc<ChunkKv>),
 }
 
 impl KvStore {
@@ -112,6 +123,7 @@ impl KvStore {
             numerics: engine.numerics(),
             salt: salt.as_bytes().to_vec(),
             corrupt: Arc::default(),
+            missing: SingleFlight::default(),
         })
     }
 
@@ -172,48 +184,117 @@ impl KvStore {
         let Some(store) = &self.store else {
             return Err(QuireError::Internal("chunks are to be kept without a store".into()));
         };
-        if store.contains(&key)? {
-            note_use(store, &key);
-            return Ok((key, Origin::Cached));
+        loop {
+            if store.contains(&key)? {
+                note_use(store, &key);
+                return Ok((key, Origin::Cached));
+            }
+            match self.missing.join(&key) {
+                // Whoever had the turn before may have stored it since it was looked up.
+                Turn::Lead(_) if store.contains(&key)? => {}
+                Turn::Lead(lead) => {
+                    put(store, &key, self.engine.chunk_kv(prefix, tokens)?)?;
+                    lead.end(Placed::Stored);
+                    return Ok((key, Origin::Computed));
+                }
+                // Whatever became of it: this asks for more than that it was computed.
+                Turn::Follow(other) => {
+                    other.wait(&|| true);
+                }
+            }
         }
-        put(store, &key, self.engine.chunk_kv(prefix, tokens)?)?;
-        Ok((key, Origin::Computed))
     }
 
     /// A chunk for a prompt: from the store, or computed and stored. Where the store cannot take it (no room,
-    /// damage, no store), the chunk is kept in memory for this one use.
+    /// damage, no store), the chunk is kept in memory for this one use. Requests that miss a chunk at the same time have it
+    /// computed once.
     ///
     /// # Errors
     /// What the engine refuses.
     pub fn source(&self, prefix: &[u32], tokens: &[u32]) -> Result<(Arc<dyn ChunkSource>, Origin)> {
+        self.source_while(prefix, tokens, &|| true)
+    }
+
+    /// As [`source`](Self::source); does not wait for others any longer once `wanted` says no.
+    ///
+    /// # Errors
+    /// As [`source`](Self::source), and [`EngineError::Cancelled`].
+    pub fn source_while(
+        &self,
+        prefix: &[u32],
+        tokens: &[u32],
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(Arc<dyn ChunkSource>, Origin)> {
         let key = self.key(prefix, tokens);
-        let Some(store) = &self.store else {
-            return Ok((Arc::new(self.engine.chunk_kv(prefix, tokens)?), Origin::Computed));
-        };
         // Pinned before it is looked up, so that no other request's chunk pushes it out in between.
-        let pin = store.pin(&[key]);
-        let mut origin = Origin::Cached;
-        if store.contains(&key)? {
-            note_use(store, &key);
-        } else {
-            origin = Origin::Computed;
-            let kv = self.engine.chunk_kv(prefix, tokens)?;
-            if store.access() == Access::Read {
-                return Ok((Arc::new(kv), origin));
+        let pin = self.store.as_ref().map(|store| store.pin(&[key]));
+        let (placed, origin) = self.place(&key, prefix, tokens, wanted)?;
+        Ok(match (placed, &self.store) {
+            (Placed::InMemory(kv), _) => (kv, origin),
+            (Placed::Stored, Some(store)) => {
+                let stored = StoredChunk {
+                    store: Arc::clone(store),
+                    key,
+                    tokens: tokens.len(),
+                    corrupt: Arc::clone(&self.corrupt),
+                    _pin: pin,
+                };
+                (Arc::new(stored), origin)
             }
-            if let Err(error) = put(store, &key, kv.clone()) {
-                tracing::warn!(%error, "a chunk could not be stored; it is used from memory");
-                return Ok((Arc::new(kv), origin));
+            (Placed::Stored, None) => return Err(QuireError::Internal("a chunk was kept without a store".into())),
+        })
+    }
+
+    /// Finds a chunk, computes it, or waits for somebody else who does.
+    fn place(
+        &self,
+        key: &ChunkKey,
+        prefix: &[u32],
+        tokens: &[u32],
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(Placed, Origin)> {
+        loop {
+            if self.is_stored(key)? {
+                return Ok((Placed::Stored, Origin::Cached));
+            }
+            match self.missing.join(key) {
+                // Whoever had the turn before may have stored it since it was looked up.
+                Turn::Lead(_) if self.is_stored(key)? => return Ok((Placed::Stored, Origin::Cached)),
+                Turn::Lead(lead) => {
+                    let placed = self.compute(key, prefix, tokens)?;
+                    lead.end(placed.clone());
+                    return Ok((placed, Origin::Computed));
+                }
+                Turn::Follow(other) => match other.wait(wanted) {
+                    Waited::Done(placed @ Placed::InMemory(_)) => return Ok((placed, Origin::Cached)),
+                    Waited::Done(Placed::Stored) | Waited::Failed => {}
+                    Waited::Unwanted => return Err(EngineError::Cancelled.into()),
+                },
             }
         }
-        let stored = StoredChunk {
-            store: Arc::clone(store),
-            key,
-            tokens: tokens.len(),
-            corrupt: Arc::clone(&self.corrupt),
-            _pin: pin,
+    }
+
+    fn is_stored(&self, key: &ChunkKey) -> Result<bool> {
+        let Some(store) = &self.store else { return Ok(false) };
+        let stored = store.contains(key)?;
+        if stored {
+            note_use(store, key);
+        }
+        Ok(stored)
+    }
+
+    fn compute(&self, key: &ChunkKey, prefix: &[u32], tokens: &[u32]) -> Result<Placed> {
+        let kv = self.engine.chunk_kv(prefix, tokens)?;
+        let Some(store) = self.store.as_ref().filter(|store| store.access() != Access::Read) else {
+            return Ok(Placed::InMemory(Arc::new(kv)));
         };
-        Ok((Arc::new(stored), origin))
+        match put(store, key, kv.clone()) {
+            Ok(_) => Ok(Placed::Stored),
+            Err(error) => {
+                tracing::warn!(%error, "a chunk could not be stored; it is used from memory");
+                Ok(Placed::InMemory(Arc::new(kv)))
+            }
+        }
     }
 }
 
@@ -260,7 +341,7 @@ struct StoredChunk {
     key: ChunkKey,
     tokens: usize,
     corrupt: Arc<AtomicU64>,
-    _pin: PinGuard,
+    _pin: Option<PinGuard>,
 }
 
 impl ChunkSource for StoredChunk {

@@ -9,6 +9,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 use support::{Server, eventually, example, ingested, python, quire, read, request, root, send, succeed};
 
+const JSON: &[(&str, &str)] = &[("content-type", "application/json")];
+
 fn long_answer() -> Value {
     json!({"model": "reference", "messages": [{"role": "user", "content": "Tell me about the harbour."}],
            "max_tokens": 20000, "ignore_eos": true, "stream": true})
@@ -43,7 +45,19 @@ fn the_server_and_the_command_line_give_the_same_answer() {
                       "quire": {"collection": "default"}}))
         .json();
     assert_eq!(served["choices"][0]["message"]["content"], printed["answer"]["text"]);
-    assert_eq!(served["quire"]["citations"], printed["answer"]["citations"]);
+    let passages = |citations: &Value| -> Vec<Value> {
+        let fields = |c: &Value| json!([c["span"], c["passage"], c["score"], c["contains_answer"]]);
+        citations.as_array().unwrap().iter().map(fields).collect()
+    };
+    assert_eq!(passages(&served["quire"]["citations"]), passages(&printed["answer"]["citations"]));
+    for (shown, full) in std::iter::zip(
+        served["quire"]["citations"].as_array().unwrap(),
+        printed["answer"]["citations"].as_array().unwrap(),
+    ) {
+        let full = std::path::Path::new(full["document"].as_str().unwrap());
+        assert!(full.is_absolute());
+        assert_eq!(shown["document"], full.file_name().unwrap().to_str().unwrap());
+    }
     assert_eq!(printed["full_recompute"]["stats"]["reused_tokens"], 0);
 }
 
@@ -125,7 +139,7 @@ fn a_closed_connection_cancels_its_work() {
         let mut body = long_answer();
         body["stream"] = json!(stream);
         let path = "/v1/chat/completions";
-        let connection = send(server.address, "POST", path, &[], body.to_string().as_bytes());
+        let connection = send(server.address, "POST", path, JSON, body.to_string().as_bytes());
         eventually("the request runs", || server.metric("vllm:num_requests_running") == 1.0);
         drop(connection);
         eventually("the request is cancelled", || server.metric("vllm:num_requests_running") == 0.0);
@@ -156,7 +170,7 @@ fn a_full_queue_says_when_to_come_back() {
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--max-sequences", "1", "--queue", "1"]);
     let body = long_answer().to_string();
-    let post = || send(server.address, "POST", "/v1/chat/completions", &[], body.as_bytes());
+    let post = || send(server.address, "POST", "/v1/chat/completions", JSON, body.as_bytes());
     let _running = post();
     eventually("one runs", || server.metric("vllm:num_requests_running") == 1.0);
     let _waiting = post();
@@ -173,7 +187,7 @@ fn at_shutdown_running_answers_are_completed_and_new_ones_refused() {
     let mut server = Server::start(&dir.path().join("data"), &[]);
     let mut body = long_answer();
     body["max_tokens"] = json!(600);
-    let mut running = send(server.address, "POST", "/v1/chat/completions", &[], body.to_string().as_bytes());
+    let mut running = send(server.address, "POST", "/v1/chat/completions", JSON, body.to_string().as_bytes());
     eventually("the request runs", || server.metric("vllm:num_requests_running") == 1.0);
     server.terminate();
     eventually("the server is unready", || server.get("/readyz").status == 503);
@@ -194,7 +208,7 @@ fn at_shutdown_answers_that_take_too_long_are_cut_off_and_the_process_ends_well(
         let mut server = Server::start(&dir.path().join("data"), &["--drain-seconds", drain]);
         let body = long_answer().to_string();
         let mut running: Vec<_> =
-            (0..8).map(|_| send(server.address, "POST", "/v1/chat/completions", &[], body.as_bytes())).collect();
+            (0..8).map(|_| send(server.address, "POST", "/v1/chat/completions", JSON, body.as_bytes())).collect();
         eventually("they run", || server.metric("vllm:num_requests_running") == 8.0);
         server.terminate();
         if again {

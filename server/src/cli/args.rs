@@ -120,6 +120,28 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether what it writes may hold texts of documents or conversations, so that nobody else may read it.
+    pub(super) fn reads_documents(&self) -> bool {
+        match self {
+            Command::Ingest { .. }
+            | Command::Search { .. }
+            | Command::Ask { .. }
+            | Command::Chat(_)
+            | Command::Serve
+            | Command::Cache { .. }
+            | Command::Doctor
+            | Command::Demo { .. } => true,
+            // Models and their cache are shared with others; records and reports are published.
+            Command::Pull { .. }
+            | Command::Config { .. }
+            | Command::Eval(_)
+            | Command::Bench { .. }
+            | Command::Completions { .. } => false,
+        }
+    }
+}
+
 /// How a conversation goes.
 #[derive(Debug, clap::Args)]
 pub struct ChatArgs {
@@ -243,6 +265,24 @@ pub enum BenchCommand {
         /// First part of the records' case
         #[arg(long, default_value = "ref")]
         label: String,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
+    /// The server under many requests at once, and beside connections that never finish a request
+    Http {
+        /// Chat completions that the `openai` client sends at once
+        #[arg(long, default_value_t = 200)]
+        requests: usize,
+        /// Connections that stay half open
+        #[arg(long, default_value_t = 2000)]
+        connections: usize,
+        /// Python with the public `openai` package
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+        /// Seconds that the server may take to become ready
+        #[arg(long, default_value_t = 300)]
+        limit: u64,
         /// Records.
         #[command(flatten)]
         records: RecordArgs,

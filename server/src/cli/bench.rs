@@ -12,6 +12,7 @@ use eval::{
 };
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
+use super::bench_http::{HttpOptions, http_bench};
 use super::bench_load;
 use super::crash::{CrashOptions, crash_drill};
 use super::eval::{data_source, output, with_progress};
@@ -19,6 +20,7 @@ use super::output::{Out, count};
 use super::start::{StartOptions, start_bench};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
+use crate::process::create_private_dir;
 use crate::store::KvStore;
 
 pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Result<()> {
@@ -35,6 +37,13 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             }
             let options = StartOptions { repeats, limit, label, output: output(&records)? };
             let report = start_bench(settings, &program()?, &options, &mut |news| out.note(news))?;
+            print(&report, &report.table(), out);
+            Ok(())
+        }
+        BenchCommand::Http { requests, connections, python, limit, records } => {
+            let limit = Duration::from_secs(limit);
+            let options = HttpOptions { requests, connections, python, limit, output: output(&records)? };
+            let report = http_bench(settings, &program()?, &options, &mut |news| out.note(news))?;
             print(&report, &report.table(), out);
             Ok(())
         }
@@ -233,7 +242,7 @@ impl ScratchDir {
     /// Makes a folder of this name and this process below `parent`.
     pub(super) fn new(parent: &Path, name: &str) -> Result<ScratchDir> {
         let path = parent.join(format!(".{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|e| QuireError::writing(&path, e))?;
+        create_private_dir(&path).map_err(|e| QuireError::writing(&path, e))?;
         Ok(ScratchDir(path))
     }
 

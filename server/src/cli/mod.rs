@@ -4,9 +4,11 @@ mod answer_view;
 mod args;
 mod ask;
 mod bench;
+mod bench_http;
 mod bench_load;
 mod cache;
 mod chat;
+mod child;
 mod config;
 pub mod crash;
 mod demo;
@@ -74,6 +76,9 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         tracing::warn!("{variable} is no setting of quire; `quire config show` lists them");
     }
     let settings = &config.settings;
+    if cli.command.reads_documents() {
+        crate::process::keep_files_private();
+    }
     match cli.command {
         Command::Ingest { paths } => ingest::run(settings, &paths, out),
         Command::Search { query } => ask::search(settings, &query.join(" "), out),

@@ -15,6 +15,12 @@ pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
         .map_err(|source| QuireError::Io { action: "start the runtime for", path: "the server".into(), source })?;
     let json = out.json;
     let announce = |address: std::net::SocketAddr| {
+        if settings.api_key.is_none() && !address.ip().is_loopback() {
+            out.note(&format!(
+                "WARNING: everyone who can reach {address} can use this server and read its documents: it has no key. Set \
+                 QUIRE_API_KEY, or listen on 127.0.0.1"
+            ));
+        }
         if json {
             out.value(&serde_json::json!({"event": "listening", "address": address.to_string()}));
         } else {

@@ -8,6 +8,23 @@ use axum::response::{IntoResponse, Response};
 use super::error::ApiError;
 use super::state::App;
 
+/// The key as it is compared: white space around it is never part of one.
+pub(super) fn hash_key(key: &str) -> blake3::Hash {
+    blake3::hash(key.trim().as_bytes())
+}
+
+/// Checks that clients can send a key.
+///
+/// # Errors
+/// What was expected, without the key.
+pub(crate) fn check_key(key: &str) -> Result<(), &'static str> {
+    match key.trim() {
+        "" => Err("expected a key, found an empty text; leave it out to run without"),
+        key if key.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(()),
+        _ => Err("expected a key of visible ASCII characters without white space: others cannot be sent as a header"),
+    }
+}
+
 /// Lets a request pass if the server has no key, or the request carries it.
 pub(super) async fn require_key(State(app): State<App>, request: Request, next: Next) -> Response {
     let Some(expected) = app.key() else { return next.run(request).await };
@@ -17,10 +34,24 @@ pub(super) async fn require_key(State(app): State<App>, request: Request, next: 
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.split_once(' '))
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-        .map(|(_, key)| blake3::hash(key.trim().as_bytes()));
+        .map(|(_, key)| hash_key(key));
     // Comparing hashes takes the same time wherever they differ: `blake3::Hash` promises it.
     match given {
         Some(given) if given == *expected => next.run(request).await,
         _ => ApiError::unauthorized().into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_nobody_could_send_is_refused_and_white_space_around_one_is_not_part_of_it() {
+        assert_eq!(hash_key(" secret-7\n"), hash_key("secret-7"));
+        assert!(check_key("secret-7\r\n").is_ok());
+        for wrong in ["", " \n", "schl\u{fc}ssel", "two words", "a\u{7f}"] {
+            assert!(check_key(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

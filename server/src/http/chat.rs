@@ -6,53 +6,61 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use engine::EngineError;
 use futures::stream::{self, Stream};
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 
+use super::admission::Admitted;
 use super::chat_request::ChatRequest;
+use super::citation;
 use super::error::ApiError;
+use super::observe::Account;
+use super::queue::Place;
 use super::state::{App, unix_now};
 use crate::error::{QuireError, Result};
 use crate::service::{Answer, Answering, Piece, Question, Service};
 
 pub(super) async fn completions(
     State(app): State<App>,
-    body: std::result::Result<Bytes, BytesRejection>,
+    Admitted { service, body, place, account }: Admitted,
 ) -> std::result::Result<Response, ApiError> {
-    let (service, permit) = app.admit()?;
-    let body = body.map_err(|e| ApiError::body(e.status(), e.body_text()))?;
-    let request = ChatRequest::parse(&body, app.settings(), app.model())?;
+    let request = ChatRequest::parse(&body.bytes, app.settings(), app.model())?;
+    drop(body);
     let head = Head::new(app.model());
     let (stream, include_usage) = (request.stream, request.include_usage);
     // Searching, tokenising and computing missing chunks block. Where the client hangs up meanwhile, this function is dropped
     // here: then they end behind the chunk at hand, and count as a request until that.
     let waits = Arc::new(());
     let gone = Arc::downgrade(&waits);
+    // Fails only for a closed semaphore, and nobody closes it.
+    let turn = Arc::clone(app.preparing()).acquire_owned().await.ok();
     let begun = tokio::task::spawn_blocking(move || {
         let begun = begin(&service, request, &|| gone.strong_count() > 0);
-        (begun, permit)
+        drop(turn);
+        (begun, place)
     })
     .await;
     drop(waits);
-    let (answering, permit) = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))?;
+    let (answering, place) = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))?;
     let answering = answering?;
     if stream {
         let keepalive = KeepAlive::new().interval(Duration::from_secs(app.settings().keepalive_seconds));
-        let events = Streaming::new(answering, permit, head, include_usage).events();
+        let events = Streaming::new(answering, (place, account), head, include_usage).events();
         return Ok(Sse::new(events).keep_alive(keepalive).into_response());
     }
     let answer = complete(answering).await?;
-    drop(permit);
+    drop(place);
+    account.tokens(answer.stats.prompt_tokens, answer.stats.completion_tokens);
     Ok(Json(head.whole(&answer)).into_response())
 }
 
 fn begin(service: &Arc<Service>, request: ChatRequest, wanted: &dyn Fn() -> bool) -> Result<Answering> {
+    if !wanted() {
+        return Err(EngineError::Cancelled.into());
+    }
     let query = request.query();
     let ChatRequest { messages, options, collection, top_chunks, .. } = request;
     match collection {
@@ -118,7 +126,8 @@ fn usage(answer: &Answer) -> Value {
 }
 
 fn quire(answer: &Answer) -> Value {
-    json!({"stats": answer.stats, "citations": answer.citations, "notes": answer.notes})
+    let citations: Vec<Value> = answer.citations.iter().map(citation::public).collect();
+    json!({"stats": answer.stats, "citations": citations, "notes": answer.notes})
 }
 
 /// A completion as server-sent events. Dropping it, as a closed connection does, cancels the work.
@@ -127,7 +136,8 @@ struct Streaming {
     head: Head,
     include_usage: bool,
     state: Step,
-    _permit: OwnedSemaphorePermit,
+    account: Account,
+    _place: Place,
 }
 
 /// What comes next.
@@ -140,8 +150,9 @@ enum Step {
 }
 
 impl Streaming {
-    fn new(answering: Answering, permit: OwnedSemaphorePermit, head: Head, include_usage: bool) -> Streaming {
-        Streaming { answering, head, include_usage, state: Step::Role, _permit: permit }
+    fn new(answering: Answering, of: (Place, Account), head: Head, include_usage: bool) -> Streaming {
+        let (place, account) = of;
+        Streaming { answering, head, include_usage, state: Step::Role, account, _place: place }
     }
 
     fn events(self) -> impl Stream<Item = std::result::Result<Event, Infallible>> {
@@ -178,6 +189,7 @@ impl Streaming {
                 Some(self.event(chunk))
             }
             Some(Ok(Piece::Done(answer))) => {
+                self.account.tokens(answer.stats.prompt_tokens, answer.stats.completion_tokens);
                 let mut chunk = self.head.chunk(json!({}), Some(answer.finish_reason));
                 chunk["quire"] = quire(&answer);
                 self.state = if self.include_usage { Step::Usage(answer) } else { Step::Done };
@@ -191,7 +203,7 @@ impl Streaming {
     /// An error, behind which only the end comes.
     fn failure(&mut self, error: &QuireError) -> Event {
         self.state = Step::Done;
-        Event::default().data(ApiError::from(error).body_value().to_string())
+        Event::default().data(ApiError::from(error).event().to_string())
     }
 
     /// With `include_usage`, every chunk but the last has a `usage` of null.

@@ -6,14 +6,23 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
-use super::router;
+use super::connections::{self, Limits};
+use super::routes;
 use super::state::App;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::metrics;
+use crate::process::raise_open_files;
 use crate::service::{Purpose, Service};
+
+/// Files that a server may have open beside its connections: those of the chunk store, of collections and of the model.
+const OTHER_FILES: u64 = 640;
+/// Fewest connections, however few files may be open.
+const FEWEST_CONNECTIONS: usize = 16;
+/// Time between two rounds in which what histograms gathered is summed up, also where nobody reads the metrics.
+const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Time for connections to close once every answer is complete, and for what was cut off to end.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -32,16 +41,28 @@ pub async fn serve(
     let model_dir = settings.model_dir()?;
     let listener = listen(&settings.host, settings.port).await?;
     let failed = |source| QuireError::Listen { address: settings.host.clone(), source };
-    announce(listener.local_addr().map_err(failed)?);
+    let address = listener.local_addr().map_err(failed)?;
+    announce(address);
 
-    let app = App::new(settings, settings.served_name(&model_dir), metrics::install()?);
+    let connections = connection_limit(settings.max_connections, raise_open_files());
+    let recorder = metrics::install()?;
+    let app = App::new(settings, settings.served_name(&model_dir), recorder.clone(), address, connections);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    let (stop, stopped) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router(app.clone())).with_graceful_shutdown(async {
-        let _ = stopped.await;
+    let limits = Limits {
+        connections,
+        head: Duration::from_secs(settings.header_seconds),
+        write: Duration::from_secs(settings.write_seconds),
+    };
+    let (stop, stopped) = watch::channel(false);
+    let server = tokio::spawn(connections::serve(listener, routes(app.clone()), limits, stopped));
+    let upkeep = tokio::spawn(async move {
+        let mut rounds = tokio::time::interval(UPKEEP);
+        loop {
+            rounds.tick().await;
+            recorder.run_upkeep();
+        }
     });
-    let server = tokio::spawn(async move { server.await });
 
     let to_load = settings.clone();
     let mut loading = tokio::task::spawn_blocking(move || Service::open(&to_load, Purpose::Serve));
@@ -69,10 +90,11 @@ pub async fn serve(
         _ = terminate.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
         _ = interrupt.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
     }
-    let _ = stop.send(());
+    let _ = stop.send(true);
     if tokio::time::timeout(GOODBYE, server).await.is_err() {
         tracing::warn!("connections were still open; they are cut off");
     }
+    upkeep.abort();
     Ok(app.loaded().map(Arc::clone))
 }
 
@@ -101,6 +123,16 @@ pub fn close(service: Arc<Service>) -> bool {
     ended
 }
 
+/// Connections at the same time: as wanted, or fewer where too few files may be open.
+fn connection_limit(wanted: usize, open_files: u64) -> usize {
+    let others = OTHER_FILES.min(open_files / 2);
+    let possible = usize::try_from(open_files - others).unwrap_or(usize::MAX).max(FEWEST_CONNECTIONS);
+    if wanted > possible {
+        tracing::warn!("{possible} connections instead of {wanted}: no more than {open_files} files may be open");
+    }
+    wanted.clamp(FEWEST_CONNECTIONS, possible)
+}
+
 async fn listen(host: &str, port: u16) -> Result<TcpListener> {
     let named = |source| QuireError::Listen { address: format!("{host}:{port}"), source };
     let addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await.map_err(named)?.collect();
@@ -115,4 +147,19 @@ async fn listen(host: &str, port: u16) -> Result<TcpListener> {
         }
     }
     Err(last.unwrap_or_else(|| named(std::io::ErrorKind::AddrNotAvailable.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_files_for_everything_else() {
+        assert_eq!(connection_limit(1024, 1 << 20), 1024);
+        assert_eq!(connection_limit(1024, 1024), 512);
+        assert_eq!(connection_limit(1024, 1500), 860);
+        assert_eq!(connection_limit(1024, 256), 128);
+        assert_eq!(connection_limit(1, 256), FEWEST_CONNECTIONS);
+        assert_eq!(connection_limit(1024, 20), FEWEST_CONNECTIONS);
+    }
 }

@@ -1,32 +1,47 @@
 //! The OpenAI-compatible server.
 //!
-//! `state` is what handlers share, `error` what they answer when something is wrong, `auth` who may ask; `chat_request`
-//! turns a body into a question, `chat` answers it, `probes` is for those who operate the server, `lifecycle` starts
-//! and stops it: unready, refuse, drain, flush, exit.
+//! `lifecycle` starts and stops it: unready, refuse, drain, flush, exit. A request passes `connections` (how many, how
+//! long), `observe` (id, log, counts), `origin` (which pages may ask), `auth` (who may ask) and `admission` (its body,
+//! within limits), and takes a place in the `queue`; `chat_request` turns its body into a question, `chat` answers it, `citation`
+//! shows what it was answered from.
+//! `probes` is for those who operate the server, `state` is what handlers share, `error` what they answer when something
+//! is wrong.
 
+mod admission;
 mod auth;
 mod chat;
 mod chat_request;
+mod citation;
+mod connections;
 mod error;
 mod lifecycle;
+mod observe;
+mod origin;
 mod probes;
+mod queue;
 mod state;
 
+pub(crate) use auth::check_key;
 pub use lifecycle::{close, serve};
+pub use origin::Names;
+pub(crate) use origin::check_origins;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
 use axum::http::{Method, Uri};
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use tower::Layer;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::normalize_path::{NormalizePath, NormalizePathLayer};
 
 use error::ApiError;
 use state::App;
 
-/// All routes.
-fn router(app: App) -> Router {
-    let limit = app.settings().body_limit_bytes.0 as usize;
-    let guarded = Router::new()
+/// All routes, with and without a slash at their end.
+fn routes(app: App) -> NormalizePath<Router> {
+    let mut guarded = Router::new()
+        .route("/", get(probes::root))
         .route("/v1/models", get(probes::models))
         // Names on the hub have a slash.
         .route("/v1/models/{*model}", get(probes::model))
@@ -36,13 +51,21 @@ fn router(app: App) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(app.clone(), auth::require_key));
-    Router::new()
+    if let Some(cross_site) = origin::cross_site(&app) {
+        guarded = guarded.layer(cross_site);
+    }
+    guarded = guarded.layer(from_fn_with_state(app.clone(), origin::require_own_name));
+    let mut all = Router::new()
         .route("/livez", get(probes::live))
         .route("/readyz", get(probes::ready))
-        .merge(guarded)
-        .layer(DefaultBodyLimit::max(limit))
-        .layer(tower_http::trace::TraceLayer::new_for_http().on_failure(()))
-        .with_state(app)
+        .route("/health", get(probes::ready))
+        .route("/v1/health", get(probes::ready))
+        .merge(guarded);
+    if let Some(cors) = origin::cors(&app.settings().cors_origins.0) {
+        all = all.layer(cors);
+    }
+    let all = all.layer(CatchPanicLayer::custom(panicked)).layer(from_fn(observe::observe)).with_state(app);
+    NormalizePathLayer::trim_trailing_slash().layer(all)
 }
 
 async fn not_found(method: Method, uri: Uri) -> ApiError {
@@ -51,4 +74,10 @@ async fn not_found(method: Method, uri: Uri) -> ApiError {
 
 async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     ApiError::wrong_method(format!("{} does not take {method}", uri.path()))
+}
+
+/// A panic is a defect and costs its own request alone.
+fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
+    tracing::error!("a handler panicked; what it said stands above");
+    ApiError::internal().into_response()
 }

@@ -48,6 +48,14 @@ pub(super) async fn model(State(app): State<App>, Path(name): Path<String>) -> R
     Err(QuireError::UnknownModel { found: name, served: app.model().into() }.into())
 }
 
+/// What there is here, for whoever opens the address.
+pub(super) async fn root(State(app): State<App>) -> Json<Value> {
+    Json(json!({
+        "name": "quire", "version": env!("CARGO_PKG_VERSION"), "model": app.model(),
+        "routes": ["/v1/chat/completions", "/v1/models", "/health", "/livez", "/readyz", "/metrics", "/version"],
+    }))
+}
+
 pub(super) async fn metrics(State(app): State<App>) -> Response {
     if let Some(service) = app.loaded()
         && let Err(error) = service.observe()

@@ -1,12 +1,17 @@
 //! What handlers share.
 
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
+use super::admission::body_budget;
+use super::auth::hash_key;
+use super::connections::Connection;
+use super::queue::{Place, Queue};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::service::Service;
@@ -22,6 +27,9 @@ pub(super) enum Phase {
     /// Requests are refused, running ones are completed.
     Draining = 2,
 }
+
+/// Requests a core that are prepared at the same time: more only take the processor from one another.
+const PREPARING_A_CORE: usize = 2;
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -40,23 +48,36 @@ pub(super) struct State {
     key: Option<blake3::Hash>,
     service: OnceLock<Arc<Service>>,
     phase: AtomicU8,
-    permits: Arc<Semaphore>,
-    limit: usize,
+    queue: Queue,
+    bodies: Arc<Semaphore>,
+    preparing: Arc<Semaphore>,
+    address: SocketAddr,
     recorder: PrometheusHandle,
     pub(super) started_unix: u64,
 }
 
 impl App {
-    pub(super) fn new(settings: &Settings, model: String, recorder: PrometheusHandle) -> App {
-        let limit = settings.max_sequences.saturating_add(settings.queue).clamp(1, Semaphore::MAX_PERMITS);
+    /// `address` is listened on; `connections` there can be at the same time.
+    pub(super) fn new(
+        settings: &Settings,
+        model: String,
+        recorder: PrometheusHandle,
+        address: SocketAddr,
+        connections: usize,
+    ) -> App {
+        // Those that are held by requests make way for nobody: some are left for probes and refusals.
+        let places = settings.max_sequences.saturating_add(settings.queue).min(connections - connections / 8);
+        let preparing = std::thread::available_parallelism().map_or(1, usize::from) * PREPARING_A_CORE;
         App(Arc::new(State {
-            key: settings.api_key.as_deref().map(|key| blake3::hash(key.as_bytes())),
+            key: settings.api_key.as_deref().map(hash_key),
+            bodies: body_budget(body_limit(settings)),
             settings: settings.clone(),
             model,
             service: OnceLock::new(),
             phase: AtomicU8::new(Phase::Loading as u8),
-            permits: Arc::new(Semaphore::new(limit)),
-            limit,
+            queue: Queue::new(places),
+            preparing: Arc::new(Semaphore::new(preparing)),
+            address,
             recorder,
             started_unix: unix_now(),
         }))
@@ -76,6 +97,26 @@ impl State {
     /// The hash of the key that requests must carry.
     pub(super) fn key(&self) -> Option<&blake3::Hash> {
         self.key.as_ref()
+    }
+
+    /// The address that is listened on.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Largest body of a request, in bytes.
+    pub(super) fn body_limit(&self) -> usize {
+        body_limit(&self.settings)
+    }
+
+    /// Room for bodies of requests.
+    pub(super) fn bodies(&self) -> &Arc<Semaphore> {
+        &self.bodies
+    }
+
+    /// Turns of searching, tokenising and computing missing chunks.
+    pub(super) fn preparing(&self) -> &Arc<Semaphore> {
+        &self.preparing
     }
 
     pub(super) fn recorder(&self) -> &PrometheusHandle {
@@ -107,25 +148,33 @@ impl State {
         self.service.get()
     }
 
-    /// Admission of one request: taken before any work is done for it, and held until its answer is complete.
-    pub(super) fn admit(&self) -> Result<(Arc<Service>, OwnedSemaphorePermit)> {
+    /// The error with which [`admit`](Self::admit) would refuse a request now.
+    pub(super) fn may_admit(&self) -> Result<()> {
         match (self.phase(), self.service.get()) {
             (Phase::Draining, _) => Err(QuireError::Draining),
-            (Phase::Ready, Some(service)) => {
-                let permit = Arc::clone(&self.permits).try_acquire_owned();
-                let permit = permit.map_err(|_| QuireError::TooManyRequests { limit: self.limit })?;
-                Ok((Arc::clone(service), permit))
-            }
+            (Phase::Ready, Some(_)) if self.queue.is_full() => Err(self.queue.refuse()),
+            (Phase::Ready, Some(_)) => Ok(()),
+            _ => Err(QuireError::Loading),
+        }
+    }
+
+    /// Admission of one request: taken before any work is done for it, and held until its answer is complete.
+    pub(super) fn admit(&self, connection: Option<&Connection>) -> Result<(Arc<Service>, Place)> {
+        match (self.phase(), self.service.get()) {
+            (Phase::Draining, _) => Err(QuireError::Draining),
+            (Phase::Ready, Some(service)) => Ok((Arc::clone(service), self.queue.enter(connection)?)),
             _ => Err(QuireError::Loading),
         }
     }
 
     /// Returns when no request is admitted any more.
     pub(super) async fn idle(&self) {
-        let all = u32::try_from(self.limit).unwrap_or(u32::MAX);
-        // Fails only for a closed semaphore, and nobody closes it.
-        let _ = self.permits.acquire_many(all).await;
+        self.queue.idle().await;
     }
+}
+
+fn body_limit(settings: &Settings) -> usize {
+    usize::try_from(settings.body_limit_bytes.0).unwrap_or(usize::MAX)
 }
 
 /// Seconds since the Unix epoch.

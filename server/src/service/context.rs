@@ -95,7 +95,7 @@ impl Service {
             let (source, origin) = match options.blend.mode {
                 BlendMode::FullRecompute => (None, None),
                 _ => {
-                    let (source, origin) = self.store.source(&self.chunk_prefix, &tokens)?;
+                    let (source, origin) = self.store.source_while(&self.chunk_prefix, &tokens, wanted)?;
                     self.metrics.chunk(origin == Origin::Cached);
                     (Some(source), Some(origin))
                 }

@@ -134,8 +134,17 @@ pub(crate) struct Server {
 impl Server {
     /// Starts `quire serve` on a free port and waits until it takes requests.
     pub(crate) fn start(data_dir: &Path, more: &[&str]) -> Server {
-        let mut child =
-            quire(data_dir).args(["serve", "--port", "0", "--json"]).args(more).stdout(Stdio::piped()).spawn().unwrap();
+        Server::from(quire(data_dir).args(["serve", "--port", "0", "--json"]).args(more))
+    }
+
+    /// The same with everything that it logs in a file.
+    pub(crate) fn start_logged(data_dir: &Path, log: &Path, more: &[&str]) -> Server {
+        let log = std::fs::File::create(log).unwrap();
+        Server::from(quire(data_dir).args(["serve", "--port", "0", "--json"]).args(more).stderr(log))
+    }
+
+    fn from(command: &mut Command) -> Server {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let listening = event(&mut stdout, "listening");
         let address = listening["address"].as_str().unwrap().parse().unwrap();
