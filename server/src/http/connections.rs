@@ -297,6 +297,7 @@ mod tests {
         let held = entered.0.hold();
         drop(entered);
         drop(held);
-        assert_eq!((table.turns().open, table.turns().waiting.len()), (0, 0));
+        let turns = table.turns();
+        assert_eq!((turns.open, turns.waiting.len()), (0, 0));
     }
 }
