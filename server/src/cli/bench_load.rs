@@ -141,7 +141,8 @@ mod tests {
     fn an_engine_has_room_for_the_batch_and_never_less_than_is_set() {
         let settings = Settings { model: Some("/models/one".into()), ..Settings::default() };
         let config = engine_for(&settings, 64).unwrap();
-        assert_eq!((config.max_sequences, config.queue), (64, 64));
+        assert_eq!((config.max_sequences, config.queue), (64, settings.queue));
+        assert_eq!(engine_for(&settings, 1000).unwrap().queue, 1000);
         assert_eq!(engine_for(&settings, 1).unwrap().max_sequences, settings.max_sequences);
     }
 }

@@ -127,6 +127,8 @@ mod tests {
             now += Duration::from_millis(250);
             pace.completed(now);
         }
+        assert!((pace.between - 0.25).abs() < 1e-4, "{}", pace.between);
+        pace.between = 0.25;
         let promised: Vec<u32> = (0..12).map(|_| pace.promise(now)).collect();
         assert_eq!(promised, [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]);
         // What was promised for times that have passed is forgotten.
