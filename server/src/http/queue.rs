@@ -10,8 +10,8 @@ use crate::error::{QuireError, Result};
 
 /// What is assumed of the time between two answers before any has been given.
 const FIRST_GUESS: f64 = 1.0;
-/// Weight of the latest answer in the mean.
-const WEIGHT: f64 = 1.0 / 16.0;
+/// Answers over which the mean is taken, the latest with the most weight.
+const MEMORY: f64 = 16.0;
 /// Clients of OpenAI's API follow a `Retry-After` up to this, in seconds, and otherwise come back far too early.
 const LONGEST: f64 = 60.0;
 
@@ -82,6 +82,8 @@ impl Drop for Place {
 struct Pace {
     /// Mean time between two answers while there are requests, in seconds.
     between: f64,
+    /// Answers that it rests on, up to [`MEMORY`].
+    answers: f64,
     /// The last answer, or the first request since there was none.
     last: Instant,
     /// When the place that was promised last becomes free.
@@ -90,7 +92,7 @@ struct Pace {
 
 impl Pace {
     fn new(now: Instant) -> Pace {
-        Pace { between: FIRST_GUESS, last: now, promised: now }
+        Pace { between: FIRST_GUESS, answers: 0.0, last: now, promised: now }
     }
 
     fn resume(&mut self, now: Instant) {
@@ -99,7 +101,8 @@ impl Pace {
 
     fn completed(&mut self, now: Instant) {
         let since = now.saturating_duration_since(self.last).as_secs_f64();
-        self.between += (since - self.between) * WEIGHT;
+        self.answers = (self.answers + 1.0).min(MEMORY);
+        self.between += (since - self.between) / self.answers;
         self.last = now;
     }
 
