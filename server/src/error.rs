@@ -177,6 +177,20 @@ pub enum QuireError {
         known: Vec<String>,
     },
 
+    /// A collection was written by a later version of the program.
+    #[error(
+        "collection {}: a newer Quire has written it (search index {found}, this one knows up to {known}). Use that \
+         one, or ingest the documents into another collection", path.display()
+    )]
+    NewerCollection {
+        /// Its folder.
+        path: PathBuf,
+        /// The version found.
+        found: u32,
+        /// The latest one that this program knows.
+        known: u32,
+    },
+
     /// The full-text index failed.
     #[error("collection index at {}: {source}. {advice}", path.display())]
     Index {

@@ -43,6 +43,13 @@ pub(super) fn excerpt(passage: &str, answer: &str) -> String {
     format!("{before}{}{after}", cut.trim())
 }
 
+/// Tells what the reader should know of an answer, beside it.
+pub(super) fn notes(notes: &[String], out: &Out) {
+    for note in notes {
+        out.note(&format!("note: {note}"));
+    }
+}
+
 /// Says what an answer cost, in a few lines beside it.
 pub(super) fn stats(stats: &Stats, out: &Out) {
     out.note(&format!(

@@ -381,6 +381,21 @@ pub enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// Finding passages: recall over questions whose passages are known, and the time of an enormous query
+    Search {
+        /// Passages with questions: SQuAD's format, or a list of ctxs, question and answers; may be repeated
+        #[arg(long, value_name = "FILE")]
+        data: Vec<PathBuf>,
+        /// Distinct words of the enormous query
+        #[arg(long, default_value_t = 200_000)]
+        words: usize,
+        /// Times that it is sent
+        #[arg(long, default_value_t = 5)]
+        repeats: usize,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
     /// Make the tables of all records
     Report {
         /// File to write

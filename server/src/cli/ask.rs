@@ -45,7 +45,10 @@ pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> 
         spinner.finish_and_clear();
     }
     let question = Question::new(text, &settings.collection, settings.top_chunks, Options::from_settings(settings));
-    let answer = service.answer(&question)?.wait(&mut |piece| {
+    let answering = service.answer(&question)?;
+    let told = answering.notes().len();
+    answer_view::notes(answering.notes(), out);
+    let answer = answering.wait(&mut |piece| {
         if !out.json {
             out.text(piece);
         }
@@ -68,9 +71,7 @@ pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> 
     if out.verbose || compare {
         answer_view::stats(&answer.stats, out);
     }
-    for note in &answer.notes {
-        out.line(format!("  note: {note}"));
-    }
+    answer_view::notes(&answer.notes[told..], out);
     if let Some(full) = full {
         out.line(format!(
             "  with everything computed anew: first token after {} (one run each, the second one warmer), answer \"{}\"",

@@ -14,6 +14,7 @@ use eval::{
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
 use super::bench_http::{HttpOptions, http_bench};
 use super::bench_load;
+use super::bench_search::{SearchBenchOptions, search_bench};
 use super::crash::{CrashOptions, crash_drill};
 use super::eval::{data_source, output, with_progress};
 use super::output::{Out, count};
@@ -107,6 +108,12 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
             print(&report, &report.table(), out);
             report.check()
+        }
+        BenchCommand::Search { data, words, repeats, records } => {
+            let options = SearchBenchOptions { data, words, repeats, output: output(&records)? };
+            let report = search_bench(settings, &options, &mut |news| out.note(news))?;
+            print(&report, &report.table(), out);
+            Ok(())
         }
         BenchCommand::Report { out: file, records } => report(&file, &records, out),
     }

@@ -6,6 +6,7 @@ mod ask;
 mod bench;
 mod bench_http;
 mod bench_load;
+mod bench_search;
 mod cache;
 mod chat;
 mod child;

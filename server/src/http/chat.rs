@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::HeaderValue;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use engine::EngineError;
@@ -46,15 +47,36 @@ pub(super) async fn completions(
     drop(waits);
     let (answering, place) = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))?;
     let answering = answering?;
+    let notes = notes_header(answering.notes());
     if stream {
         let keepalive = KeepAlive::new().interval(Duration::from_secs(app.settings().keepalive_seconds));
         let events = Streaming::new(answering, (place, account), head, include_usage).events();
-        return Ok(Sse::new(events).keep_alive(keepalive).into_response());
+        return Ok(with_notes(notes, Sse::new(events).keep_alive(keepalive)));
     }
     let answer = complete(answering).await?;
     drop(place);
     account.tokens(answer.stats.prompt_tokens, answer.stats.completion_tokens);
-    Ok(Json(head.whole(&answer)).into_response())
+    Ok(with_notes(notes, Json(head.whole(&answer))))
+}
+
+/// Header of an answer with what its reader should know before it begins.
+const NOTES_HEADER: &str = "x-quire-notes";
+/// Bytes of that header at most; `quire.notes` has the whole.
+const NOTES_BYTES: usize = 512;
+
+fn with_notes(notes: Option<HeaderValue>, response: impl IntoResponse) -> Response {
+    let mut response = response.into_response();
+    if let Some(notes) = notes {
+        response.headers_mut().insert(NOTES_HEADER, notes);
+    }
+    response
+}
+
+/// Notes in one line of printable ASCII.
+fn notes_header(notes: &[String]) -> Option<HeaderValue> {
+    let printable = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+    let line: String = notes.join("; ").chars().map(printable).take(NOTES_BYTES).collect();
+    HeaderValue::from_str(&line).ok().filter(|value| !value.is_empty())
 }
 
 fn begin(service: &Arc<Service>, request: ChatRequest, wanted: &dyn Fn() -> bool) -> Result<Answering> {
@@ -166,7 +188,10 @@ impl Streaming {
         match std::mem::replace(&mut self.state, Step::End) {
             Step::Role => {
                 self.state = Step::Text;
-                let chunk = self.head.chunk(json!({"role": "assistant", "content": ""}), None);
+                let mut chunk = self.head.chunk(json!({"role": "assistant", "content": ""}), None);
+                if !self.answering.notes().is_empty() {
+                    chunk["quire"] = json!({"notes": self.answering.notes()});
+                }
                 Some(self.event(chunk))
             }
             Step::Text => self.next_piece().await,

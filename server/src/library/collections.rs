@@ -51,11 +51,11 @@ impl Library {
         Ok(Some(collection))
     }
 
-    /// The chunks of a collection that fit `query` best.
+    /// The passages of a collection that fit `query` best, none of them twice.
     ///
     /// # Errors
     /// As [`collection`](Self::collection).
     pub fn search(&self, collection: &str, query: &str, limit: usize) -> Result<Vec<Found>> {
-        self.collection(collection)?.search(query, limit)
+        self.collection(collection)?.search(query, limit, &|| true)
     }
 }

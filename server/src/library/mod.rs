@@ -1,7 +1,7 @@
 //! Documents: reading them, splitting them into chunks, and finding chunks by their words.
 //!
 //! `ingest` turns paths into texts, `split` turns a text into chunks with their spans, `search` keeps the texts of a
-//! collection and answers queries. None of this knows a model: tokens are counted by a function that is passed in.
+//! collection, in an index that is derived from them, and answers queries. None of this knows a model: tokens are counted by a function that is passed in.
 
 mod collections;
 mod directory;
@@ -11,6 +11,7 @@ mod split;
 
 pub use collections::Library;
 pub use ingest::{Discovered, Document, Skipped, discover, read_document};
+pub(crate) use search::comparable;
 pub use search::{Collection, CollectionWriter, Found, StoredDocument};
 pub use split::{ChunkSpan, Format, Limits, Span, split};
 
@@ -44,7 +45,7 @@ pub fn collection_names(data_dir: &Path) -> Vec<String> {
     };
     let mut names: Vec<String> = entries
         .flatten()
-        .filter(|entry| entry.path().join("meta.json").is_file())
+        .filter(|entry| search::has_index(&entry.path()))
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
     names.sort();

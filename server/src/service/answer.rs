@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::Options;
 use super::context::ContextChunk;
 use crate::error::{QuireError, Result};
-use crate::library::Span;
+use crate::library::{Span, comparable};
 use crate::metrics::Metrics;
 use crate::store::Origin;
 
@@ -27,7 +27,8 @@ pub struct Citation {
     pub passage: String,
     /// How well it fits the question (BM25).
     pub score: f32,
-    /// Whether the answer, or one of its parts between commas, stands in the passage word for word.
+    /// Whether the answer, or one of its parts between commas, stands in the passage word for word, whatever the cases,
+    /// diacritics and punctuation.
     pub contains_answer: bool,
 }
 
@@ -143,7 +144,6 @@ impl Answering {
     pub(super) fn with_context(
         mut self,
         context: Vec<ContextChunk>,
-        notes: Vec<String>,
         retrieve_seconds: f64,
         prepare_seconds: f64,
     ) -> Answering {
@@ -154,8 +154,20 @@ impl Answering {
         stats.retrieve_seconds = retrieve_seconds;
         stats.prepare_seconds = prepare_seconds;
         self.tally.context = context;
+        self
+    }
+
+    /// The same with remarks that are known before it begins.
+    pub(super) fn with_notes(mut self, notes: Vec<String>) -> Answering {
         self.tally.notes = notes;
         self
+    }
+
+    /// What the reader should know of the answer before it begins: passages or tokens that had to be left out. More may
+    /// come with the answer, behind these.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.tally.notes
     }
 
     /// The passages in the context, in the order of the prompt.
@@ -312,7 +324,7 @@ fn cite(context: &[ContextChunk], answer: &str) -> Vec<Citation> {
     context
         .iter()
         .map(|chunk| {
-            let passage = words(&chunk.found.passage);
+            let passage = comparable(&chunk.found.passage);
             Citation {
                 document: chunk.found.path.clone(),
                 span: chunk.found.span,
@@ -327,21 +339,12 @@ fn cite(context: &[ContextChunk], answer: &str) -> Vec<Citation> {
 
 /// The answer as a whole and between its commas, each as ` word word `.
 fn answer_parts(answer: &str) -> Vec<String> {
-    let mut parts: Vec<String> = std::iter::once(answer).chain(answer.split(", ")).map(words).collect();
+    // Also the commas of Chinese, Japanese and Arabic.
+    let between = answer.split(['、', '，', '،']).flat_map(|part| part.split(", "));
+    let mut parts: Vec<String> = std::iter::once(answer).chain(between).map(comparable).collect();
     parts.retain(|part| part.chars().any(char::is_alphanumeric));
     parts.dedup();
     parts
-}
-
-/// Lower-case words with one space around each: equal texts up to case, white space and punctuation are equal.
-fn words(text: &str) -> String {
-    let mut out = String::with_capacity(text.len() + 2);
-    out.push(' ');
-    for word in text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()) {
-        out.extend(word.chars().flat_map(char::to_lowercase));
-        out.push(' ');
-    }
-    out
 }
 
 #[cfg(test)]
@@ -349,7 +352,7 @@ mod tests {
     use super::*;
 
     fn contains(passage: &str, answer: &str) -> bool {
-        let passage = words(passage);
+        let passage = comparable(passage);
         answer_parts(answer).iter().any(|part| passage.contains(part.as_str()))
     }
 
@@ -360,5 +363,15 @@ mod tests {
         assert!(!contains("The tower is 1310 feet high.", "131"));
         assert!(!contains("Any passage.", " . "));
         assert!(!contains("Adam Thorne", "Ada"));
+    }
+
+    #[test]
+    fn an_answer_is_found_in_every_script_and_with_or_without_accents() {
+        assert!(contains("图书馆每天早上九点开门。", "九点"));
+        assert!(contains("열쇠는 도서관에 있습니다.", "도서관"));
+        assert!(contains("Das Café Zu\u{308}rich öffnet um ７ Uhr.", "cafe zürich"));
+        assert!(contains("เก็บกุญแจไว้ในตู้ ๔๔๑๗", "4417"));
+        assert!(contains("鍵は事務所にあります。", "受付、事務所"));
+        assert!(!contains("图书馆每天早上九点开门。", "十点"));
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use engine::{BlendMode, ChatMessage, EngineError, Prompt, PromptChunk};
 
 use super::answer::Answering;
+use super::length::{Room, refuse_overlong};
 use super::{Options, Service};
 use crate::error::Result;
 use crate::library::Found;
@@ -66,7 +67,10 @@ impl Service {
         self.answer_while(question, &|| true)
     }
 
-    /// As [`answer`](Service::answer), given up between two chunks once nobody waits any more, as `wanted` says.
+    /// As [`answer`](Service::answer), given up between two steps once nobody waits any more, as `wanted` says.
+    ///
+    /// Passages are chosen first; the answer gets what they leave of the context. What did not fit is said in
+    /// [`Answering::notes`].
     ///
     /// # Errors
     /// As [`answer`](Service::answer), and [`EngineError::Cancelled`].
@@ -74,16 +78,20 @@ impl Service {
         let started = Instant::now();
         let options = &question.options;
         options.blend.validate(self.engine.spec().layers)?;
+        let collection = self.library.collection(&question.collection)?;
+        // Before anything whose cost grows with the question.
+        refuse_overlong(&self.engine, &question.messages, wanted)?;
+        let rendered = self.engine.chat().render_with_context(self.engine.tokenizer(), &question.messages)?;
+        let fixed = rendered.prefix.len() + rendered.suffix.len();
+        let room = Room::share(self.engine.max_context(), fixed, options.max_tokens)?;
+
         let mut notes = Vec::new();
-        let found = self.search(&question.collection, &question.query, question.top_chunks)?;
+        let found = collection.search(&question.query, question.top_chunks, wanted)?;
         if found.is_empty() {
             notes.push("no passage of the collection shares a word with the question".to_string());
         }
-        let rendered = self.engine.chat().render_with_context(self.engine.tokenizer(), &question.messages)?;
-        let fixed = (rendered.prefix.len() + rendered.suffix.len()).saturating_add(options.max_tokens);
-        let limit = self.engine.max_context();
-        let room = limit.checked_sub(fixed).ok_or(EngineError::ContextLimit { tokens: fixed, limit })?;
-        let chosen = fit(self.candidates(found)?, room, &mut notes);
+        let chosen = fit(self.candidates(found, wanted)?, room.passages, &mut notes);
+        notes.extend(room.clip(chosen.iter().map(|candidate| candidate.tokens.len()).sum(), options.max_tokens));
         let retrieved = started.elapsed().as_secs_f64();
 
         let mut prompt = Prompt { prefix: rendered.prefix, chunks: Vec::new(), suffix: rendered.suffix };
@@ -106,29 +114,16 @@ impl Service {
         let prepared = started.elapsed().as_secs_f64();
         let stream = self.engine.submit(options.request(prompt))?;
         let answering = Answering::new(stream, started, Arc::clone(&self.metrics), options);
-        Ok(answering.with_context(context, notes, retrieved, prepared - retrieved))
+        Ok(answering.with_context(context, retrieved, prepared - retrieved).with_notes(notes))
     }
 
-    fn candidates(&self, found: Vec<Found>) -> Result<Vec<Candidate>> {
-        let distinct = without_repetition(found);
-        distinct.into_iter().map(|found| Ok(Candidate { tokens: self.chunk_tokens(&found.passage)?, found })).collect()
+    fn candidates(&self, found: Vec<Found>, wanted: &dyn Fn() -> bool) -> Result<Vec<Candidate>> {
+        let candidate = |found: Found| match wanted() {
+            true => Ok(Candidate { tokens: self.chunk_tokens(&found.passage)?, found }),
+            false => Err(EngineError::Cancelled.into()),
+        };
+        found.into_iter().map(candidate).collect()
     }
-}
-
-/// Leaves out passages that a better one of the same document mostly covers, and repeated texts.
-fn without_repetition(found: Vec<Found>) -> Vec<Found> {
-    let mut kept: Vec<Found> = Vec::new();
-    for candidate in found {
-        let repeats = kept.iter().any(|better| {
-            let shorter = better.span.len().min(candidate.span.len());
-            let covered = better.path == candidate.path && better.span.overlap(&candidate.span) * 2 > shorter;
-            covered || better.passage == candidate.passage
-        });
-        if !repeats {
-            kept.push(candidate);
-        }
-    }
-    kept
 }
 
 /// The best candidates that fit `room` tokens together, in the order of their documents.
@@ -159,19 +154,6 @@ mod tests {
 
     fn found(path: &str, start: usize, end: usize, passage: &str) -> Found {
         Found { path: path.into(), span: Span { start, end }, line: 1, passage: passage.into(), score: 1.0 }
-    }
-
-    #[test]
-    fn repeated_and_mostly_covered_passages_are_left_out() {
-        let kept = without_repetition(vec![
-            found("a", 0, 100, "one"),
-            found("a", 40, 140, "mostly covered"),
-            found("a", 90, 190, "a little overlap stays"),
-            found("b", 0, 100, "one"),
-            found("b", 40, 140, "same span, other document"),
-        ]);
-        let passages: Vec<_> = kept.iter().map(|f| f.passage.as_str()).collect();
-        assert_eq!(passages, ["one", "a little overlap stays", "same span, other document"]);
     }
 
     #[test]

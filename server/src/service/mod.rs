@@ -7,6 +7,7 @@ mod answer;
 mod context;
 mod conversation;
 mod ingest;
+mod length;
 
 pub use answer::{Answer, Answering, Citation, Piece, Stats};
 pub use context::{ContextChunk, Question};
@@ -166,7 +167,7 @@ impl Service {
         Ok(tokens)
     }
 
-    /// The chunks of a collection that fit `query` best, best first.
+    /// The passages of a collection that fit `query` best, best first, none of them twice.
     ///
     /// # Errors
     /// [`QuireError::UnknownCollection`], [`QuireError::Index`].
@@ -205,9 +206,12 @@ pub fn generate(
     options: &Options,
 ) -> Result<Answering> {
     let started = std::time::Instant::now();
+    length::refuse_overlong(engine, messages, &|| true)?;
     let prompt = Prompt::plain(engine.chat().render(engine.tokenizer(), messages)?);
+    let room = length::Room::share(engine.max_context(), prompt.len(), options.max_tokens)?;
+    let notes = room.clip(0, options.max_tokens).into_iter().collect();
     let stream = engine.submit(options.request(prompt))?;
-    Ok(Answering::new(stream, started, std::sync::Arc::clone(metrics), options))
+    Ok(Answering::new(stream, started, std::sync::Arc::clone(metrics), options).with_notes(notes))
 }
 
 /// Only who ingests or serves decides how large the store may become.

@@ -117,7 +117,7 @@ impl Speaker {
         let limit = self.engine().max_context();
         match self {
             Speaker::Model { options, .. } => limit - options.max_tokens.min(limit / 2),
-            Speaker::Documents { options, .. } => limit.saturating_sub(options.max_tokens) / 2,
+            Speaker::Documents { options, .. } => (limit - options.max_tokens.min(limit / 2)) / 2,
         }
     }
 
@@ -244,6 +244,10 @@ impl Chat<'_> {
             self.out.note(&format!("(the context is full: the oldest {turns} of the conversation were forgotten)"));
         }
         let mut answering = self.speaker.answer(self.conversation.messages(&text), &text)?;
+        let told = answering.notes().len();
+        if !self.out.json {
+            answer_view::notes(answering.notes(), self.out);
+        }
         let mut said = String::new();
         let answer = loop {
             tokio::select! {
@@ -268,7 +272,7 @@ impl Chat<'_> {
         // Cancels what is still being computed.
         drop(answering);
         self.number += 1;
-        self.report(&text, &said, answer.as_deref(), dropped);
+        self.report(&text, &said, answer.as_deref(), (dropped, told));
         // An answer that was ended before it began would be an empty one.
         if answer.is_some() || !said.is_empty() {
             self.conversation.add(text, said);
@@ -276,7 +280,8 @@ impl Chat<'_> {
         Ok(())
     }
 
-    fn report(&self, question: &str, said: &str, answer: Option<&Answer>, dropped: usize) {
+    /// `dropped`: turns that were forgotten; `told`: notes that were told before the answer.
+    fn report(&self, question: &str, said: &str, answer: Option<&Answer>, (dropped, told): (usize, usize)) {
         let out = self.out;
         if out.json {
             let cancelled = || json!({"text": said, "finish_reason": "cancelled"});
@@ -293,9 +298,7 @@ impl Chat<'_> {
             return;
         };
         answer_view::citations(&answer.citations, &answer.text, out);
-        for note in &answer.notes {
-            out.note(&format!("note: {note}"));
-        }
+        answer_view::notes(&answer.notes[told..], out);
         if answer.finish_reason == "length" {
             let tokens = count(answer.stats.completion_tokens, "token");
             out.note(&format!("(cut after {tokens}: see --max-tokens and --max-context)"));
