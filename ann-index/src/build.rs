@@ -30,7 +30,22 @@ pub fn build(
     sample_queries: &[f32],
     params: &IndexParams,
 ) -> Result<Box<dyn KeyIndex>, IndexError> {
-    build_any(dim, keys, sample_queries, None, params)
+    build_any(dim, keys, sample_queries, None, params, &|| true)
+}
+
+/// As [`build`], given up once `wanted` says no. `hnsw`, which may take minutes, asks before each key; the others ask
+/// once, before they begin.
+///
+/// # Errors
+/// As [`build`], and [`IndexError::Cancelled`].
+pub fn build_while(
+    dim: usize,
+    keys: &[f32],
+    sample_queries: &[f32],
+    params: &IndexParams,
+    wanted: &(dyn Fn() -> bool + Sync),
+) -> Result<Box<dyn KeyIndex>, IndexError> {
+    build_any(dim, keys, sample_queries, None, params, wanted)
 }
 
 /// As [`build`], with the keys nearest to each of the `sample_queries` computed elsewhere, on a device or
@@ -45,7 +60,7 @@ pub fn build_with_neighbours(
     neighbours: &Neighbours,
     params: &IndexParams,
 ) -> Result<Box<dyn KeyIndex>, IndexError> {
-    build_any(dim, keys, sample_queries, Some(neighbours), params)
+    build_any(dim, keys, sample_queries, Some(neighbours), params, &|| true)
 }
 
 fn build_any(
@@ -54,6 +69,7 @@ fn build_any(
     sample_queries: &[f32],
     neighbours: Option<&Neighbours>,
     params: &IndexParams,
+    wanted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Box<dyn KeyIndex>, IndexError> {
     check_params(dim, params)?;
     check_rows("keys", dim, keys)?;
@@ -66,11 +82,14 @@ fn build_any(
     if let Some(neighbours) = neighbours {
         neighbours.check(keys.len() / dim, sample_queries.len() / dim)?;
     }
+    if !wanted() {
+        return Err(IndexError::Cancelled);
+    }
     match params.precision {
-        KeyPrecision::F32 => build_as::<f32>(dim, keys, sample_queries, neighbours, params),
-        KeyPrecision::Bf16 => build_as::<bf16>(dim, keys, sample_queries, neighbours, params),
-        KeyPrecision::F16 => build_as::<f16>(dim, keys, sample_queries, neighbours, params),
-        KeyPrecision::Int8 => build_as::<i8>(dim, keys, sample_queries, neighbours, params),
+        KeyPrecision::F32 => build_as::<f32>(dim, keys, sample_queries, neighbours, params, wanted),
+        KeyPrecision::Bf16 => build_as::<bf16>(dim, keys, sample_queries, neighbours, params, wanted),
+        KeyPrecision::F16 => build_as::<f16>(dim, keys, sample_queries, neighbours, params, wanted),
+        KeyPrecision::Int8 => build_as::<i8>(dim, keys, sample_queries, neighbours, params, wanted),
     }
 }
 
@@ -80,10 +99,11 @@ fn build_as<T: Element>(
     samples: &[f32],
     neighbours: Option<&Neighbours>,
     params: &IndexParams,
+    wanted: &(dyn Fn() -> bool + Sync),
 ) -> Result<Box<dyn KeyIndex>, IndexError> {
     Ok(match params.kind {
         IndexKind::Flat => Box::new(FlatIndex::<T>::build(dim, keys)?),
-        IndexKind::Hnsw => Box::new(HnswIndex::<T>::build(dim, keys, params)?),
+        IndexKind::Hnsw => Box::new(HnswIndex::<T>::build_while(dim, keys, params, wanted)?),
         IndexKind::Graph => Box::new(GraphIndex::<T>::build(dim, keys, samples, neighbours, &params.graph)?),
         IndexKind::Clusters => Box::new(ClustersIndex::<T>::build(dim, keys, &params.clusters)?),
         IndexKind::Ivf => crate::ivf::build::<T>(dim, keys, &params.ivf)?,
@@ -125,6 +145,32 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn a_build_that_nobody_wants_ends_early() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let keys: Vec<f32> = (0..3000 * 4).map(|i| ((i * 7919) % 100_003) as f32 / 100_003.0).collect();
+        for kind in IndexKind::ALL.into_iter().filter(|kind| kind.is_built_in()) {
+            let params = IndexParams { kind, ..IndexParams::default() };
+            let never = build_while(4, &keys, &[], &params, &|| false);
+            assert!(matches!(never, Err(IndexError::Cancelled)), "{kind}");
+            assert_eq!(build_while(4, &keys, &[], &params, &|| true).unwrap().len(), 3000, "{kind}");
+        }
+        let params = IndexParams { kind: IndexKind::Hnsw, ..IndexParams::default() };
+        let asks = |upto: usize| {
+            let asked = AtomicUsize::new(0);
+            let built = build_while(4, &keys, &[], &params, &|| asked.fetch_add(1, Ordering::Relaxed) < upto);
+            (built.err(), asked.into_inner())
+        };
+        let (none, all) = asks(usize::MAX);
+        assert!(none.is_none() && all > 1000, "{all}");
+        // Among the first keys, among those that several threads insert, and among those that are looked up at last.
+        for upto in [100, all / 2, all - 10] {
+            let (given_up, asked) = asks(upto);
+            assert_eq!(given_up, Some(IndexError::Cancelled), "{upto} of {all}");
+            assert!(asked <= upto + 64, "{asked}: it goes on behind {upto}");
+        }
+    }
 
     #[test]
     fn settings_out_of_range_are_refused_by_name() {

@@ -82,6 +82,9 @@ pub enum IndexError {
         /// The largest that can be stored.
         limit: f32,
     },
+    /// Nobody wants the index any more.
+    #[error("the index was given up: nobody wants it any more")]
+    Cancelled,
     /// A key that is not there.
     #[error("no key {id}: the index holds {len} keys, numbered from 0")]
     UnknownId {

@@ -46,17 +46,23 @@ pub(crate) struct HnswIndex<T: Element> {
 }
 
 impl<T: Element> HnswIndex<T> {
-    /// An index over `keys`, rows of `dim` numbers; `params` are in range.
-    pub(crate) fn build(dim: usize, keys: &[f32], params: &IndexParams) -> Result<Self, IndexError> {
-        Self::build_with_graph_from(dim, keys, params, GRAPH_FROM)
+    /// An index over `keys`, rows of `dim` numbers; `params` are in range. `wanted` is asked before each key.
+    pub(crate) fn build_while(
+        dim: usize,
+        keys: &[f32],
+        params: &IndexParams,
+        wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, IndexError> {
+        Self::build_with_graph_from(dim, keys, params, GRAPH_FROM, wanted)
     }
 
-    /// As `build`, with a graph from that many distinct keys on.
+    /// As `build_while`, with a graph from that many distinct keys on.
     pub(crate) fn build_with_graph_from(
         dim: usize,
         keys: &[f32],
         params: &IndexParams,
         graph_from: usize,
+        wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self, IndexError> {
         check_rows("keys", dim, keys)?;
         let index = Self {
@@ -67,25 +73,43 @@ impl<T: Element> HnswIndex<T> {
             twins: Twins::default(),
             writer: Mutex::default(),
         };
-        index.append(keys)?;
+        index.append_while(keys, wanted)?;
         Ok(index)
+    }
+
+    /// What is given up is of no use any more.
+    fn append_while(&self, keys: &[f32], wanted: &(dyn Fn() -> bool + Sync)) -> Result<(), IndexError> {
+        check_rows("keys", self.dim(), keys)?;
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = self.rows.append(keys)?;
+        let end = start + keys.len() / self.dim();
+        let fresh = writer.take(&self.rows, &self.twins, start, end);
+        let outdated = self.extend_graph(&writer, &fresh, wanted);
+        // `hnsw_rs` frees a graph on the rayon pool, where this thread may be handed a task that
+        // appends to this very index: no lock may be held by then.
+        drop(writer);
+        outdated.map(drop)
     }
 
     /// Brings new distinct keys into the graph, or builds it again when they do not fit it.
     /// Returns a graph that is no longer needed.
-    fn extend_graph(&self, writer: &Distinct, fresh: &[u32]) -> Option<Arc<Graph<T>>> {
+    fn extend_graph(
+        &self,
+        writer: &Distinct,
+        fresh: &[u32],
+        wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<Arc<Graph<T>>>, IndexError> {
         if fresh.is_empty() || writer.ids.len() < self.graph_from {
-            return None;
+            return Ok(None);
         }
         if let Some(graph) = self.graph()
             && graph.fits(fresh)
         {
-            graph.insert(fresh);
-            return None;
+            return graph.insert(fresh, wanted).map(|()| None);
         }
-        let graph = Graph::build(Arc::clone(&self.rows), &writer.ids, &self.params);
+        let graph = Graph::build(Arc::clone(&self.rows), &writer.ids, &self.params, wanted)?;
         let mut current = self.graph.write().unwrap_or_else(PoisonError::into_inner);
-        current.replace(Arc::new(graph))
+        Ok(current.replace(Arc::new(graph)))
     }
 
     fn graph(&self) -> Option<Arc<Graph<T>>> {
@@ -142,7 +166,7 @@ impl<T: Element> HnswIndex<T> {
         };
         let mut writer = Distinct::default();
         let fresh = writer.take(&index.rows, &index.twins, 0, parts.len);
-        index.extend_graph(&writer, &fresh);
+        index.extend_graph(&writer, &fresh, &|| true).map_err(|error| error.to_string())?;
         *index.writer.lock().unwrap_or_else(PoisonError::into_inner) = writer;
         Ok(index)
     }
@@ -158,17 +182,7 @@ impl<T: Element> KeyIndex for HnswIndex<T> {
     }
 
     fn append(&self, keys: &[f32]) -> Result<(), IndexError> {
-        check_rows("keys", self.dim(), keys)?;
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = self.rows.append(keys)?;
-        let end = start + keys.len() / self.dim();
-        let fresh = writer.take(&self.rows, &self.twins, start, end);
-        let outdated = self.extend_graph(&writer, &fresh);
-        // `hnsw_rs` frees a graph on the rayon pool, where this thread may be handed a task that
-        // appends to this very index: no lock may be held by then.
-        drop(writer);
-        drop(outdated);
-        Ok(())
+        self.append_while(keys, &|| true)
     }
 
     fn search(

@@ -71,7 +71,7 @@ mod top_k;
 mod twins;
 
 pub use bitmap::Bitmap;
-pub use build::{build, build_with_neighbours};
+pub use build::{build, build_while, build_with_neighbours};
 pub use error::IndexError;
 pub use key_index::{Hit, KeyIndex, SearchResult, SearchStats, Zone, Zones};
 pub use neighbours::{Neighbours, exact_neighbours};

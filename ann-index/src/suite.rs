@@ -87,7 +87,9 @@ impl Subject {
             from: usize,
         ) -> Box<dyn KeyIndex> {
             match params.kind {
-                IndexKind::Hnsw => Box::new(HnswIndex::<T>::build_with_graph_from(dim, keys, params, from).unwrap()),
+                IndexKind::Hnsw => {
+                    Box::new(HnswIndex::<T>::build_with_graph_from(dim, keys, params, from, &|| true).unwrap())
+                }
                 _ => Box::new(
                     GraphIndex::<T>::build_with_graph_from(dim, keys, samples, None, &params.graph, from).unwrap(),
                 ),

@@ -16,7 +16,7 @@
 //!   keys are ranked here instead of the returned ones;
 //! * it logs at level `info` through the `log` crate; only a program's logger can silence that.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use hnsw_rs::hnsw::{FilterT, Hnsw};
@@ -24,6 +24,7 @@ use hnsw_rs::hnsw::{FilterT, Hnsw};
 use super::lift::{Lift, LiftedDistance, point, probe};
 use super::visits;
 use crate::element::Element;
+use crate::error::IndexError;
 use crate::metric::dot;
 use crate::params::IndexParams;
 use crate::rows::Rows;
@@ -59,8 +60,13 @@ pub(super) struct Walk {
 }
 
 impl<T: Element> Graph<T> {
-    /// A graph over the given keys.
-    pub(super) fn build(rows: Arc<Rows<T>>, ids: &[u32], params: &IndexParams) -> Self {
+    /// A graph over the given keys. `wanted` as in [`insert`](Self::insert).
+    pub(super) fn build(
+        rows: Arc<Rows<T>>,
+        ids: &[u32],
+        params: &IndexParams,
+        wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, IndexError> {
         let distance = LiftedDistance(Arc::clone(&rows));
         let (m, ef) = (params.hnsw_m, params.hnsw_ef_construction);
         let graph = Self {
@@ -72,8 +78,8 @@ impl<T: Element> Graph<T> {
             stragglers: RwLock::default(),
             longest: RwLock::default(),
         };
-        graph.insert(ids);
-        graph
+        graph.insert(ids, wanted)?;
+        Ok(graph)
     }
 
     /// Whether these keys are close enough to the centre to be lifted.
@@ -83,7 +89,10 @@ impl<T: Element> Graph<T> {
     }
 
     /// Adds keys, each of them once. One thread at a time calls this; searches may run meanwhile.
-    pub(super) fn insert(&self, ids: &[u32]) {
+    ///
+    /// # Errors
+    /// [`IndexError::Cancelled`] once `wanted`, which is asked before each key, says no: the graph is then of no use.
+    pub(super) fn insert(&self, ids: &[u32], wanted: &(dyn Fn() -> bool + Sync)) -> Result<(), IndexError> {
         let longest = ids.iter().map(|&id| self.norm(id)).fold(0.0, f64::max);
         // The bits of floats that are not negative are ordered as the floats are.
         let reach = (longest as f32).next_up().to_bits();
@@ -101,15 +110,20 @@ impl<T: Element> Graph<T> {
             let height = self.lift.height(self.norm(id));
             self.hnsw.insert_slice((&point(id, height), id as usize));
         };
-        ids[..serial].iter().for_each(insert);
-        for_each_parallel(&ids[serial..], &insert);
-
-        for_each_parallel(ids, &|&id| {
+        let look_up = |&id: &u32| {
             if !self.finds(id) {
                 let list = self.stragglers.write();
                 list.unwrap_or_else(PoisonError::into_inner).push(id);
             }
-        });
+        };
+        let all = ids[..serial].iter().all(|id| {
+            wanted() && {
+                insert(id);
+                true
+            }
+        }) && for_each_parallel(&ids[serial..], wanted, &insert)
+            && for_each_parallel(ids, wanted, &look_up);
+        if all { Ok(()) } else { Err(IndexError::Cancelled) }
     }
 
     /// Scores the keys met on the way to the `ef` best that `wanted` lets through, and the
@@ -160,27 +174,33 @@ impl<T: Element> Graph<T> {
     }
 }
 
-/// Calls `work` on every item, on as many threads as the caller's rayon pool has, or on this one
+/// Calls `work` on every item, as long as `wanted` says yes, on as many threads as the caller's rayon pool has, or on this one
 /// when it belongs to that pool. Rayon itself is not used: waiting for it, this thread could be
-/// handed a task that wants a lock which it already holds.
-fn for_each_parallel(items: &[u32], work: &(impl Fn(&u32) + Sync)) {
+/// handed a task that wants a lock which it already holds. Whether all were done.
+fn for_each_parallel(items: &[u32], wanted: &(dyn Fn() -> bool + Sync), work: &(impl Fn(&u32) + Sync)) -> bool {
     let threads = match rayon::current_thread_index() {
         Some(_) => 1,
         None => rayon::current_num_threads().min(items.len() / PARALLEL_FROM),
     };
-    if threads < 2 {
-        return items.iter().for_each(work);
-    }
     let next = AtomicUsize::new(0);
+    let given_up = AtomicBool::new(false);
     let serve = || {
         while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if !wanted() {
+                return given_up.store(true, Ordering::Relaxed);
+            }
             work(item);
         }
     };
+    if threads < 2 {
+        serve();
+        return !given_up.into_inner();
+    }
     std::thread::scope(|scope| {
         for _ in 1..threads {
             scope.spawn(serve);
         }
         serve();
     });
+    !given_up.into_inner()
 }

@@ -101,8 +101,8 @@ fn an_index_that_cannot_be_built_leaves_its_tokens_to_exact_attention() {
     let mut rng = ChaCha8Rng::seed_from_u64(23);
     let text = tokens(&mut rng, 700);
     let exact = alone(&plain(text.clone(), 20));
-    let panics: MakeIndex = |_, _, _| panic!("an index panics");
-    let fails: MakeIndex = |_, _, _| Err(IndexError::NotFinite { what: "keys", row: 0, column: 0, value: f32::NAN });
+    let panics: MakeIndex = |_, _, _, _| panic!("an index panics");
+    let fails: MakeIndex = |_, _, _, _| Err(IndexError::NotFinite { what: "keys", row: 0, column: 0, value: f32::NAN });
     for make in [panics, fails] {
         let mut bench = Bench::of(model(make), config(), 64);
         let mut events = bench.submit(&retrieval(text.clone(), 20, 16));
@@ -158,7 +158,8 @@ impl KeyIndex for Trap {
 #[test]
 fn a_search_that_fails_or_panics_ends_its_own_sequence_only() {
     let mut rng = ChaCha8Rng::seed_from_u64(24);
-    let trap: MakeIndex = |dim, keys, params: &IndexParams| Ok(Box::new(Trap(make_index(dim, keys, params)?)));
+    let trap: MakeIndex =
+        |dim, keys, params: &IndexParams, wanted| Ok(Box::new(Trap(make_index(dim, keys, params, wanted)?)));
     let requests = [
         retrieval(tokens(&mut rng, 400), 20, 16),
         retrieval(tokens(&mut rng, 410), 20, 13),
@@ -186,12 +187,12 @@ static BUILT: AtomicUsize = AtomicUsize::new(0);
 #[test]
 fn others_are_answered_while_a_request_waits_for_its_index_and_whoever_waits_can_go() {
     let mut rng = ChaCha8Rng::seed_from_u64(25);
-    let gated: MakeIndex = |dim, keys, params| {
+    let gated: MakeIndex = |dim, keys, params, wanted| {
         while !GATE.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
         BUILT.fetch_add(1, Ordering::SeqCst);
-        make_index(dim, keys, params)
+        make_index(dim, keys, params, wanted)
     };
     let model = model(gated);
     let (waits, leaves) = (retrieval(tokens(&mut rng, 500), 9, 16), retrieval(tokens(&mut rng, 600), 9, 16));

@@ -459,6 +459,22 @@ fn cached_pages_give_way_to_requests() {
 }
 
 #[test]
+fn pages_of_a_context_that_others_go_on_from_are_not_freed_by_giving_way() {
+    let mut rng = ChaCha8Rng::seed_from_u64(16);
+    let mut bench = Bench::new(config(), 64);
+    let blended = blend(&MODEL, &tokens(&mut rng, 2 * PAGE + 20), &[], &BlendConfig::default(), &|| false).unwrap();
+    let context = Arc::new(PreparedContext { kv: blended.kv, stats: blended.stats, engine: 1 });
+    let request = Request { context: Some(Arc::clone(&context)), ..plain(tokens(&mut rng, 9), 20) };
+    let _events = bench.submit(&request);
+    (0..3).for_each(|_| bench.cycle());
+    let page = bench.runner.limits.page_bytes;
+    let entry = |bench: &Bench| bench.queue.sequences[0].running_entry(&bench.queue.cache, 1, page);
+    assert_eq!(entry(&bench).own, page, "its copy of the last page, behind two that are the context's");
+    drop((context, request));
+    assert_eq!(bench.queue.sequences[0].private_bytes(page), page.times(3));
+}
+
+#[test]
 fn what_grows_beyond_the_memory_fails_by_name_and_the_engine_goes_on() {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let mut bench = Bench::new(config(), 3);

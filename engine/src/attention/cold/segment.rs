@@ -75,16 +75,18 @@ pub(crate) struct SegmentSource {
     pub(crate) make: MakeIndex,
 }
 
-/// Builds an index over keys `[n, dim]`: [`make_index`], or in tests one that fails.
-pub(crate) type MakeIndex = fn(usize, &[f32], &IndexParams) -> std::result::Result<Box<dyn KeyIndex>, IndexError>;
+/// Builds an index over keys `[n, dim]` while it is wanted: [`make_index`], or in tests one that fails.
+pub(crate) type MakeIndex =
+    fn(usize, &[f32], &IndexParams, &(dyn Fn() -> bool + Sync)) -> std::result::Result<Box<dyn KeyIndex>, IndexError>;
 
 /// Of `ann-index`, without queries to shape it after: which there are is not known before the answer.
 pub(crate) fn make_index(
     dim: usize,
     keys: &[f32],
     params: &IndexParams,
+    wanted: &(dyn Fn() -> bool + Sync),
 ) -> std::result::Result<Box<dyn KeyIndex>, IndexError> {
-    ann_index::build(dim, keys, &[], params)
+    ann_index::build_while(dim, keys, &[], params, wanted)
 }
 
 /// Where the tokens' keys (rotated) and values are read from.
@@ -116,12 +118,13 @@ impl SegmentSource {
     /// Builds the indexes, all layers and heads, on the threads of the caller's rayon pool: each index on one of them.
     ///
     /// # Errors
-    /// [`EngineError::Cancelled`] once `wanted` says no, which is asked before each index.
+    /// [`EngineError::Cancelled`] once `wanted` says no, which is asked before each index and, where that may take minutes,
+    /// within it.
     pub(crate) fn build(&self, wanted: &(dyn Fn() -> bool + Sync)) -> Result<Segment> {
         let begun = Instant::now();
         let heads = self.shape.kv_heads;
         let build = |i: usize| match wanted() {
-            true => self.build_head(i / heads, i % heads),
+            true => self.build_head(i / heads, i % heads, wanted),
             false => Err(EngineError::Cancelled),
         };
         let all = (0..self.shape.layers * heads).into_par_iter().map(build).collect::<Result<Vec<SegmentHead>>>()?;
@@ -133,7 +136,7 @@ impl SegmentSource {
         Ok(Segment { positions: start..self.tokens.end, layers, build_seconds: begun.elapsed().as_secs_f64(), bytes })
     }
 
-    fn build_head(&self, layer: usize, head: usize) -> Result<SegmentHead> {
+    fn build_head(&self, layer: usize, head: usize, wanted: &(dyn Fn() -> bool + Sync)) -> Result<SegmentHead> {
         let dim = self.shape.head_dim;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for segment in &self.absorbed {
@@ -147,7 +150,7 @@ impl SegmentSource {
             KvDtype::Bf16 => KeyPrecision::Bf16,
         };
         let params = IndexParams { precision, ..self.params.clone() };
-        let index = (self.make)(dim, &keys, &params)?;
+        let index = (self.make)(dim, &keys, &params, wanted)?;
         let values = match self.shape.dtype {
             KvDtype::F32 => Values::F32(values),
             KvDtype::Bf16 => Values::Bf16(values.iter().map(|x| bf16::from_f32(*x)).collect()),
