@@ -6,7 +6,9 @@ Ends with exit code 0 and the line `ok`, or with the traceback of the first expe
 """
 
 import asyncio
+import math
 import os
+import re
 import sys
 
 try:
@@ -131,15 +133,119 @@ def sampling(text):
     assert plain.usage.completion_tokens <= 4 and plain.usage.prompt_tokens_details.cached_tokens == 0, plain.usage
 
 
+def same_tokens(text, content):
+    """The tokens' texts and their bytes are the text's."""
+    assert "".join(token.token for token in content) == text, (text, content)
+    assert bytes(byte for token in content for byte in token.bytes).decode() == text, (text, content)
+
+
+def logprobs(text):
+    create = client.chat.completions.create
+    arguments = {"model": model, "messages": asked, "max_tokens": 32, "logprobs": True, "extra_body": quire}
+    plain = create(**arguments).choices[0]
+    assert plain.message.content == text, plain
+    same_tokens(text, plain.logprobs.content)
+    assert all(token.top_logprobs == [] for token in plain.logprobs.content), plain
+    done = create(**arguments, top_logprobs=20).choices[0]
+    same_tokens(text, done.logprobs.content)
+    for token in done.logprobs.content:
+        others = token.top_logprobs
+        assert len(others) == 20 and [o.logprob for o in others] == sorted((o.logprob for o in others), reverse=True)
+        assert sum(math.exp(other.logprob) for other in others) < 1.0001, others
+        # Greedy: the token is the likeliest.
+        assert (others[0].token, others[0].bytes, others[0].logprob) == (token.token, token.bytes, token.logprob), token
+    whole = [(token.token, token.bytes) for token in done.logprobs.content]
+    stream = create(**arguments, top_logprobs=20, stream=True)
+    pieces = []
+    for chunk in stream:
+        choice = chunk.choices[0]
+        content = choice.logprobs.content if choice.logprobs else []
+        if choice.delta.content:
+            same_tokens(choice.delta.content, content)
+        pieces += content
+    assert [(token.token, token.bytes) for token in pieces] == whole, (pieces, whole)
+    # Drawn from all over the vocabulary: parts of characters and special tokens too; and a stop string within a token.
+    for seed in range(4):
+        hot = create(model=model, messages=asked, max_tokens=40, temperature=2, seed=seed, logprobs=True, top_logprobs=3,
+                     logit_bias={str(byte): 6 for byte in range(150, 262)}).choices[0]
+        assert "".join(token.token for token in hot.logprobs.content) == hot.message.content, hot
+        spoken = bytes(byte for token in hot.logprobs.content for byte in token.bytes)
+        assert spoken.decode(errors="replace") == hot.message.content, hot
+        assert all(token.logprob <= 0 and len(token.top_logprobs) == 3 for token in hot.logprobs.content), hot
+    stop = text.strip()[1:3]
+    cut = create(**arguments, stop=stop).choices[0]
+    assert cut.message.content == text[: text.index(stop)], cut
+    same_tokens(cut.message.content, cut.logprobs.content)
+
+
+def many(expected):
+    """Several answers to one prompt."""
+    create = client.chat.completions.create
+    alike = create(model=model, messages=asked, max_tokens=32, n=3, extra_body=quire)
+    assert [c.index for c in alike.choices] == [0, 1, 2] and {c.message.content for c in alike.choices} == {expected}
+    alone = create(model=model, messages=asked, max_tokens=32, extra_body=quire).usage
+    assert alike.usage.prompt_tokens == alone.prompt_tokens, (alike.usage, alone)
+    assert alike.usage.completion_tokens == 3 * alone.completion_tokens, (alike.usage, alone)
+    hot = {"model": model, "messages": asked, "max_tokens": 24, "temperature": 2, "seed": 5, "n": 2}
+    contents = [choice.message.content for choice in create(**hot).choices]
+    assert contents[0] != contents[1], contents
+    assert contents[0] == create(**hot | {"n": 1}).choices[0].message.content, contents
+    texts, reasons, usage = ["", ""], [None, None], None
+    for chunk in create(**hot, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == contents and None not in reasons and usage.completion_tokens > 24, (texts, contents, reasons, usage)
+
+
+def accepted(text):
+    """Fields that ask for nothing, as clients and their histories send them."""
+    def same(**more):
+        done = client.chat.completions.create(**({"model": model, "messages": asked, "extra_body": quire} | more))
+        assert done.choices[0].message.content == text, (more, done.choices[0].message.content)
+        return done.choices[0].message
+
+    for more in (
+        {"metadata": {"a": "b"}}, {"prompt_cache_key": "k"}, {"parallel_tool_calls": False}, {"tools": []},
+        {"tool_choice": "auto"}, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"function_call": "none"}, {"store": False}, {"service_tier": "default"}, {"n": 1}, {"user": "u"},
+        {"response_format": {"type": "text"}}, {"logprobs": False}, {"max_tokens": -1}, {"max_tokens": None},
+        {"top_logprobs": 0}, {"extra_body": quire | {"top_k": -1}}, {"extra_body": quire | {"model": None}},
+        {"messages": [asked[0] | {"name": "Ada", "extra": "x"}]}, {"top_p": 0, "temperature": 2},
+    ):
+        message = same(**more)
+    # Nothing about its length, and the text ends.
+    with client.chat.completions.stream(model=model, messages=asked, extra_body=quire) as stream:
+        assert stream.get_final_completion().choices[0].message.content == text
+    # An answer as it came, sent back.
+    history = [*asked, message, message.model_dump(), {"role": "assistant", "content": None}, *asked]
+    client.chat.completions.create(model=model, messages=history, max_tokens=4)
+    begun = [*asked, {"role": "assistant", "content": text[:2]}]
+    rest = client.chat.completions.create(model=model, messages=begun, max_tokens=32, extra_body=quire).choices[0]
+    assert text[:2] + rest.message.content == text, rest
+    least = client.chat.completions.create(model=model, messages=asked, max_tokens=30, extra_body=quire | {"min_tokens": 25})
+    assert least.usage.completion_tokens > 25, least.usage
+
+
 def errors():
     bad = openai.BadRequestError
-    refused(bad, 400, "n", n=2)
-    refused(bad, 400, "logprobs", logprobs=True)
+    refused(bad, 400, "n", n=1000)
+    refused(bad, 400, "top_logprobs", top_logprobs=2)
+    refused(bad, 400, "top_logprobs", logprobs=True, top_logprobs=21)
+    refused(bad, 400, "seed", seed=2**63)
+    refused(bad, 400, "stream_options", stream_options={"include_usage": False})
+    refused(bad, 400, "messages", messages=[*asked, {"role": "assistant", "content": "a"}] + [{"role": "assistant", "content": "b"}])
+    error = refused(bad, 400, "logit_bias", logit_bias={"x": 1, "-4": 1})
+    assert "`x`" in str(error) and "`-4`" in str(error), error
     refused(bad, 400, "tools", tools=[{"type": "function", "function": {"name": "f"}}])
     refused(bad, 400, "response_format", response_format={"type": "json_object"})
     refused(bad, 400, "temperature", temperature=3)
     refused(bad, 400, "quire.magic", extra_body={"quire": {"magic": 1}})
-    refused(bad, 400, "messages", messages=[{"role": "user", "content": "word " * 40000}])
+    for words in (40000, 1_600_000):
+        error = refused(bad, 400, "messages", messages=[{"role": "user", "content": "word " * words}])
+        assert error.code == "context_length_exceeded" and "32768" in str(error), error
+        assert any(int(number) > 32768 for number in re.findall(r"\d+", str(error))), error
     refused(bad, 400, "messages", messages=[{"role": "user", "content": " "}], extra_body=quire)
     huge = {"collection": "default", "strategy": "retrieval", "window": 64, "k": 10**15}
     refused(bad, 400, "quire.k", extra_body={"quire": huge})
@@ -167,6 +273,9 @@ content = whole()
 streamed(content)
 decoding()
 sampling(content)
+logprobs(content)
+many(content)
+accepted(content)
 errors()
 asyncio.run(together(content))
 print("ok")

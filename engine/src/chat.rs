@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{EngineError, Result};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Part, Tokenizer};
 use marks::Marks;
 pub use template::ChatTemplate;
 
@@ -114,15 +114,19 @@ impl PromptFormat {
         self.template.is_some()
     }
 
-    /// The prompt for a conversation, up to where the assistant's answer begins.
+    /// The prompt for a conversation, up to where the assistant's answer begins. A message of the assistant at its end is an
+    /// answer that has begun: the prompt ends with it, and the answer goes on from there.
     ///
     /// # Errors
     /// [`EngineError::ChatTemplate`] if there is none, it refuses the messages or exceeds its limits.
     pub fn render(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Vec<u32>> {
+        let (messages, begun) = begun_answer(messages);
         let template = self.template()?;
         let marks = Marks::choose(tokenizer, template, messages)?;
         let text = marks.render(template, messages)?;
-        tokenizer.encode_parts(&marks.split(&text)?.before, false)
+        let mut parts = marks.split(&text)?;
+        parts.before.push(begun);
+        tokenizer.encode_parts(&parts.before, false)
     }
 
     /// The prompt for a conversation over retrieved context, in front of and behind that context.
@@ -130,6 +134,7 @@ impl PromptFormat {
     /// # Errors
     /// As [`render`](Self::render); [`EngineError::InvalidRequest`] if there is no message to put the context into.
     pub fn render_with_context(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<ContextPrompt> {
+        let (messages, begun) = begun_answer(messages);
         let template = self.template()?;
         let marks = Marks::choose(tokenizer, template, messages)?;
         let (mut messages, hole) = (messages.to_vec(), marks.hole());
@@ -147,13 +152,14 @@ impl PromptFormat {
         }
         let text = marks.render(template, &messages)?;
         let parts = marks.split(&text)?;
-        let Some(after) = parts.after else {
+        let Some(mut after) = parts.after else {
             return Err(EngineError::ChatTemplate(
                 "it leaves out the retrieved context: expected it to show the messages of every role it is given. \
                  Set `context_role` in prompt.json to a role that the template shows, or to null"
                     .into(),
             ));
         };
+        after.push(begun);
         let prefix = tokenizer.encode_parts(&parts.before, false)?;
         let suffix = tokenizer.encode_parts(&after, true)?;
         if suffix.is_empty() {
@@ -170,6 +176,14 @@ impl PromptFormat {
                     .into(),
             )
         })
+    }
+}
+
+/// The messages before an answer that has begun, and the answer: whatever it says is plain text.
+fn begun_answer(messages: &[ChatMessage]) -> (&[ChatMessage], Part<'_>) {
+    match messages.split_last() {
+        Some((last, before)) if last.role == "assistant" && !before.is_empty() => (before, Part::Plain(&last.content)),
+        _ => (messages, Part::Plain("")),
     }
 }
 

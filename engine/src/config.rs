@@ -179,28 +179,24 @@ impl AttentionConfig {
     pub const LIMIT: usize = 1 << 24;
 
     /// # Errors
-    /// [`EngineError::InvalidRequest`] for a window or `k` of 0, for numbers above [`LIMIT`](Self::LIMIT), and for an index
+    /// [`EngineError::RequestSetting`] for a window or `k` of 0, for numbers above [`LIMIT`](Self::LIMIT), and for an index
     /// that this program is built without.
     pub fn validate(&self) -> Result<()> {
+        let wrong = |parameter, problem| EngineError::RequestSetting { of: "attention", parameter, problem };
         for (name, value) in [("sinks", self.sinks), ("window", self.window), ("k", self.k), ("ef", self.ef)] {
             if value > Self::LIMIT {
-                return Err(EngineError::InvalidRequest(format!(
-                    "attention {name}: expected at most {}, found {value}",
-                    Self::LIMIT
-                )));
+                return Err(wrong(name, format!("expected at most {}, found {value}", Self::LIMIT)));
             }
         }
         if self.strategy != Strategy::Full && self.window == 0 {
-            return Err(EngineError::InvalidRequest("attention window: expected at least 1, found 0".into()));
+            return Err(wrong("window", "expected at least 1, found 0".into()));
         }
         if self.strategy == Strategy::Retrieval {
-            let absent = |error| EngineError::InvalidRequest(format!("attention {error}"));
-            self.index.check_built_in().map_err(absent)?;
+            self.index.check_built_in().map_err(|error| wrong("index", error.to_string()))?;
         }
         if self.strategy == Strategy::Retrieval && self.k == 0 {
-            return Err(EngineError::InvalidRequest(
-                "attention k: expected at least 1, found 0; strategy `window` attends no cold keys".into(),
-            ));
+            let problem = "expected at least 1, found 0; strategy `window` attends no cold keys";
+            return Err(wrong("k", problem.into()));
         }
         Ok(())
     }
@@ -228,21 +224,17 @@ impl BlendConfig {
     /// `layers`: of the model.
     ///
     /// # Errors
-    /// [`EngineError::InvalidRequest`] for a ratio outside 0 to 1 or a check layer that the model does not have.
+    /// [`EngineError::RequestSetting`] for a ratio outside 0 to 1 or a check layer that the model does not have.
     pub fn validate(&self, layers: usize) -> Result<()> {
+        let wrong = |parameter, problem| EngineError::RequestSetting { of: "blending", parameter, problem };
         if !(0.0..=1.0).contains(&self.ratio) {
-            return Err(EngineError::InvalidRequest(format!(
-                "recompute ratio: expected a number from 0 to 1, found {}",
-                self.ratio
-            )));
+            return Err(wrong("ratio", format!("expected a number from 0 to 1, found {}", self.ratio)));
         }
         // On layer 0 keys and values depend on nothing but the token: there is nothing to compare.
         if self.mode == BlendMode::CacheBlend && !(1..layers.max(2)).contains(&self.check_layer) {
-            return Err(EngineError::InvalidRequest(format!(
-                "check layer: expected from 1 to {} for a model of {layers} layers, found {}",
-                layers.saturating_sub(1).max(1),
-                self.check_layer
-            )));
+            let (last, found) = (layers.saturating_sub(1).max(1), self.check_layer);
+            let problem = format!("expected from 1 to {last} for a model of {layers} layers, found {found}");
+            return Err(wrong("check_layer", problem));
         }
         Ok(())
     }

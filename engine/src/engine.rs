@@ -11,7 +11,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::backend::cpu::Isa;
 use crate::backend::cuda::{Limits as StepLimits, copy_bandwidth_of};
-use crate::chat::PromptFormat;
+use crate::chat::{ChatMessage, PromptFormat};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, DeviceChoice, EngineConfig, Strategy};
 use crate::error::{EngineError, Result};
@@ -23,7 +23,7 @@ use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::numerics;
 use crate::prefix_cache::PageKey;
-use crate::request::{AttentionInputs, EventStream, PreparedContext, Prompt, Request};
+use crate::request::{AttentionInputs, EventStream, MAX_TOP_LOGPROBS, PreparedContext, Prompt, Request};
 use crate::runner::{Command, Computation, Load, Runner, ask, never_fits};
 use crate::scheduler::{Bytes, Limits};
 use crate::sequence::{Submitted, Waiting};
@@ -257,12 +257,15 @@ impl Engine {
     fn validate(&self, request: &Request) -> Result<()> {
         let wrong = |why: &str| Err(EngineError::InvalidRequest(why.into()));
         request.sampling.validate(self.spec().vocab)?;
+        if let Some(count) = request.logprobs.filter(|count| *count > MAX_TOP_LOGPROBS) {
+            let (parameter, expected) = ("top_logprobs", "a whole number from 0 to 20");
+            return Err(EngineError::Sampling { parameter, expected, found: count.to_string() });
+        }
         request.attention.validate()?;
         request.blend.validate(self.spec().layers)?;
         if self.spec().sliding_window.is_some() && request.attention.strategy != Strategy::Full {
-            return wrong(
-                "attention strategy: this model sees a sliding window by itself; expected `full`, which honours it",
-            );
+            let problem = "this model sees a sliding window by itself; expected `full`, which honours it".into();
+            return Err(EngineError::RequestSetting { of: "attention", parameter: "strategy", problem });
         }
         if request.prompt.suffix.is_empty() {
             return wrong("prompt: expected at least one token behind the context, found none");
@@ -279,10 +282,17 @@ impl Engine {
         };
         self.check_chunks(&request.prompt.chunks)?;
         self.check_tokens(&request.prompt)?;
-        // At least one token of the answer has to fit.
-        self.check_length(context + request.prompt.len() + request.max_tokens.min(1))?;
-        self.check_index(context + request.prompt.len(), &request.attention)?;
-        let tokens = (context + request.prompt.len()).saturating_add(request.max_tokens).min(self.inner.max_context);
+        self.check_prompt(context + request.prompt.len(), request.max_tokens != Some(0))?;
+        self.check_index(context + request.prompt.len(), &request.attention)
+    }
+
+    /// Whether a prompt of so many tokens fits, with the first token of its answer where one is wanted. An answer may be
+    /// cut, so that no length that is asked for is too large.
+    fn check_prompt(&self, tokens: usize, answered: bool) -> Result<()> {
+        let limit = self.inner.max_context;
+        if tokens + usize::from(answered) > limit {
+            return Err(EngineError::ContextLimit { tokens, limit });
+        }
         self.check_budget(tokens)
     }
 
@@ -320,6 +330,16 @@ impl Engine {
             ))),
             None => Ok(()),
         }
+    }
+
+    /// Refuses messages whose texts exceed the context whatever tokens they become, before anything is done with them.
+    ///
+    /// # Errors
+    /// [`EngineError::TextTooLong`].
+    pub fn check_texts(&self, messages: &[ChatMessage]) -> Result<()> {
+        let bytes = messages.iter().map(|message| message.content.len()).sum();
+        let (tokens, limit) = (self.inner.tokenizer.least_tokens(bytes), self.inner.max_context);
+        if tokens > limit { Err(EngineError::TextTooLong { bytes, tokens, limit }) } else { Ok(()) }
     }
 
     fn check_length(&self, tokens: usize) -> Result<()> {

@@ -146,6 +146,17 @@ pub enum EngineError {
         found: String,
     },
 
+    /// A setting of a request's attention or blending is outside its range.
+    #[error("{of} {parameter}: {problem}")]
+    RequestSetting {
+        /// What it is a setting of: "attention" or "blending".
+        of: &'static str,
+        /// The setting's name, as in a request.
+        parameter: &'static str,
+        /// What was expected and what came.
+        problem: String,
+    },
+
     /// The model produced a logit that is not a number: broken weights or a broken kernel.
     #[error(
         "the model produced a logit that is {value} for token {token}: expected finite numbers. \
@@ -168,15 +179,29 @@ pub enum EngineError {
         layer: usize,
     },
 
-    /// Prompt and wanted answer exceed the model's context.
+    /// A prompt and one token of its answer exceed the model's context.
     #[error(
-        "the request needs {tokens} tokens of context, the limit is {limit}. \
-         Shorten the prompt, retrieve fewer chunks or ask for a shorter answer"
+        "a prompt of {tokens} tokens leaves no room in the context for an answer: the limit is {limit}. \
+         Shorten the prompt, or retrieve fewer chunks"
     )]
     ContextLimit {
-        /// Tokens needed.
+        /// The prompt's tokens.
         tokens: usize,
-        /// Tokens that fit.
+        /// Tokens of the context.
+        limit: usize,
+    },
+
+    /// A text whose bytes exceed the model's context, whatever tokens they become.
+    #[error(
+        "a prompt of {bytes} bytes has at least {tokens} tokens: the limit is {limit}. \
+         Shorten the prompt, or retrieve fewer chunks"
+    )]
+    TextTooLong {
+        /// Bytes of the messages.
+        bytes: usize,
+        /// Tokens that they become at least.
+        tokens: usize,
+        /// Tokens of the context.
         limit: usize,
     },
 

@@ -9,6 +9,7 @@
 //! which token, `blend` the reuse of chunks. `scheduler` decides what each request does next, `runner` executes it,
 //! `sequence` is a request; `prefix_cache` keeps what prompts with the same beginning share.
 
+mod answer_text;
 mod attention;
 mod backend;
 mod blend;
@@ -18,6 +19,7 @@ mod config;
 mod engine;
 mod error;
 mod kv;
+mod logprobs;
 mod memory;
 mod model;
 mod numerics;
@@ -45,11 +47,12 @@ pub use config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, EngineCo
 pub use engine::{Engine, EngineLoad, Model};
 pub use error::{EngineError, Result};
 pub use kv::{KvDtype, KvShape};
+pub use model::generation::GenerationConfig;
 pub use model::rope::{Rope, RopeScaling, RopeTable};
 pub use model::spec::{Family, ModelSpec};
 pub use request::{
-    AttentionInputs, DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, PreparedContext, Prompt,
-    Request, TokenEvent, Usage,
+    Alternative, AttentionInputs, DecodeStats, Event, EventStream, FinishReason, Finished, MAX_TOP_LOGPROBS,
+    PrefillStats, PreparedContext, Prompt, Request, TokenEvent, TokenLogprob, Usage,
 };
 pub use sampler::{Sampled, Sampler, SamplingParams};
 pub use stop::StopMatcher;

@@ -95,8 +95,14 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// The answer ends before the first of these strings.
     pub stop: Vec<String>,
-    /// Tokens of the answer at most; the context limit may end it earlier.
-    pub max_tokens: usize,
+    /// Tokens of the answer at most; `None`: until the text ends. The context's end or that of the memory for KV may end
+    /// it earlier: nothing is reserved for an answer.
+    pub max_tokens: Option<usize>,
+    /// End-of-text tokens are not chosen, and stop strings not looked for, in so many tokens of the answer.
+    pub min_tokens: usize,
+    /// Each token of the answer's text is reported with its log-probability and those of so many of the likeliest tokens in its
+    /// place, [`MAX_TOP_LOGPROBS`] at most; `None`: not reported.
+    pub logprobs: Option<usize>,
     /// How decoding attends.
     pub attention: AttentionConfig,
     /// What becomes of cached chunks.
@@ -106,7 +112,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// A greedy request with default settings.
+    /// A greedy request with default settings, for an answer of `max_tokens` at most.
     #[must_use]
     pub fn new(prompt: Prompt, max_tokens: usize) -> Request {
         Request {
@@ -114,13 +120,18 @@ impl Request {
             context: None,
             sampling: SamplingParams::default(),
             stop: Vec::new(),
-            max_tokens,
+            max_tokens: Some(max_tokens),
+            min_tokens: 0,
+            logprobs: None,
             attention: AttentionConfig::default(),
             blend: BlendConfig::default(),
             ignore_eos: false,
         }
     }
 }
+
+/// Most tokens that are reported in the place of one.
+pub const MAX_TOP_LOGPROBS: usize = 20;
 
 /// What happens to a request, in order. `Finished` or `Failed` is the last.
 #[derive(Debug)]
@@ -146,6 +157,38 @@ pub struct TokenEvent {
     pub logprob: f32,
     /// When it was chosen; whoever takes it may come to it later.
     pub at: Instant,
+    /// The tokens whose text became certain with it, where the request asks for them.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// A token of an answer's text. The texts of all of them, put together, are the answer's text; so are the bytes, unless the
+/// answer ends within a character.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// Its id.
+    pub id: u32,
+    /// The text that became certain with it: of tokens that are parts of one character, the last has all of it.
+    pub text: String,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Its natural log-probability: the log-softmax of the model's logits before anything was adjusted or divided by a
+    /// temperature.
+    pub logprob: f32,
+    /// The likeliest tokens in its place by the same measure, the likeliest first. The token itself may be absent.
+    pub top: Vec<Alternative>,
+}
+
+/// A token that might have been chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alternative {
+    /// Its id.
+    pub id: u32,
+    /// Its text; special tokens as they are written.
+    pub text: String,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// See [`TokenLogprob::logprob`].
+    pub logprob: f32,
 }
 
 /// Why an answer ended.
@@ -155,6 +198,8 @@ pub enum FinishReason {
     Stop,
     /// It reached `max_tokens` or the context limit.
     Length,
+    /// It filled the memory for KV, alone.
+    Memory,
     /// It reached a stop string.
     StopString,
 }
@@ -166,6 +211,8 @@ pub struct Finished {
     pub reason: FinishReason,
     /// Text that had been held back and belongs to the answer.
     pub text: String,
+    /// The tokens of it, where the request asks for them.
+    pub logprobs: Vec<TokenLogprob>,
     /// Tokens read and written.
     pub usage: Usage,
     /// What decoding did.

@@ -190,7 +190,7 @@ impl Runner {
             let mut step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
             if let Some(needed) = step.out_of_memory {
                 self.arrange(queue, &step.preempted, queue.running - step.preempted.len());
-                queue.sequences[0].fail(never_fits(needed, self.limits.budget));
+                queue.sequences[0].out_of_memory(needed, self.limits.budget);
             } else {
                 self.arrange(queue, &step.preempted, step.tokens.len());
                 self.make_room(queue, &mut step);
@@ -302,7 +302,8 @@ impl Runner {
     fn sequence(&self, submitted: Submitted) -> Sequence {
         let request = &submitted.request;
         let context = request.context.as_ref().map_or(0, |c| c.len());
-        let limit = request.max_tokens.min(self.max_context.saturating_sub(context + request.prompt.len()));
+        let room = self.max_context.saturating_sub(context + request.prompt.len());
+        let limit = request.max_tokens.map_or(room, |most| most.min(room));
         Sequence::new(submitted, &self.model, &self.tokenizer, limit, self.root, self.config.wait_for_index)
     }
 
@@ -383,6 +384,10 @@ impl Runner {
             } else if let Some(tokens) = tokens.iter_mut().skip(1).rev().find(|tokens| **tokens > 0) {
                 *tokens = 0;
             } else {
+                // Nobody is left to give way. Where no answer has begun, reading says what is missing.
+                if tokens.first().is_some_and(|tokens| *tokens > 0) && queue.sequences[0].cut() {
+                    tokens[0] = 0;
+                }
                 break;
             }
             queue.full_at = Some(self.pages_to_be_had(queue, usize::MAX - 1));
@@ -440,7 +445,7 @@ impl Runner {
         let read: Vec<_> = pieces.into_iter().map(|p| (p.stats, p.want == Want::Last, p.failed)).collect();
         let on_gpu = self.model.device().is_some();
         let wanted = batch.iter_mut().zip(&read).filter(|(_, (_, last, _))| *last);
-        let choices: Vec<Choice> = wanted.map(|((s, _), _)| if on_gpu { s.choice() } else { Choice::Logits }).collect();
+        let choices = wanted.map(|((s, _), _)| if on_gpu { s.choice() } else { Choice::Logits }).collect::<Vec<_>>();
         let nexts = states.and_then(|states| guarded("choosing tokens", || self.model.next(&states, &choices)));
         let nexts = match self.watched(nexts) {
             Ok(nexts) => nexts,

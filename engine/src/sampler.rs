@@ -27,7 +27,7 @@ pub struct SamplingParams {
     pub temperature: f32,
     /// Only the `top_k` likeliest tokens; 0: all.
     pub top_k: usize,
-    /// Only the likeliest tokens whose probabilities sum up to this, above 0 and at most 1 (all).
+    /// Only the likeliest tokens whose probabilities sum up to this, 0 (the likeliest alone) to 1 (all).
     pub top_p: f32,
     /// Only tokens at least this share as likely as the likeliest, 0 (all) to 1.
     pub min_p: f32,
@@ -86,7 +86,7 @@ impl SamplingParams {
         let (frequency, presence) = (self.frequency_penalty, self.presence_penalty);
         let numbers = [
             ("temperature", self.temperature, within(self.temperature, 0.0, 2.0), "a number from 0 to 2"),
-            ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "a number above 0 and at most 1"),
+            ("top_p", top_p, within(top_p, 0.0, 1.0), "a number from 0 to 1"),
             ("min_p", self.min_p, within(self.min_p, 0.0, 1.0), "a number from 0 to 1"),
             ("repetition_penalty", penalty, penalty > 0.0 && penalty.is_finite(), "a number above 0"),
             ("frequency_penalty", frequency, within(frequency, -2.0, 2.0), "a number from -2 to 2"),
@@ -130,6 +130,22 @@ pub(crate) enum Choice {
     Draw(Box<Draw>),
     /// All logits.
     Logits,
+    /// As the other says, and all logits as they were before.
+    WithLogits(Box<Choice>),
+}
+
+impl Choice {
+    /// How the token itself is chosen.
+    pub(crate) fn of_token(&self) -> &Choice {
+        match self {
+            Choice::WithLogits(choice) => choice.of_token(),
+            choice => choice,
+        }
+    }
+
+    pub(crate) fn wants_logits(&self) -> bool {
+        matches!(self, Choice::WithLogits(_))
+    }
 }
 
 /// A choice by all parameters.
@@ -305,6 +321,25 @@ impl Sampler {
         weighted.retain(|(_, w)| *w >= f64::from(params.min_p));
         weighted
     }
+}
+
+/// The `count` likeliest tokens with their log-probabilities, the lowest id first among equals. `logits`: raw, as `sampled` was
+/// chosen from them, whose log-probability says what they sum up to.
+pub(crate) fn likeliest(logits: &[f32], sampled: Sampled, count: usize) -> Vec<(u32, f32)> {
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
+    for (id, &logit) in (0u32..).zip(logits) {
+        if best.len() == count && best.last().is_none_or(|(_, least)| logit <= *least) {
+            continue;
+        }
+        let place = best.partition_point(|(_, other)| *other >= logit);
+        best.insert(place, (id, logit));
+        best.truncate(count);
+    }
+    let Some(&(_, top)) = best.first() else { return best };
+    // Where the chosen logit is far from the others, their difference has lost what the sum was.
+    let log_sum = (logits[sampled.id as usize] - sampled.logprob).clamp(top, top + (logits.len() as f32).ln());
+    let logprob = |id, logit| if id == sampled.id { sampled.logprob } else { logit - log_sum };
+    best.into_iter().map(|(id, logit)| (id, logprob(id, logit))).collect()
 }
 
 /// The id of the largest logit, the lowest id among equals.

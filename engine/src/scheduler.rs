@@ -15,7 +15,7 @@
 //!   first preempted; recomputing costs one prefill, while reserving the longest answer would leave most memory idle). Whoever
 //!   holds nothing of it (all its pages are shared, or it is another memory) would give way for nothing, and stays.
 //! * **Nothing waits forever**: the oldest is never preempted, so it ends, and then another is the oldest. Where it does
-//!   not fit alone, it never will, and fails.
+//!   not fit alone, it never will: its answer ends there, and it fails where it has none.
 
 use std::ops::Add;
 

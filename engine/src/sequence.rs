@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::answer_text::{AnswerPiece, AnswerText};
 use crate::attention::cold::ColdStats;
 use crate::backend::cuda::Next;
 use crate::blend::blend_behind;
@@ -16,11 +17,10 @@ use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Prompt, Request, TokenEvent, Usage};
-use crate::runner::Load;
-use crate::sampler::{Choice, Sampled, Sampler};
+use crate::runner::{Load, never_fits};
+use crate::sampler::{Choice, Sampled, Sampler, likeliest};
 use crate::scheduler::{Bytes, Entry, Work};
-use crate::stop::StopMatcher;
-use crate::tokenizer::{StreamDecoder, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use crate::unwind::guarded;
 
 /// Where a request stands.
@@ -99,8 +99,7 @@ pub(crate) struct Sequence {
     index_seconds: f64,
     index_failures: usize,
     sampler: Sampler,
-    stop: StopMatcher,
-    decoder: StreamDecoder,
+    answer: AnswerText,
     eos: Arc<[u32]>,
 }
 
@@ -151,8 +150,7 @@ impl Sequence {
             index_seconds: 0.0,
             index_failures: 0,
             sampler,
-            stop: StopMatcher::new(request.stop.clone()),
-            decoder: tokenizer.stream(),
+            answer: AnswerText::new(tokenizer, request.stop.clone(), request.logprobs.is_some()),
             eos: model.spec.eos.as_slice().into(),
             request,
         }
@@ -179,6 +177,29 @@ impl Sequence {
     /// Whether it reads nothing until its index is built.
     pub(crate) fn waits_for_index(&self) -> bool {
         self.wait_for_index && self.phase == Phase::Text && self.kv.is_indexing()
+    }
+
+    /// The budget does not hold `needed` bytes, although nobody else runs: an answer that has begun ends here. What never fits
+    /// at all, as an index that is made before the answer goes on, is an error.
+    pub(crate) fn out_of_memory(&mut self, needed: Bytes, budget: Bytes) {
+        let begun = self.steps > 0 || self.bytes().fits(budget);
+        if !begun || !self.cut() {
+            self.fail(never_fits(needed, budget));
+        }
+    }
+
+    /// Ends an answer that has begun, for want of memory. False: none has.
+    pub(crate) fn cut(&mut self) -> bool {
+        let begun = self.written() > 0;
+        if begun {
+            self.finish(FinishReason::Memory).unwrap_or_else(|error| self.fail(error));
+        }
+        begun
+    }
+
+    /// Whether the answer must not end yet.
+    fn goes_on(&self) -> bool {
+        self.request.ignore_eos || self.written() < self.request.min_tokens
     }
 
     /// Tokens of the answer so far.
@@ -354,7 +375,7 @@ impl Sequence {
         let end = self.read + tokens;
         let want = if end == self.text.len() { Want::Last } else { Want::Nothing };
         let attention = self.under_strategy().then_some(&self.request.attention);
-        let ban_eos = self.request.ignore_eos;
+        let ban_eos = self.goes_on();
         Piece { attention, ban_eos, ..Piece::exact(&mut self.kv, &self.text[self.read..end], want) }
     }
 
@@ -381,18 +402,32 @@ impl Sequence {
 
     /// What the choice of the next token needs.
     pub(crate) fn choice(&mut self) -> Choice {
-        self.sampler.choice()
+        let choice = self.sampler.choice();
+        if self.top() > 0 { Choice::WithLogits(Box::new(choice)) } else { choice }
     }
 
-    fn choose(&mut self, next: Next) -> Result<Sampled> {
-        let mut logits = match next {
-            Next::Token(sampled) => {
-                self.sampler.chosen(sampled.id);
-                return Ok(sampled);
+    /// Tokens that are reported in the place of each.
+    fn top(&self) -> usize {
+        self.request.logprobs.unwrap_or(0)
+    }
+
+    /// The next token, and the likeliest in its place with their log-probabilities.
+    fn choose(&mut self, next: Next) -> Result<(Sampled, Vec<(u32, f32)>)> {
+        let (sampled, raw) = match next {
+            Next::Token(sampled) => (sampled, Vec::new()),
+            Next::TokenOf(sampled, raw) => (sampled, raw),
+            Next::Logits(logits) => {
+                let raw = if self.top() > 0 { logits.clone() } else { Vec::new() };
+                let sampled = self.sample(logits)?;
+                return Ok((sampled, likeliest(&raw, sampled, self.top())));
             }
-            Next::Logits(logits) => logits,
         };
-        let banned = if self.request.ignore_eos { &self.eos[..] } else { &[] };
+        self.sampler.chosen(sampled.id);
+        Ok((sampled, likeliest(&raw, sampled, self.top())))
+    }
+
+    fn sample(&mut self, mut logits: Vec<f32>) -> Result<Sampled> {
+        let banned = if self.goes_on() { &self.eos[..] } else { &[] };
         self.sampler.sample_without(&mut logits, banned)
     }
 
@@ -410,26 +445,19 @@ impl Sequence {
         if self.limit == 0 {
             return self.finish(FinishReason::Length);
         }
-        let sampled = self.choose(next)?;
+        let (sampled, top) = self.choose(next)?;
+        let Sampled { id, logprob } = sampled;
         let at = Instant::now();
-        self.text.push(sampled.id);
-        if self.eos.contains(&sampled.id) {
-            let _ = self.events.send(Event::Token(TokenEvent {
-                id: sampled.id,
-                text: String::new(),
-                logprob: sampled.logprob,
-                at,
-            }));
+        self.text.push(id);
+        if self.eos.contains(&id) {
+            let (text, logprobs) = (String::new(), Vec::new());
+            let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs }));
             return self.finish(FinishReason::Stop);
         }
-        let released = self.stop.push(&self.decoder.push(sampled.id)?);
-        let _ = self.events.send(Event::Token(TokenEvent {
-            id: sampled.id,
-            text: released.text,
-            logprob: sampled.logprob,
-            at,
-        }));
-        if released.stop.is_some() {
+        let may_stop = self.written() > self.request.min_tokens;
+        let AnswerPiece { text, logprobs, stopped } = self.answer.push(sampled, top, may_stop)?;
+        let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs }));
+        if stopped {
             return self.finish(FinishReason::StopString);
         }
         if self.written() >= self.limit {
@@ -439,15 +467,12 @@ impl Sequence {
     }
 
     fn finish(&mut self, reason: FinishReason) -> Result<()> {
-        let mut text = String::new();
-        if reason != FinishReason::StopString {
-            let rest = self.decoder.clone().finish()?;
-            let released = self.stop.push(&rest);
-            text = released.text + &self.stop.finish();
-        }
+        let rest = if reason == FinishReason::StopString { AnswerPiece::default() } else { self.answer.finish()? };
+        let AnswerPiece { text, logprobs, .. } = rest;
         let finished = Finished {
             reason,
             text,
+            logprobs,
             usage: Usage {
                 prompt_tokens: self.prefill.prompt_tokens,
                 reused_tokens: self.prefill.reused_tokens,

@@ -6,6 +6,7 @@
 //! are those that are marked as special, and added tokens that the model's chat template writes. Neither adds tokens
 //! of its own.
 
+mod bytes;
 mod declared;
 mod literals;
 
@@ -18,6 +19,7 @@ use tokenizers::AddedToken;
 use crate::chat::source::Source;
 use crate::chat::template_source;
 use crate::error::{EngineError, Result};
+use bytes::ByteCoding;
 use declared::Declared;
 use literals::{Literals, is_control, markers};
 
@@ -44,6 +46,7 @@ struct Inner {
     guarded: Literals,
     names: Vec<(String, String)>,
     fingerprint: [u8; 32],
+    bytes: ByteCoding,
 }
 
 /// A token that is recognised only in trusted text.
@@ -126,7 +129,9 @@ impl Tokenizer {
         let guarded = literals(recognised.texts().iter().chain(&markers).cloned().collect())?;
         let plain = Plain::new(&full, &hidden, &controls, markers).map_err(failed)?;
         let fingerprint = fingerprint(&bytes, &tokens, guarded.texts());
-        let inner = Inner { path, full, vocab, plain, recognised, controls, specials, guarded, names, fingerprint };
+        let bytes = ByteCoding::of(&full);
+        let inner =
+            Inner { path, full, vocab, plain, recognised, controls, specials, guarded, names, fingerprint, bytes };
         Ok(Tokenizer { inner: Arc::new(inner) })
     }
 
@@ -430,6 +435,11 @@ impl StreamDecoder {
             self.sent = self.sent.max(end);
         }
         Ok(given)
+    }
+
+    /// Whether all text of the tokens so far was given.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.ids.len() == self.settled
     }
 
     /// The stream has ended: the rest, with replacement characters for what never became a character.

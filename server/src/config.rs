@@ -14,7 +14,10 @@ mod values;
 use std::path::{Path, PathBuf};
 
 use ann_index::IndexKind;
-use engine::{AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, KvDtype, Strategy};
+use engine::{
+    AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig, KvDtype,
+    SamplingParams, Strategy,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
@@ -22,7 +25,7 @@ use crate::http::{Names, check_key, check_origins};
 use crate::hub::{self, HubConfig, ModelId};
 pub use layers::Config;
 use layers::Files;
-pub use values::{Bytes, KvFormat, Named, Secret};
+pub use values::{Bytes, GenerationSource, KvFormat, Named, Secret};
 
 /// What is known of a setting beside its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,10 +223,12 @@ settings! {
         top_chunks: usize = 8, "8";
     }
     "Answers", ANSWERING, ANYONE {
-        /// Tokens of an answer at most
-        max_tokens: usize = 256, "256";
-        /// Sampling temperature where a request names none; 0: greedy
-        temperature: f32 = 0.0, "0";
+        /// Tokens of an answer at most where a request names no number; 0: until the text or the context ends
+        max_tokens: usize = 0, "0";
+        /// Sampling temperature where a request names none, 0 (greedy) to 2
+        temperature: Option<f32> = None, "the model's, else 1";
+        /// Sampling that the model comes with (generation_config.json): auto (where nothing else is named) or none
+        generation_config: Named<GenerationSource> = Named(GenerationSource::Auto), "auto";
     }
     "Decoding", DECODING, ANYONE {
         /// What happens to tokens outside of sinks and window: full, window or retrieval
@@ -326,7 +331,6 @@ impl Settings {
             ("mixed_prefill_tokens", self.mixed_prefill_tokens),
             ("prefill_chunk", self.prefill_chunk),
             ("top_chunks", self.top_chunks),
-            ("max_tokens", self.max_tokens),
             ("body_limit_bytes", self.body_limit_bytes.0 as usize),
             ("keepalive_seconds", self.keepalive_seconds as usize),
             ("max_connections", self.max_connections),
@@ -361,8 +365,8 @@ impl Settings {
                 format!("expected at most half of chunk_tokens ({}), found {}", self.chunk_tokens, self.chunk_overlap);
             return refuse("chunk_overlap", problem);
         }
-        if !(0.0..=2.0).contains(&self.temperature) {
-            return refuse("temperature", format!("expected 0 to 2, found {}", self.temperature));
+        if let Some(temperature) = self.temperature.filter(|t| !(0.0..=2.0).contains(t)) {
+            return refuse("temperature", format!("expected 0 to 2, found {temperature}"));
         }
         if !(0.0..=1.0).contains(&self.ratio) {
             return refuse("ratio", format!("expected 0 to 1, found {}", self.ratio));
@@ -392,6 +396,19 @@ impl Settings {
             ef: self.ef,
             index: self.index.0,
         }
+    }
+
+    /// How tokens are chosen where a request says nothing: as set, else as the model's `generation_config.json` says, else as in the
+    /// OpenAI API.
+    ///
+    /// # Errors
+    /// A model that is not found, or whose file is wrong.
+    pub fn sampling(&self) -> Result<SamplingParams> {
+        let generation = match self.generation_config.0 {
+            GenerationSource::Auto => GenerationConfig::from_dir(&self.model_dir()?)?,
+            GenerationSource::None => GenerationConfig::default(),
+        };
+        Ok(GenerationConfig { temperature: self.temperature.or(generation.temperature), ..generation }.sampling())
     }
 
     /// What becomes of cached chunks.

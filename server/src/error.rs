@@ -329,7 +329,7 @@ impl QuireError {
             | QuireError::CollectionName { .. }
             | QuireError::InvalidParameter { .. }
             | QuireError::UnsupportedParameter { .. }
-            | QuireError::Engine(EngineError::Sampling { .. })
+            | QuireError::Engine(EngineError::Sampling { .. } | EngineError::RequestSetting { .. })
             | QuireError::Eval(eval::EvalError::Engine(EngineError::Sampling { .. }))
             | QuireError::Eval(eval::EvalError::BadOption { .. } | eval::EvalError::UnknownName { .. }) => 2,
             _ => 1,

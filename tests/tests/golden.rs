@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use engine::{
     ChatMessage, DeviceChoice, Engine, EngineConfig, Event, EventStream, KvDtype, Model, ModelSpec, Prompt,
-    PromptChunk, Request,
+    PromptChunk, Request, SamplingParams,
 };
 use serde_json::Value;
 
@@ -215,6 +215,91 @@ fn weights_of_mixed_formats() {
 fn every_family_on_a_gpu() {
     for name in ["llama2", "llama3", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen3"] {
         check_on(name, DeviceChoice::Cuda);
+    }
+}
+
+/// What is reported of a token is the log-softmax of the logits that transformers computes, whatever the sampling.
+fn check_logprobs_on(name: &str, device: DeviceChoice) {
+    let golden = fixtures().join("golden").join(name);
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "generation_config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(file), dir.path().join(file)).unwrap();
+    }
+    let vocab = ModelSpec::from_dir(&golden).unwrap().vocab;
+    let words: serde_json::Map<_, _> = (0..vocab).map(|id| (format!("w{id}"), id.into())).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = EngineConfig {
+        model_dir: dir.path().into(),
+        device,
+        threads: 2,
+        kv_dtype: Some(KvDtype::F32),
+        kv_budget_bytes: 1 << 28,
+        ..EngineConfig::default()
+    };
+    let engine = Engine::load(config).unwrap();
+    let expected = json(&golden.join("expected.json"));
+    let prompt = ids(&expected["prompt"]);
+    let logits = expected["logits"][(prompt.len() - 1).to_string()].as_array().unwrap();
+    let logits: Vec<f64> = logits.iter().map(|logit| logit.as_f64().unwrap()).collect();
+    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = top + logits.iter().map(|logit| (logit - top).exp()).sum::<f64>().ln();
+    let mut order: Vec<u32> = (0..vocab as u32).collect();
+    order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+
+    let hot = SamplingParams { temperature: 2.0, top_k: 50, seed: Some(3), ..SamplingParams::default() };
+    let biased = SamplingParams { logit_bias: vec![(order[30], 100.0)], repetition_penalty: 1.5, ..hot.clone() };
+    for sampling in [SamplingParams::default(), hot, biased] {
+        let request = Request {
+            logprobs: Some(20),
+            ignore_eos: true,
+            sampling,
+            ..Request::new(Prompt::plain(prompt.clone()), 2)
+        };
+        let mut events = engine.submit(request).unwrap();
+        let mut tokens = Vec::new();
+        while let Some(event) = events.blocking_next() {
+            match event {
+                Event::Token(token) => tokens.push(token),
+                Event::Failed(error) => panic!("{error}"),
+                Event::Started(_) | Event::Finished(_) => {}
+            }
+        }
+        let first = &tokens[0].logprobs[0];
+        assert_eq!((first.id, first.logprob), (tokens[0].id, tokens[0].logprob));
+        assert_eq!((first.text.as_str(), first.bytes.as_slice()), (tokens[0].text.as_str(), tokens[0].text.as_bytes()));
+        assert_eq!(first.top.iter().map(|other| other.id).collect::<Vec<_>>(), order[..20], "{name}");
+        for (id, found) in first.top.iter().map(|other| (other.id, other.logprob)).chain([(first.id, first.logprob)]) {
+            let difference = f64::from(found) - (logits[id as usize] - log_sum);
+            assert!(difference.abs() < 5e-3, "{name}, token {id}: {found} is off by {difference}");
+        }
+        for other in &first.top {
+            assert_eq!(
+                (other.text.as_str(), other.bytes.as_slice()),
+                (format!("w{}", other.id).as_str(), other.text.as_bytes())
+            );
+        }
+        assert_eq!(tokens[1].logprobs[0].text, format!(" w{}", tokens[1].id));
+    }
+    engine.shutdown();
+}
+
+#[test]
+fn log_probabilities_are_those_of_transformers() {
+    for name in ["llama2", "llama-linear", "qwen3"] {
+        check_logprobs_on(name, DeviceChoice::Cpu);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn log_probabilities_are_those_of_transformers_on_a_gpu() {
+    for name in ["llama2", "llama-linear", "qwen3"] {
+        check_logprobs_on(name, DeviceChoice::Cuda);
     }
 }
 

@@ -74,6 +74,33 @@ fn a_model_may_be_named_as_on_the_hub() {
 }
 
 #[test]
+fn an_answer_that_nothing_bounds_ends_with_the_context() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--max-context", "300"]);
+    let mut body = long_answer();
+    body["stream"] = json!(false);
+    for most in [json!(null), json!(-1), json!(1_000_000)] {
+        body["max_tokens"] = most;
+        let answer = server.chat(&body).json();
+        assert_eq!(
+            (&answer["usage"]["total_tokens"], &answer["choices"][0]["finish_reason"]),
+            (&json!(300), &json!("length"))
+        );
+    }
+    // What no context holds is refused by its length, in tokens or, without looking at it, in bytes.
+    let words = |count: usize| json!({"messages": [{"role": "user", "content": "the ".repeat(count)}]});
+    let refused = |count: usize, parts: &[&str]| {
+        let response = server.chat(&words(count));
+        let error = response.json()["error"].clone();
+        assert_eq!((response.status, &error["code"]), (400, &json!("context_length_exceeded")), "{error}");
+        let message = error["message"].as_str().unwrap();
+        parts.iter().for_each(|part| assert!(message.contains(part), "{message}"));
+    };
+    refused(500, &["a prompt of 503 tokens", "300"]);
+    refused(2_000_000, &["a prompt of 8000000 bytes has at least 444445 tokens", "300"]);
+}
+
+#[test]
 fn probes_metrics_and_errors_have_their_shapes() {
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7", "--body-limit-bytes", "4096"]);

@@ -10,9 +10,11 @@ use super::source::Source;
 use super::{ChatMessage, python};
 use crate::error::{EngineError, Result};
 
-/// Work a rendering may do, in instructions and units of 64 bytes handled.
+/// Work a rendering may do, in instructions and units of 64 bytes handled: for the template itself, for each message, and for each
+/// byte of their contents, which may thus be handled 16 times. Whether a prompt is too long is not a template's to say.
 const FUEL: u64 = 500_000;
-/// Bytes a rendering may give.
+const FUEL_OF_A_MESSAGE: u64 = 1000;
+/// Bytes a rendering may give, beside four times those of the contents.
 const OUTPUT_LIMIT: usize = 16 << 20;
 
 const NAME: &str = "chat_template";
@@ -35,7 +37,6 @@ impl ChatTemplate {
         // As Hugging Face renders chat templates. No loader is set: a template reaches no file.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
         environment.set_syntax(syntax);
-        environment.set_fuel(Some(FUEL));
         python::install(&mut environment);
         let Source { text, literals } = Source::new(source);
         environment.add_template_owned(NAME, text).map_err(|e| failed(&e))?;
@@ -66,22 +67,28 @@ impl ChatTemplate {
         ];
         context.extend(self.tokens.iter().map(|(name, literal)| (name.as_str(), Value::from(literal.as_str()))));
         let context = Value::from_pairs(context);
-        let mut output = Capped(Vec::new());
-        let template = self.environment.get_template(NAME).map_err(|e| failed(&e))?;
+        let bytes: usize = messages.iter().map(|m| m.content.len()).sum();
+        let mut output = Capped { bytes: Vec::new(), limit: OUTPUT_LIMIT + 4 * bytes };
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(FUEL + FUEL_OF_A_MESSAGE * messages.len() as u64 + bytes as u64 / 4));
+        let template = environment.get_template(NAME).map_err(|e| failed(&e))?;
         template.render_captured_to(context, &mut output).map_err(|e| failed(&e))?;
-        String::from_utf8(output.0).map_err(|e| EngineError::ChatTemplate(e.to_string()))
+        String::from_utf8(output.bytes).map_err(|e| EngineError::ChatTemplate(e.to_string()))
     }
 }
 
-/// Takes up to [`OUTPUT_LIMIT`] bytes.
-struct Capped(Vec<u8>);
+/// Takes up to `limit` bytes.
+struct Capped {
+    bytes: Vec<u8>,
+    limit: usize,
+}
 
 impl io::Write for Capped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > OUTPUT_LIMIT {
+        if self.bytes.len() + bytes.len() > self.limit {
             return Err(io::Error::other("output limit reached"));
         }
-        self.0.extend_from_slice(bytes);
+        self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -94,12 +101,10 @@ fn failed(error: &Error) -> EngineError {
     let line = error.line().map_or_else(String::new, |line| format!(" (line {line} of the template)"));
     EngineError::ChatTemplate(match error.kind() {
         ErrorKind::OutOfFuel => {
-            format!(
-                "it exceeds its limit of {FUEL} steps{line}: send shorter or fewer messages, or use a simpler template"
-            )
+            format!("it reaches the limit of the work that these messages can need{line}. Use another template")
         }
         ErrorKind::WriteFailure => {
-            format!("its output exceeds the limit of {OUTPUT_LIMIT} bytes: send shorter or fewer messages")
+            "its output reaches the limit of four times the messages. Use another template".into()
         }
         kind => match error.detail() {
             Some(detail) => format!("{detail}{line}"),

@@ -90,6 +90,40 @@ fn a_template_that_hides_the_context_or_doubles_it_is_refused() {
 }
 
 #[test]
+fn a_template_may_work_as_much_as_the_messages_need() {
+    let template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ '/' + m.content[:1] }}{% endfor %}";
+    // Eight megabytes, in one message and in many.
+    let one = [user(&"word ".repeat(1_600_000))];
+    let many: Vec<ChatMessage> = (0..100_000).map(|_| user("What is said here is short, and many say it.")).collect();
+    let template = ChatTemplate::new(template, Vec::new()).unwrap();
+    assert_eq!(template.render(&one).unwrap().len(), "[user]/w".len() + 5 * 1_600_000 - 1);
+    assert_eq!(
+        template.render(&many).unwrap().len(),
+        many.len() * "[user]/W".len() + many.len() * many[0].content.len()
+    );
+    let endless = "{% for a in range(10000) %}{% for b in range(10000) %}{{ a }}{% endfor %}{% endfor %}";
+    let error = rendered(endless, &[user("Who?")]).unwrap_err().to_string();
+    assert!(error.contains("limit of the work"), "{error}");
+}
+
+#[test]
+fn an_answer_that_has_begun_goes_on_from_its_last_word() {
+    let format = PromptFormat::from_dir(&reference(), &TOKENIZER).unwrap();
+    let turns = [user("Who?"), ChatMessage::new("assistant", "Ada <|end_of_text|>Th")];
+    let begun = [TOKENIZER.encode("<|question|>Who?<|answer|>").unwrap(), plain("Ada <|end_of_text|>Th")].concat();
+    assert_eq!(format.render(&TOKENIZER, &turns).unwrap(), [&[1], &begun[..]].concat());
+    let prompt = format.render_with_context(&TOKENIZER, &turns).unwrap();
+    assert_eq!((prompt.prefix.as_slice(), &prompt.suffix), ([1].as_slice(), &begun));
+    // Without a question before it, nothing begins.
+    let alone = format.render(&TOKENIZER, &turns[1..]).unwrap();
+    assert_eq!(alone.last(), TOKENIZER.token_to_id("<|end_of_text|>").as_ref());
+}
+
+fn plain(text: &str) -> Vec<u32> {
+    TOKENIZER.encode_plain(text).unwrap()
+}
+
+#[test]
 fn a_model_without_a_template_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let format = PromptFormat::from_dir(dir.path(), &TOKENIZER).unwrap();

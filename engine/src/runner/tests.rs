@@ -17,7 +17,7 @@ use crate::config::{AttentionConfig, BlendMode, DeviceChoice, Strategy};
 use crate::engine::Engine;
 use crate::kv::page::PAGE;
 use crate::kv::prefix::page_bytes;
-use crate::request::{Event, EventStream, Finished, PrefillStats, Prompt, Request, Usage};
+use crate::request::{Event, EventStream, FinishReason, Finished, PrefillStats, Prompt, Request, Usage};
 use crate::sampler::SamplingParams;
 use crate::sequence::Waiting;
 
@@ -493,6 +493,59 @@ fn what_grows_beyond_the_memory_fails_by_name_and_the_engine_goes_on() {
 }
 
 #[test]
+fn an_answer_without_a_bound_reserves_nothing_and_ends_where_the_context_or_the_memory_does() {
+    let mut rng = ChaCha8Rng::seed_from_u64(16);
+    let mut endless = |n: usize| Request { max_tokens: None, ..plain(tokens(&mut rng, n), 0) };
+    let bounded = |request: &Request, most: usize| alone(&Request { max_tokens: Some(most), ..request.clone() });
+    let mut bench = Bench::new(config(), 64);
+    bench.runner.max_context = 400;
+    let request = endless(150);
+    let mut events = bench.submit(&request);
+    bench.run();
+    assert_same(&Answer::read(&mut events), &bounded(&request, 250), &request);
+
+    // Room for both prompts, and for three pages of one answer at last.
+    let requests = [endless(100), endless(120)];
+    let mut bench = Bench::new(config(), 3);
+    let mut streams = requests.each_ref().map(|request| bench.submit(request));
+    bench.cycle();
+    assert_eq!(bench.queue.running, 2, "nothing is reserved for answers");
+    bench.run();
+    assert!(bench.preemptions() > 0, "the youngest gives way");
+    for (request, events) in requests.iter().zip(&mut streams) {
+        let got = Answer::read(events);
+        assert_eq!(got.finished.expect("it is cut, not failed").reason, FinishReason::Memory);
+        // The last token has no KV.
+        assert_eq!(got.tokens, bounded(request, 3 * PAGE - request.prompt.len() + 1).tokens);
+    }
+    // A prompt that takes all there is has an answer of one token.
+    let full = endless(3 * PAGE);
+    let mut events = bench.submit(&full);
+    bench.run();
+    assert_eq!(Answer::read(&mut events).tokens, bounded(&full, 1).tokens);
+}
+
+#[test]
+fn an_answer_ends_neither_by_its_model_nor_by_a_stop_before_it_has_the_tokens_it_must_have() {
+    let mut rng = ChaCha8Rng::seed_from_u64(17);
+    let mut request = Request::new(Prompt::plain(tokens(&mut rng, 20)), 30);
+    request.sampling.logit_bias = vec![(2, 100.0)];
+    let ended = |request: &Request| {
+        let answer = alone(request);
+        let eos = answer.tokens.iter().position(|token| token.0 == 2);
+        (answer.tokens.len(), eos, answer.finished.unwrap().reason)
+    };
+    assert_eq!(ended(&request), (1, Some(0), FinishReason::Stop));
+    request.min_tokens = 5;
+    assert_eq!(ended(&request), (6, Some(5), FinishReason::Stop));
+    // Every token's text has a `w`.
+    request.stop = vec!["w".into()];
+    assert_eq!(ended(&request), (6, Some(5), FinishReason::Stop));
+    request.sampling.logit_bias.clear();
+    assert_eq!(ended(&request), (6, None, FinishReason::StopString));
+}
+
+#[test]
 fn chunks_are_computed_one_at_a_time_while_others_are_answered() {
     let mut bench = Bench::new(config(), 64);
     let (send, commands) = channel();
@@ -615,12 +668,17 @@ fn the_engine_refuses_what_can_never_fit_and_serves_what_can() {
     let engine = Engine::load(EngineConfig { model_dir, threads: 2, kv_budget_bytes: 3 * page, ..config() }).unwrap();
     let refused = |request: Request| engine.submit(request).err().expect("it must be refused");
     let mut rng = ChaCha8Rng::seed_from_u64(10);
-    let error = refused(plain(tokens(&mut rng, 700), 120));
+    let error = refused(plain(tokens(&mut rng, 800), 1));
     assert!(
         matches!(&error, EngineError::NeverFits { needed, budget, .. } if (*needed, *budget) == (4 * page, 3 * page)),
         "{error}"
     );
     assert!(error.to_string().contains("host memory"), "{error}");
+    // A bound of the answer is no demand: what does not fit is cut.
+    let mut cut = engine.submit(plain(tokens(&mut rng, 700), 1_000_000)).unwrap();
+    let last = std::iter::from_fn(|| cut.blocking_next()).last();
+    let Some(Event::Finished(Finished { reason, usage, .. })) = last else { panic!("{last:?}") };
+    assert_eq!((reason, usage.completion_tokens), (FinishReason::Memory, 3 * PAGE - 700 + 1));
     // It would fail all that is computed beside it.
     assert!(matches!(refused(plain(vec![5, 251], 4)), EngineError::InvalidRequest(_)));
 

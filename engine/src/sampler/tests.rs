@@ -30,7 +30,7 @@ fn every_parameter_out_of_range_is_named() {
     let cases: [(&str, Change); 10] = [
         ("temperature", |p| p.temperature = f32::NAN),
         ("temperature", |p| p.temperature = -0.1),
-        ("top_p", |p| p.top_p = 0.0),
+        ("top_p", |p| p.top_p = -0.1),
         ("min_p", |p| p.min_p = 1.5),
         ("repetition_penalty", |p| p.repetition_penalty = 0.0),
         ("repetition_penalty", |p| p.repetition_penalty = f32::INFINITY),
@@ -293,4 +293,37 @@ fn rounding_never_draws_a_token_without_weight() {
         sampler.at = Some(1.0 - f64::EPSILON / 2.0);
         assert_ne!(sampler.sample_without(&mut logits, &[banned]).unwrap().id, banned);
     }
+}
+
+#[test]
+fn the_likeliest_are_in_order_with_their_raw_log_probabilities() {
+    let mut rng = ChaCha8Rng::seed_from_u64(10);
+    let logits: Vec<f32> = (0..500).map(|_| f32::from(rng.random_range(-80i8..80)) / 8.0).collect();
+    let logprob: Vec<f64> = softmax(&logits, 1.0).iter().map(|p| p.ln()).collect();
+    let mut order: Vec<u32> = (0..500).collect();
+    order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+    let hot = SamplingParams { temperature: 2.0, logit_bias: vec![(3, 5.0)], presence_penalty: 1.0, ..params() };
+    for params in [SamplingParams::default(), hot] {
+        let mut sampler = Sampler::new(params);
+        for count in [0, 1, 5, 20] {
+            let sampled = sampler.sample(&mut logits.clone()).unwrap();
+            let best = likeliest(&logits, sampled, count);
+            assert_eq!(best.iter().map(|(id, _)| *id).collect::<Vec<_>>(), order[..count]);
+            for (id, found) in best {
+                assert!((f64::from(found) - logprob[id as usize]).abs() < 1e-4, "{id}: {found}");
+                assert!(id != sampled.id || found == sampled.logprob);
+            }
+        }
+    }
+    // A token that only its bias could have made likely says nothing of the sum.
+    let far = Sampled { id: 0, logprob: -3e9 };
+    assert!((likeliest(&[-3e9, 1.0, 0.0], far, 1)[0].1 + 0.3133).abs() < 1.1);
+    assert_eq!(likeliest(&[1.0], Sampled { id: 0, logprob: 0.0 }, 20), [(0, 0.0)]);
+}
+
+#[test]
+fn a_nucleus_of_nothing_is_the_likeliest_token() {
+    let params = SamplingParams { top_p: 0.0, temperature: 2.0, ..params() };
+    params.validate(4).unwrap();
+    assert_eq!(Sampler::new(params).candidates(&[0.5, 1.0, 1.0, 0.9]), [(1, 1.0)]);
 }

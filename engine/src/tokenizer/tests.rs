@@ -218,3 +218,46 @@ proptest! {
         prop_assert_eq!(streamed(&FALLBACK, &ids), FALLBACK.decode(&ids).unwrap());
     }
 }
+
+/// The bytes of tokens, the first of which begin a text.
+fn bytes_of(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<u8> {
+    ids.iter().enumerate().flat_map(|(index, id)| tokenizer.token_bytes(*id, index == 0).unwrap()).collect()
+}
+
+proptest! {
+    #[test]
+    fn the_bytes_of_a_texts_tokens_are_its_bytes(text in "[a-zé備\\u{1f917}\\u{ad}\\u{7f} \\n]{0,12}") {
+        let ids = REFERENCE.encode_plain(&text).unwrap();
+        prop_assert_eq!(bytes_of(&REFERENCE, &ids), text.as_bytes());
+        prop_assert!(ids.len() >= REFERENCE.least_tokens(text.len()));
+    }
+
+    #[test]
+    fn bytes_that_the_vocabulary_lacks_are_tokens_of_their_own(text in "[abé備 ]{0,12}") {
+        let ids = FALLBACK.encode_plain(&text).unwrap();
+        // A space at the beginning is the mark that every text begins with.
+        prop_assert_eq!(bytes_of(&FALLBACK, &ids), FALLBACK.decode(&ids).unwrap().into_bytes());
+    }
+}
+
+#[test]
+fn a_token_alone_has_its_bytes() {
+    let bytes = |tokenizer: &Tokenizer, token: &str, begins| {
+        tokenizer.token_bytes(tokenizer.token_to_id(token).unwrap(), begins).unwrap()
+    };
+    assert_eq!(bytes(&REFERENCE, "Ġrepresentatives", false), b" representatives");
+    assert_eq!(bytes(&REFERENCE, "Ġrepresentatives", true), b" representatives");
+    assert_eq!(bytes(&REFERENCE, "<|question|>", false), b"<|question|>");
+    assert_eq!((bytes(&FALLBACK, "▁a", false), bytes(&FALLBACK, "▁a", true)), (b" a".to_vec(), b"a".to_vec()));
+    assert_eq!(bytes(&FALLBACK, "<0xE5>", true), [0xe5]);
+    assert_eq!(REFERENCE.token_bytes(7168, false).unwrap(), b"");
+}
+
+#[test]
+fn the_longest_token_says_how_few_tokens_a_text_has() {
+    // `Contextualization` behind a space.
+    assert_eq!(REFERENCE.least_tokens(18 * 1000), 1000);
+    assert_eq!(REFERENCE.least_tokens(18 * 1000 + 1), 1001);
+    // One of its tokens swallows white space.
+    assert_eq!(FALLBACK.least_tokens(1 << 30), 0);
+}

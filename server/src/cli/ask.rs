@@ -9,7 +9,7 @@ use crate::config::Settings;
 use crate::data_dir;
 use crate::error::{QuireError, Result};
 use crate::library::Library;
-use crate::service::{Options, Purpose, Question, Service};
+use crate::service::{Purpose, Question, Service};
 
 pub(super) fn search(settings: &Settings, query: &str, out: &Out) -> Result<()> {
     data_dir::check(&settings.data_dir)?;
@@ -44,7 +44,7 @@ pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> 
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
-    let question = Question::new(text, &settings.collection, settings.top_chunks, Options::from_settings(settings));
+    let question = Question::new(text, &settings.collection, settings.top_chunks, service.options().clone());
     let answering = service.answer(&question)?;
     let told = answering.notes().len();
     answer_view::notes(answering.notes(), out);

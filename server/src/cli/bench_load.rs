@@ -35,7 +35,7 @@ pub(super) fn batch_decode(settings: &Settings, args: DecodeArgs, out: &Out) -> 
         strategies: speed.strategies.into_iter().map(|named| named.0).collect(),
         // With one seed, sequences with one prompt have one answer.
         sampling: SamplingParams {
-            temperature: settings.temperature,
+            temperature: settings.temperature.unwrap_or(0.0),
             top_p: args.top_p,
             top_k: args.top_k,
             seed: Some(1),

@@ -146,7 +146,7 @@ pub(super) fn search_bench(
 fn enormous(settings: &Settings, options: &SearchBenchOptions, data_dir: &Path, info: &RunInfo) -> Result<Vec<Record>> {
     let text: String = (0..options.words).map(|word| format!("w{word} ")).collect();
     let service = Service::open(&Settings { data_dir: data_dir.into(), ..settings.clone() }, Purpose::Ask)?;
-    let question = Question::new(&text, COLLECTION, settings.top_chunks, Options::from_settings(settings));
+    let question = Question::new(&text, COLLECTION, settings.top_chunks, Options::from_settings(settings)?);
     let case = format!("{}k-words", options.words / 1000);
     let (mut seconds, mut alone) = (Vec::new(), Vec::new());
     for _ in 0..options.repeats.max(1) {

@@ -92,8 +92,10 @@ fn service_report(
         out.line("");
     }
     let spinner = out.spinner("asking");
-    let mut options = Options::from_settings(settings);
-    options.max_tokens = options.max_tokens.min(64);
+    let mut options = service.options().clone();
+    options.max_tokens = options.max_tokens.or(Some(64));
+    // Times and answers are compared.
+    options.sampling.temperature = settings.temperature.unwrap_or(0.0);
     let asked = |options: Options| Question::new(&example.question, COLLECTION, settings.top_chunks, options);
     let blended = asked(options.clone());
     let mut recompute = options.clone();

@@ -353,6 +353,27 @@ mod tests {
     }
 
     #[test]
+    fn a_setting_wins_over_the_model_and_the_model_over_the_default() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = r#"{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 5}"#;
+        std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
+        let model = dir.path().to_str().unwrap();
+        let load = |environment: &[(&str, &str)]| load(&SettingsArgs::default(), environment, &Files::default());
+        let sampling = |more: &[(&str, &str)]| {
+            let settings = load(&[&[("QUIRE_MODEL", model)], more].concat()).unwrap().settings;
+            let options = crate::service::Options::from_settings(&settings).unwrap();
+            (options.sampling.temperature, options.sampling.top_p, options.max_tokens)
+        };
+        assert_eq!(sampling(&[]), (0.6, 0.9, None));
+        assert_eq!(sampling(&[("QUIRE_TEMPERATURE", "0"), ("QUIRE_MAX_TOKENS", "7")]), (0.0, 0.9, Some(7)));
+        assert_eq!(sampling(&[("QUIRE_GENERATION_CONFIG", "none")]), (1.0, 1.0, None));
+        let both = [("QUIRE_GENERATION_CONFIG", "none"), ("QUIRE_TEMPERATURE", "0.5")];
+        assert_eq!(sampling(&both), (0.5, 1.0, None));
+        let wrong = load(&[("QUIRE_GENERATION_CONFIG", "some")]).unwrap_err();
+        assert!(wrong.to_string().contains("auto or none"), "{wrong}");
+    }
+
+    #[test]
     fn unknown_variables_are_told() {
         let environment = [("QUIRE_TOPCHUNKS", "4"), ("QUIRE_CACHE", "/x")];
         let config = load(&SettingsArgs::default(), &environment, &Files::default()).unwrap();

@@ -69,6 +69,35 @@ impl fmt::Display for KvFormat {
     }
 }
 
+/// Where sampling comes from that neither a request nor a setting names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GenerationSource {
+    /// The model's `generation_config.json`, then the defaults of the OpenAI API.
+    Auto,
+    /// The defaults of the OpenAI API.
+    None,
+}
+
+impl FromStr for GenerationSource {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(GenerationSource::Auto),
+            "none" => Ok(GenerationSource::None),
+            other => Err(format!("generation config: expected auto or none, found `{other}`")),
+        }
+    }
+}
+
+impl fmt::Display for GenerationSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            GenerationSource::Auto => "auto",
+            GenerationSource::None => "none",
+        })
+    }
+}
+
 /// A number of bytes: written as a plain number or with a unit, as in `8G`, `512M` or `1.5GiB`.
 ///
 /// K, M, G, T (also KiB, MiB, GiB, TiB) are powers of 1024; KB, MB, GB, TB are powers of 1000. Capitals and small

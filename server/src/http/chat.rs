@@ -1,8 +1,9 @@
 //! `POST /v1/chat/completions`, whole and streamed.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Json;
@@ -10,17 +11,18 @@ use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use engine::EngineError;
-use futures::stream::{self, Stream};
-use serde_json::{Value, json};
+use engine::{EngineError, TokenLogprob};
+use futures::StreamExt;
+use futures::stream::{self, SelectAll, Stream};
+use serde_json::Value;
 
 use super::admission::Admitted;
-use super::chat_request::ChatRequest;
-use super::citation;
+use super::chat_request::{ChatRequest, Defaults};
+use super::chat_response::{Choice, Head};
 use super::error::ApiError;
 use super::observe::Account;
 use super::queue::Place;
-use super::state::{App, unix_now};
+use super::state::App;
 use crate::error::{QuireError, Result};
 use crate::service::{Answer, Answering, Piece, Question, Service};
 
@@ -28,9 +30,16 @@ pub(super) async fn completions(
     State(app): State<App>,
     Admitted { service, body, place, account }: Admitted,
 ) -> std::result::Result<Response, ApiError> {
-    let request = ChatRequest::parse(&body.bytes, app.settings(), app.model())?;
+    let settings = app.settings();
+    let defaults = Defaults {
+        options: service.options(),
+        top_chunks: settings.top_chunks,
+        model: app.model(),
+        most_choices: settings.max_sequences,
+    };
+    let request = ChatRequest::parse(&body.bytes, &defaults)?;
     drop(body);
-    let head = Head::new(app.model());
+    let head = Head::new(app.model(), request.options.logprobs.is_some());
     let (stream, include_usage) = (request.stream, request.include_usage);
     // Searching, tokenising and computing missing chunks block. Where the client hangs up meanwhile, this function is dropped
     // here: then they end behind the chunk at hand, and count as a request until that.
@@ -47,16 +56,19 @@ pub(super) async fn completions(
     drop(waits);
     let (answering, place) = begun.map_err(|e| QuireError::Internal(format!("a request panicked: {e}")))?;
     let answering = answering?;
-    let notes = notes_header(answering.notes());
+    let notes = answering.first().and_then(|answering| notes_header(answering.notes()));
     if stream {
         let keepalive = KeepAlive::new().interval(Duration::from_secs(app.settings().keepalive_seconds));
         let events = Streaming::new(answering, (place, account), head, include_usage).events();
         return Ok(with_notes(notes, Sse::new(events).keep_alive(keepalive)));
     }
-    let answer = complete(answering).await?;
+    let mut answers = Vec::with_capacity(answering.len());
+    for answering in answering {
+        answers.push(complete(answering).await?);
+    }
     drop(place);
-    account.tokens(answer.stats.prompt_tokens, answer.stats.completion_tokens);
-    Ok(with_notes(notes, Json(head.whole(&answer))))
+    report(&account, answers.iter().map(|(answer, _)| answer));
+    Ok(with_notes(notes, Json(head.whole(&answers))))
 }
 
 /// Header of an answer with what its reader should know before it begins.
@@ -79,163 +91,137 @@ fn notes_header(notes: &[String]) -> Option<HeaderValue> {
     HeaderValue::from_str(&line).ok().filter(|value| !value.is_empty())
 }
 
-fn begin(service: &Arc<Service>, request: ChatRequest, wanted: &dyn Fn() -> bool) -> Result<Answering> {
+/// Tells what a request took: its answers have one prompt.
+fn report<'a>(account: &Account, answers: impl Iterator<Item = &'a Answer>) {
+    let (mut prompt, mut completion) = (0, 0);
+    for answer in answers {
+        prompt = answer.stats.prompt_tokens;
+        completion += answer.stats.completion_tokens;
+    }
+    account.tokens(prompt, completion);
+}
+
+/// One answer for each choice; equal seeds would give equal ones.
+fn begin(service: &Arc<Service>, request: ChatRequest, wanted: &dyn Fn() -> bool) -> Result<Vec<Answering>> {
     if !wanted() {
         return Err(EngineError::Cancelled.into());
     }
-    let query = request.query();
-    let ChatRequest { messages, options, collection, top_chunks, .. } = request;
-    match collection {
-        Some(collection) => {
-            service.answer_while(&Question { messages, query: query?, collection, top_chunks, options }, wanted)
+    let query = request.collection.as_ref().map(|_| request.query()).transpose()?.unwrap_or_default();
+    let ChatRequest { messages, options, collection, top_chunks, choices, .. } = request;
+    let answer = |choice: usize| {
+        let mut options = options.clone();
+        options.sampling.seed = options.sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
+        match &collection {
+            Some(collection) => {
+                let (messages, collection, query) = (messages.clone(), collection.clone(), query.clone());
+                service.answer_while(&Question { messages, query, collection, top_chunks, options }, wanted)
+            }
+            None => service.generate(&messages, &options),
         }
-        None => service.generate(&messages, &options),
-    }
+    };
+    (0..choices).map(answer).collect()
 }
 
-async fn complete(mut answering: Answering) -> Result<Answer> {
+async fn complete(mut answering: Answering) -> Result<Choice> {
     while let Some(piece) = answering.next().await {
         if let Piece::Done(answer) = piece? {
-            return Ok(*answer);
+            return Ok((*answer, answering.take_logprobs()));
         }
     }
-    Err(QuireError::Internal("the engine ended an answer without saying so".into()))
+    Err(ended())
 }
 
-/// What all objects of one completion share.
-struct Head {
-    id: String,
-    created: u64,
-    model: String,
+/// An answer has ended without its last piece.
+fn ended() -> QuireError {
+    QuireError::Internal("the engine ended an answer without saying so".into())
 }
 
-impl Head {
-    fn new(model: &str) -> Head {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let seed = format!("{} {count} {:?}", std::process::id(), std::time::SystemTime::now());
-        let hash = blake3::hash(seed.as_bytes()).to_hex();
-        Head { id: format!("chatcmpl-{}", &hash[..24]), created: unix_now(), model: model.into() }
-    }
-
-    fn object(&self, object: &str, choices: Value) -> Value {
-        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices})
-    }
-
-    fn whole(&self, answer: &Answer) -> Value {
-        let message = json!({"role": "assistant", "content": answer.text, "refusal": null});
-        let choice = json!({"index": 0, "message": message, "logprobs": null, "finish_reason": answer.finish_reason});
-        let mut object = self.object("chat.completion", json!([choice]));
-        object["usage"] = usage(answer);
-        object["quire"] = quire(answer);
-        object
-    }
-
-    fn chunk(&self, delta: Value, finish_reason: Option<&str>) -> Value {
-        let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason});
-        self.object("chat.completion.chunk", json!([choice]))
-    }
-}
-
-fn usage(answer: &Answer) -> Value {
-    let stats = &answer.stats;
-    json!({
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": stats.completion_tokens,
-        "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens + stats.prefix_tokens},
-    })
-}
-
-fn quire(answer: &Answer) -> Value {
-    let citations: Vec<Value> = answer.citations.iter().map(citation::public).collect();
-    json!({"stats": answer.stats, "citations": citations, "notes": answer.notes})
-}
+/// A piece of one of the answers, with its tokens.
+type ChoicePiece = (usize, Result<Piece>, Vec<TokenLogprob>);
 
 /// A completion as server-sent events. Dropping it, as a closed connection does, cancels the work.
 struct Streaming {
-    answering: Answering,
+    pieces: SelectAll<Pin<Box<dyn Stream<Item = ChoicePiece> + Send>>>,
     head: Head,
     include_usage: bool,
-    state: Step,
+    /// What is to be sent before anything is waited for.
+    events: VecDeque<Event>,
+    /// Answers that go on.
+    open: usize,
+    answers: Vec<Answer>,
     account: Account,
     _place: Place,
 }
 
-/// What comes next.
-enum Step {
-    Role,
-    Text,
-    Usage(Box<Answer>),
-    Done,
-    End,
-}
-
 impl Streaming {
-    fn new(answering: Answering, of: (Place, Account), head: Head, include_usage: bool) -> Streaming {
-        let (place, account) = of;
-        Streaming { answering, head, include_usage, state: Step::Role, account, _place: place }
+    fn new(answering: Vec<Answering>, of: (Place, Account), head: Head, include_usage: bool) -> Streaming {
+        let (open, (place, account)) = (answering.len(), of);
+        let openings: Vec<Value> =
+            answering.iter().enumerate().map(|(index, answering)| head.opening(index, answering.notes())).collect();
+        let pieces = answering.into_iter().enumerate().map(|(index, answering)| pieces(index, answering).boxed());
+        let pieces = stream::select_all(pieces);
+        let (events, answers) = (VecDeque::new(), Vec::new());
+        let mut streaming = Streaming { pieces, head, include_usage, events, open, answers, account, _place: place };
+        openings.into_iter().for_each(|chunk| streaming.chunk(chunk));
+        streaming
     }
 
     fn events(self) -> impl Stream<Item = std::result::Result<Event, Infallible>> {
         stream::unfold(self, |mut streaming| async move {
-            let event = streaming.step().await?;
+            let event = streaming.next().await?;
             Some((Ok(event), streaming))
         })
     }
 
-    async fn step(&mut self) -> Option<Event> {
-        match std::mem::replace(&mut self.state, Step::End) {
-            Step::Role => {
-                self.state = Step::Text;
-                let mut chunk = self.head.chunk(json!({"role": "assistant", "content": ""}), None);
-                if !self.answering.notes().is_empty() {
-                    chunk["quire"] = json!({"notes": self.answering.notes()});
+    async fn next(&mut self) -> Option<Event> {
+        while self.events.is_empty() && self.open > 0 {
+            match self.pieces.next().await {
+                Some((index, Ok(Piece::Text(text)), tokens)) => self.chunk(self.head.text(index, &text, &tokens)),
+                Some((index, Ok(Piece::Done(answer)), tokens)) => {
+                    self.chunk(self.head.closing(index, &answer, &tokens));
+                    self.answers.push(*answer);
+                    report(&self.account, self.answers.iter());
+                    self.open -= 1;
+                    if self.open == 0 {
+                        self.close();
+                    }
                 }
-                Some(self.event(chunk))
+                Some((_, Err(error), _)) => self.fail(&error),
+                None => self.fail(&ended()),
             }
-            Step::Text => self.next_piece().await,
-            Step::Usage(answer) => {
-                self.state = Step::Done;
-                let mut chunk = self.head.object("chat.completion.chunk", json!([]));
-                chunk["usage"] = usage(&answer);
-                Some(Event::default().data(chunk.to_string()))
-            }
-            Step::Done => Some(Event::default().data("[DONE]")),
-            Step::End => None,
         }
-    }
-
-    async fn next_piece(&mut self) -> Option<Event> {
-        match self.answering.next().await {
-            Some(Ok(Piece::Text(text))) => {
-                self.state = Step::Text;
-                let chunk = self.head.chunk(json!({"content": text}), None);
-                Some(self.event(chunk))
-            }
-            Some(Ok(Piece::Done(answer))) => {
-                self.account.tokens(answer.stats.prompt_tokens, answer.stats.completion_tokens);
-                let mut chunk = self.head.chunk(json!({}), Some(answer.finish_reason));
-                chunk["quire"] = quire(&answer);
-                self.state = if self.include_usage { Step::Usage(answer) } else { Step::Done };
-                Some(self.event(chunk))
-            }
-            Some(Err(error)) => Some(self.failure(&error)),
-            None => Some(self.failure(&QuireError::Internal("the engine ended an answer without saying so".into()))),
-        }
-    }
-
-    /// An error, behind which only the end comes.
-    fn failure(&mut self, error: &QuireError) -> Event {
-        self.state = Step::Done;
-        Event::default().data(ApiError::from(error).event().to_string())
+        self.events.pop_front()
     }
 
     /// With `include_usage`, every chunk but the last has a `usage` of null.
-    fn event(&self, mut chunk: Value) -> Event {
+    fn chunk(&mut self, mut chunk: Value) {
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
-        Event::default().data(chunk.to_string())
+        self.events.push_back(Event::default().data(chunk.to_string()));
     }
+
+    fn close(&mut self) {
+        if self.include_usage {
+            let usage = self.head.usage(&self.answers);
+            self.events.push_back(Event::default().data(usage.to_string()));
+        }
+        self.events.push_back(Event::default().data("[DONE]"));
+    }
+
+    /// The other answers are cancelled.
+    fn fail(&mut self, error: &QuireError) {
+        self.pieces.clear();
+        self.open = 0;
+        self.events.push_back(Event::default().data(ApiError::from(error).event().to_string()));
+        self.events.push_back(Event::default().data("[DONE]"));
+    }
+}
+
+fn pieces(index: usize, answering: Answering) -> impl Stream<Item = ChoicePiece> {
+    stream::unfold(answering, move |mut answering| async move {
+        let piece = answering.next().await?;
+        let tokens = answering.take_logprobs();
+        Some(((index, piece, tokens), answering))
+    })
 }

@@ -172,8 +172,11 @@ impl From<&QuireError> for ApiError {
                 tracing::warn!(error = bounded(&message, LONGEST_LOGGED), "a request met an engine that has stopped");
                 unavailable("the engine has stopped").code("engine_stopped").retry_after(5)
             }
-            QuireError::Engine(EngineError::ContextLimit { .. } | EngineError::NeverFits { .. }) => {
-                invalid().param("messages").code("context_length_exceeded")
+            QuireError::Engine(
+                EngineError::ContextLimit { .. } | EngineError::TextTooLong { .. } | EngineError::NeverFits { .. },
+            ) => invalid().param("messages").code("context_length_exceeded"),
+            QuireError::Engine(EngineError::RequestSetting { parameter, .. }) => {
+                invalid().param(format!("quire.{parameter}"))
             }
             QuireError::Engine(EngineError::Sampling { parameter, .. }) => invalid().param(*parameter),
             QuireError::Engine(EngineError::InvalidRequest(why)) => invalid().param(blamed(why)),

@@ -2,8 +2,8 @@
 //!
 //! `lifecycle` starts and stops it: unready, refuse, drain, flush, exit. A request passes `connections` (how many, how
 //! long), `observe` (id, log, counts), `origin` (which pages may ask), `auth` (who may ask) and `admission` (its body,
-//! within limits), and takes a place in the `queue`; `chat_request` turns its body into a question, `chat` answers it, `citation`
-//! shows what it was answered from.
+//! within limits), and takes a place in the `queue`; `chat_request` turns its body into a question, `chat` answers it in the
+//! shapes of `chat_response`, `citation` shows what it was answered from.
 //! `probes` is for those who operate the server, `state` is what handlers share, `error` what they answer when something
 //! is wrong.
 
@@ -11,6 +11,7 @@ mod admission;
 mod auth;
 mod chat;
 mod chat_request;
+mod chat_response;
 mod citation;
 mod connections;
 mod error;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, Usage};
+use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, TokenLogprob, Usage};
 use serde::Serialize;
 
 use super::Options;
@@ -117,6 +117,8 @@ pub struct Answering {
     tally: Tally,
     /// The end, while text that the engine had held back goes first.
     end: Option<Box<Answer>>,
+    /// Tokens that nobody has taken yet.
+    logprobs: Vec<TokenLogprob>,
 }
 
 impl Answering {
@@ -129,6 +131,7 @@ impl Answering {
         Answering {
             stream,
             end: None,
+            logprobs: Vec::new(),
             tally: Tally {
                 started,
                 last_token: None,
@@ -205,6 +208,11 @@ impl Answering {
         }
     }
 
+    /// The tokens of the text since the last call, if [`Options::logprobs`] asks for them.
+    pub fn take_logprobs(&mut self) -> Vec<TokenLogprob> {
+        std::mem::take(&mut self.logprobs)
+    }
+
     fn absorb(&mut self, event: Event) -> Option<Result<Piece>> {
         match event {
             Event::Started(prefill) => {
@@ -214,9 +222,11 @@ impl Answering {
             Event::Token(token) => {
                 self.tally.token();
                 self.tally.text.push_str(&token.text);
+                self.logprobs.extend(token.logprobs);
                 (!token.text.is_empty()).then_some(Ok(Piece::Text(token.text)))
             }
-            Event::Finished(finished) => {
+            Event::Finished(mut finished) => {
+                self.logprobs.append(&mut finished.logprobs);
                 let answer = Box::new(self.tally.finish(&finished));
                 if finished.text.is_empty() {
                     return Some(Ok(Piece::Done(answer)));
@@ -290,6 +300,10 @@ impl Tally {
         let reason = match finished.reason {
             FinishReason::Stop | FinishReason::StopString => "stop",
             FinishReason::Length => "length",
+            FinishReason::Memory => {
+                self.notes.push("the answer was cut: the memory for KV (kv_budget_bytes) holds no more".into());
+                "length"
+            }
         };
         self.stats.total_seconds = self.started.elapsed().as_secs_f64();
         self.end(&finished.usage, &finished.decode);

@@ -15,9 +15,10 @@ const ANSWER: usize = 1024;
 /// no more than one that fills the context. Others are measured exactly once they are rendered.
 ///
 /// # Errors
-/// [`EngineError::ContextLimit`] with the tokens that were counted until it was clear, [`EngineError::Cancelled`] once
+/// [`EngineError::TextTooLong`] where the bytes say so, [`EngineError::ContextLimit`] with the tokens that were counted until it was clear, [`EngineError::Cancelled`] once
 /// `wanted` says no.
 pub(super) fn refuse_overlong(engine: &Engine, messages: &[ChatMessage], wanted: &dyn Fn() -> bool) -> Result<()> {
+    engine.check_texts(messages)?;
     let limit = engine.max_context();
     let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
     // About twice what fits: counting that exactly costs little.
@@ -73,19 +74,19 @@ impl Room {
     ///
     /// # Errors
     /// [`EngineError::ContextLimit`] if not one token of an answer fits.
-    pub(super) fn share(limit: usize, fixed: usize, max_tokens: usize) -> Result<Room> {
+    pub(super) fn share(limit: usize, fixed: usize, max_tokens: Option<usize>) -> Result<Room> {
         let free = limit.saturating_sub(fixed);
         if free == 0 {
-            return Err(EngineError::ContextLimit { tokens: fixed + 1, limit }.into());
+            return Err(EngineError::ContextLimit { tokens: fixed, limit }.into());
         }
-        let answer = max_tokens.min(ANSWER).min(free / 4).max(1);
+        let answer = max_tokens.unwrap_or(ANSWER).min(ANSWER).min(free / 4).max(1);
         Ok(Room { free, passages: free - answer })
     }
 
-    /// What to say of an answer of `max_tokens` behind passages of so many tokens, if it does not fit whole.
-    pub(super) fn clip(&self, passages: usize, max_tokens: usize) -> Option<String> {
+    /// What to say of an answer that was asked for with `max_tokens` behind passages of so many tokens, if it does not fit whole.
+    pub(super) fn clip(&self, passages: usize, max_tokens: Option<usize>) -> Option<String> {
         let left = self.free.saturating_sub(passages);
-        (max_tokens > left).then(|| {
+        max_tokens.filter(|most| *most > left).map(|max_tokens| {
             format!("the answer can have {left} tokens at most instead of {max_tokens}: more does not fit the context")
         })
     }
@@ -99,22 +100,24 @@ mod tests {
     #[test]
     fn passages_come_first_and_the_answer_gets_what_they_leave() {
         for max_tokens in [256, 8_000, 32_500, 32_740, 32_768, 100_000, usize::MAX] {
-            let room = Room::share(32_768, 100, max_tokens).unwrap();
+            let room = Room::share(32_768, 100, Some(max_tokens)).unwrap();
             assert_eq!(room.passages, 32_668 - max_tokens.min(1_024), "{max_tokens}");
         }
-        let room = Room::share(32_768, 100, 32_740).unwrap();
-        assert_eq!(room.clip(2_000, 30_668), None);
-        let note = room.clip(2_000, 32_740).unwrap();
+        let open = Room::share(32_768, 100, None).unwrap();
+        assert_eq!((open.passages, open.clip(2_000, None)), (32_668 - 1_024, None));
+        let room = Room::share(32_768, 100, Some(32_740)).unwrap();
+        assert_eq!(room.clip(2_000, Some(30_668)), None);
+        let note = room.clip(2_000, Some(32_740)).unwrap();
         assert!(note.contains("30668") && note.contains("32740"), "{note}");
     }
 
     #[test]
     fn a_small_context_is_shared_and_one_token_of_the_answer_is_enough() {
-        assert_eq!(Room::share(1_000, 200, 5_000).unwrap(), Room { free: 800, passages: 600 });
-        assert_eq!(Room::share(1_000, 200, 100).unwrap().passages, 700);
-        assert_eq!(Room::share(1_000, 999, 5_000).unwrap(), Room { free: 1, passages: 0 });
-        let error = Room::share(1_000, 1_000, 1).unwrap_err().to_string();
-        assert!(error.contains("1001") && error.contains("1000"), "{error}");
+        assert_eq!(Room::share(1_000, 200, Some(5_000)).unwrap(), Room { free: 800, passages: 600 });
+        assert_eq!(Room::share(1_000, 200, Some(100)).unwrap().passages, 700);
+        assert_eq!(Room::share(1_000, 999, Some(5_000)).unwrap(), Room { free: 1, passages: 0 });
+        let error = Room::share(1_000, 1_000, Some(1)).unwrap_err().to_string();
+        assert!(error.contains("prompt of 1000 tokens"), "{error}");
     }
 
     #[test]

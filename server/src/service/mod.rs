@@ -30,8 +30,12 @@ pub struct Options {
     pub sampling: SamplingParams,
     /// The answer ends before the first of these.
     pub stop: Vec<String>,
-    /// Tokens of the answer at most.
-    pub max_tokens: usize,
+    /// Tokens of the answer at most; `None`: until the text or the context ends.
+    pub max_tokens: Option<usize>,
+    /// The answer does not end before it has so many tokens.
+    pub min_tokens: usize,
+    /// See [`Request::logprobs`].
+    pub logprobs: Option<usize>,
     /// How decoding attends.
     pub attention: AttentionConfig,
     /// What becomes of cached chunks.
@@ -41,27 +45,42 @@ pub struct Options {
 }
 
 impl Options {
-    /// The options that the settings state.
-    #[must_use]
-    pub fn from_settings(settings: &Settings) -> Options {
-        Options {
-            sampling: SamplingParams { temperature: settings.temperature, ..SamplingParams::default() },
+    /// The options that the settings and the model's own files state.
+    ///
+    /// # Errors
+    /// See [`Settings::sampling`].
+    pub fn from_settings(settings: &Settings) -> Result<Options> {
+        Ok(Options {
+            sampling: settings.sampling()?,
             stop: Vec::new(),
-            max_tokens: settings.max_tokens,
+            max_tokens: (settings.max_tokens > 0).then_some(settings.max_tokens),
+            min_tokens: 0,
+            logprobs: None,
             attention: settings.attention(),
             blend: settings.blending(),
             ignore_eos: false,
-        }
+        })
+    }
+
+    /// Tokens of a context of `limit` that a conversation leaves for the answer: those that it may have, at most half of the
+    /// context; without a bound, an eighth.
+    #[must_use]
+    pub fn answer_room(&self, limit: usize) -> usize {
+        self.max_tokens.map_or(limit / 8, |most| most.min(limit / 2))
     }
 
     fn request(&self, prompt: Prompt) -> Request {
         Request {
+            prompt,
+            context: None,
             sampling: self.sampling.clone(),
             stop: self.stop.clone(),
+            max_tokens: self.max_tokens,
+            min_tokens: self.min_tokens,
+            logprobs: self.logprobs,
             attention: self.attention.clone(),
             blend: self.blend.clone(),
             ignore_eos: self.ignore_eos,
-            ..Request::new(prompt, self.max_tokens)
         }
     }
 }
@@ -73,6 +92,7 @@ pub struct Service {
     library: Library,
     limits: Limits,
     metrics: std::sync::Arc<Metrics>,
+    options: Options,
     model: String,
     /// Tokens every chunk is computed behind: what begins a text, if the model has such a token.
     chunk_prefix: std::sync::Arc<[u32]>,
@@ -110,6 +130,7 @@ impl Service {
             outcome => outcome?,
         }
         let model = settings.served_name(&config.model_dir);
+        let options = Options::from_settings(settings)?;
         let engine = Engine::load(config)?;
         let store = open_store(settings, purpose, &engine, &model)?;
         let chunk_suffix = engine.tokenizer().encode(engine.chat().chunk_suffix())?;
@@ -121,6 +142,7 @@ impl Service {
             library: Library::new(&settings.data_dir),
             metrics: std::sync::Arc::new(Metrics::new(&settings.metrics_prefix, &model)),
             chunk_suffix,
+            options,
             model,
             store,
             engine,
@@ -137,6 +159,12 @@ impl Service {
     #[must_use]
     pub fn store(&self) -> &KvStore {
         &self.store
+    }
+
+    /// How an answer is made where a request says nothing.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
     /// The name under which the model is offered.

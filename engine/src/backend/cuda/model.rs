@@ -350,6 +350,12 @@ impl CudaModel {
         Ok(())
     }
 
+    fn read_row(&self, parts: usize, rows: usize, row: usize) -> Result<Vec<f32>> {
+        let mut logits = vec![0.0; self.spec.vocab];
+        self.read_logits(parts, rows, row..row + 1, &mut logits)?;
+        Ok(logits)
+    }
+
     /// What follows each of the last forward pass's wanted rows: a token that is chosen here, or logits.
     pub(crate) fn next(&self, choices: &[Choice]) -> Result<Vec<Next>> {
         self.device.bind()?;
@@ -371,8 +377,14 @@ impl CudaModel {
                     (done & 0xff, done >> 8, graphs.chosen().to_vec())
                 }
             };
+            // Drawing adjusts them.
+            let mut kept = Vec::with_capacity(block.len());
+            for (row, choice) in block.iter().enumerate() {
+                let logits = choice.wants_logits().then(|| self.read_row(parts, rows, row)).transpose()?;
+                kept.push((choice.of_token(), logits));
+            }
             let drawn = self.sampling.draw(self.last_logits(parts, rows, banned), block)?;
-            self.take_block(parts, rows, &chosen, &drawn, block, &mut all)?;
+            self.take_block(parts, rows, &chosen, &drawn, kept, &mut all)?;
         }
         Ok(all)
     }
@@ -382,31 +394,30 @@ impl CudaModel {
         Rows { logits: &self.workspace.logits, parts, rows, banned }
     }
 
-    /// `rows` rows of logits in `parts` parts, of which the first are those of `choices`.
+    /// `rows` rows of logits in `parts` parts, of which the first are those of `choices`; with the logits of some as they were.
     fn take_block(
         &self,
         parts: usize,
         rows: usize,
         chosen: &[u32],
         drawn: &[u32],
-        choices: &[Choice],
+        choices: Vec<(&Choice, Option<Vec<f32>>)>,
         all: &mut Vec<Next>,
     ) -> Result<()> {
-        for (row, choice) in choices.iter().enumerate() {
+        for (row, (choice, kept)) in choices.into_iter().enumerate() {
             let bad = chosen[2 * LOGIT_ROWS + row] != 0;
             // Bad logits go to the host too, which says what is wrong with them.
             let from = match choice {
                 Choice::Greedy => Some(chosen),
                 Choice::Draw(_) => Some(drawn),
-                Choice::Logits => None,
+                Choice::Logits | Choice::WithLogits(_) => None,
             };
             if let (Some(from), false) = (from.filter(|from| from[row] != NO_TOKEN), bad) {
                 let logprob = f32::from_bits(from[LOGIT_ROWS + row]);
-                all.push(Next::Token(Sampled { id: from[row], logprob }));
+                let sampled = Sampled { id: from[row], logprob };
+                all.push(kept.map_or(Next::Token(sampled), |logits| Next::TokenOf(sampled, logits)));
             } else {
-                let mut logits = vec![0.0; self.spec.vocab];
-                self.read_logits(parts, rows, row..row + 1, &mut logits)?;
-                all.push(Next::Logits(logits));
+                all.push(Next::Logits(kept.map_or_else(|| self.read_row(parts, rows, row), Ok)?));
             }
         }
         Ok(())
@@ -416,6 +427,8 @@ impl CudaModel {
 /// What follows a row.
 pub(crate) enum Next {
     Token(Sampled),
+    /// A token, and the raw logits that it was chosen from.
+    TokenOf(Sampled, Vec<f32>),
     Logits(Vec<f32>),
 }
 

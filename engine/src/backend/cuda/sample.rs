@@ -113,7 +113,7 @@ impl Sampling {
     pub(crate) fn draw(&self, of: Rows<'_>, choices: &[Choice]) -> Result<Vec<u32>> {
         let mut draws: Vec<(usize, &Draw)> = Vec::new();
         for (row, choice) in choices.iter().enumerate() {
-            if let Choice::Draw(draw) = choice {
+            if let Choice::Draw(draw) = choice.of_token() {
                 draws.push((row, draw));
             }
         }

@@ -76,7 +76,7 @@ impl Speaker {
             Library::new(&settings.data_dir).collection(&settings.collection)?;
         }
         let spinner = out.spinner("loading the model");
-        let options = Options::from_settings(settings);
+        let options = Options::from_settings(settings)?;
         let speaker = if documents {
             let service = Box::new(Service::open(settings, Purpose::Ask)?);
             let (collection, top_chunks) = (settings.collection.clone(), settings.top_chunks);
@@ -116,8 +116,8 @@ impl Speaker {
     fn room(&self) -> usize {
         let limit = self.engine().max_context();
         match self {
-            Speaker::Model { options, .. } => limit - options.max_tokens.min(limit / 2),
-            Speaker::Documents { options, .. } => (limit - options.max_tokens.min(limit / 2)) / 2,
+            Speaker::Model { options, .. } => limit - options.answer_room(limit),
+            Speaker::Documents { options, .. } => (limit - options.answer_room(limit)) / 2,
         }
     }
 

@@ -80,6 +80,41 @@ fn parity_of_draws() {
     assert!(choices_made > 2000 && others <= 2, "{others} of {choices_made} differ");
 }
 
+/// Drawing adjusts logits where they lie: those that are asked for beside a token are the ones before.
+#[test]
+#[ignore = "needs a GPU"]
+fn tokens_come_with_the_logits_that_they_were_chosen_from() {
+    let (_, model) = PLAIN.pair(242);
+    let mut rng = rng(243);
+    for rows in [1, 9, LOGIT_ROWS + 7] {
+        let states = states(&model, &mut rng, rows, true);
+        let mut choices: Vec<Choice> = (0..rows)
+            .map(|row| {
+                if row % 3 == 0 {
+                    return Choice::Greedy;
+                }
+                let mut sampler = Sampler::new(params(&mut rng, VOCAB));
+                tokens(&mut rng, 40).into_iter().for_each(|token| sampler.chosen(token));
+                sampler.choice()
+            })
+            .collect();
+        let logits = model.next(&states, &vec![Choice::Logits; rows]).unwrap();
+        let plain = model.next(&states, &choices).unwrap();
+        for choice in choices.iter_mut().step_by(2) {
+            *choice = Choice::WithLogits(Box::new(choice.clone()));
+        }
+        let found = model.next(&states, &choices).unwrap();
+        for (row, ((found, plain), logits)) in found.iter().zip(&plain).zip(&logits).enumerate() {
+            let (Next::Token(plain), Next::Logits(logits)) = (plain, logits) else { panic!("a token and logits") };
+            match found {
+                Next::TokenOf(sampled, raw) if row % 2 == 0 => assert_eq!((sampled, raw), (plain, logits), "row {row}"),
+                Next::Token(sampled) if row % 2 == 1 => assert_eq!(sampled, plain, "row {row}"),
+                _ => panic!("row {row} has something else"),
+            }
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn where_adjusting_leaves_no_token_the_host_says_so() {
