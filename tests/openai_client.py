@@ -186,11 +186,13 @@ def many(expected):
     alone = create(model=model, messages=asked, max_tokens=32, extra_body=quire).usage
     assert alike.usage.prompt_tokens == alone.prompt_tokens, (alike.usage, alone)
     assert alike.usage.completion_tokens == 3 * alone.completion_tokens, (alike.usage, alone)
-    hot = {"model": model, "messages": asked, "max_tokens": 24, "temperature": 2, "seed": 5, "n": 2}
+    hot = {"model": model, "messages": asked, "max_tokens": 24, "temperature": 2, "seed": 5, "n": 8}
     contents = [choice.message.content for choice in create(**hot).choices]
-    assert contents[0] != contents[1], contents
-    assert contents[0] == create(**hot | {"n": 1}).choices[0].message.content, contents
-    texts, reasons, usage = ["", ""], [None, None], None
+    assert len(set(contents)) > 1, contents
+    for choice in (0, 7):
+        alone = create(**hot | {"n": 1, "seed": 5 + choice}).choices[0].message.content
+        assert contents[choice] == alone, (contents, alone)
+    texts, reasons, usage = [""] * 8, [None] * 8, None
     for chunk in create(**hot, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage
         for choice in chunk.choices:

@@ -179,10 +179,10 @@ impl Sequence {
         self.wait_for_index && self.phase == Phase::Text && self.kv.is_indexing()
     }
 
-    /// The budget does not hold `needed` bytes, although nobody else runs: an answer that has begun ends here. What never fits
-    /// at all, as an index that is made before the answer goes on, is an error.
+    /// The budget does not hold `needed` bytes, although nobody else runs: an answer that has begun ends here. An index over the
+    /// prompt that does not fit is an error: an answer that it ends after a few tokens would be none.
     pub(crate) fn out_of_memory(&mut self, needed: Bytes, budget: Bytes) {
-        let begun = self.steps > 0 || self.bytes().fits(budget);
+        let begun = self.bytes().fits(budget) || self.written() > self.request.attention.window;
         if !begun || !self.cut() {
             self.fail(never_fits(needed, budget));
         }
