@@ -179,7 +179,7 @@ impl From<&QuireError> for ApiError {
                 invalid().param(format!("quire.{parameter}"))
             }
             QuireError::Engine(EngineError::Sampling { parameter, .. }) => invalid().param(*parameter),
-            QuireError::Engine(EngineError::InvalidRequest(why)) => invalid().param(blamed(why)),
+            QuireError::Engine(EngineError::InvalidRequest(_)) => invalid().param("messages"),
             QuireError::Engine(EngineError::ChatTemplate(_)) => invalid().param("messages"),
             QuireError::Engine(EngineError::OutOfMemory { .. }) => {
                 unavailable(&message).code("out_of_memory").retry_after(5)
@@ -190,21 +190,6 @@ impl From<&QuireError> for ApiError {
             }
         }
     }
-}
-
-/// The parameter that the engine's words are about: it does not know the names of this API.
-fn blamed(why: &str) -> &'static str {
-    let starts = [
-        ("attention sinks", "quire.sinks"),
-        ("attention window", "quire.window"),
-        ("attention k", "quire.k"),
-        ("attention ef", "quire.ef"),
-        ("attention strategy", "quire.strategy"),
-        ("attention", "quire.index"),
-        ("recompute ratio", "quire.ratio"),
-        ("check layer", "quire.check_layer"),
-    ];
-    starts.iter().find(|(start, _)| why.starts_with(start)).map_or("messages", |(_, param)| param)
 }
 
 impl From<QuireError> for ApiError {
