@@ -60,10 +60,10 @@ expect("> ")
 type_in("/hepl\n")
 expect("error:")
 expect("> ")
-type_in("/system Be brief.\n")
-expect("> ")
-type_in("/system\n")
-expect("> ")
+for instruction in ["/system Be brief.\n", "/system\n"]:
+    type_in(instruction)
+    expect("\x1b[?2004h")
+    expect("> ")
 
 # A second line has another prompt; Ctrl-C forgets what was typed.
 type_in("one \\\n")
