@@ -12,6 +12,7 @@
 //!   [`write_checkpoint`] writes a model of random weights for them.
 //! * [`bench_index`] measures indexes beside hnswlib, faiss and usearch, on made-up keys and on those of a model's heads.
 //! * [`bench_templates`] renders chat templates of public models here and by transformers, and shows where they differ.
+//! * [`bench_faults`] says which faults of a list are shown to be mended by what tests printed.
 //! * [`Record`] is one measured figure, [`RecordLog`] a folder of JSON lines files that only grow; a later record
 //!   supersedes an earlier one of the same bench, case, metric and machine. [`markdown_report`] makes tables of them.
 //!
@@ -31,6 +32,7 @@
 
 mod ask;
 mod error;
+mod faults;
 mod process;
 mod progress;
 mod quality;
@@ -42,6 +44,7 @@ mod tasks;
 mod templates;
 
 pub use error::{EvalError, Result};
+pub use faults::{FaultsOptions, FaultsReport, bench_faults};
 pub use progress::Progress;
 pub use quality::{Agreement, Cell, Cost, QualityOptions, QualityReport, config_names, run_quality};
 pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};

@@ -396,6 +396,21 @@ pub enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// Which listed faults are mended, as logs of `cargo test` show
+    Faults {
+        /// The list: tables whose last column, `test`, names tests
+        #[arg(long, value_name = "FILE", default_value = "docs/faults.md")]
+        list: PathBuf,
+        /// What a run of `cargo test` printed; once for each run
+        #[arg(long = "log", value_name = "FILE", required = true)]
+        logs: Vec<PathBuf>,
+        /// Faults whose tests were ignored, as those for a GPU, are no failure
+        #[arg(long)]
+        allow_ignored: bool,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
     /// Make the tables of all records
     Report {
         /// File to write

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
-    AttentionOptions, BlendBenchOptions, CheckpointOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData,
-    MembwOptions, PeerOptions, SourceProvider, SpeedOptions, TemplateOptions, bench_blend, bench_decode, bench_index,
-    bench_membw, bench_prefill, bench_templates, default_results_dir, write_checkpoint, write_report,
+    AttentionOptions, BlendBenchOptions, CheckpointOptions, FaultsOptions, GpuPeerOptions, HeadOptions,
+    IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider, SpeedOptions, TemplateOptions,
+    bench_blend, bench_decode, bench_faults, bench_index, bench_membw, bench_prefill, bench_templates,
+    default_results_dir, write_checkpoint, write_report,
 };
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
@@ -114,6 +115,18 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             let report = search_bench(settings, &options, &mut |news| out.note(news))?;
             print(&report, &report.table(), out);
             Ok(())
+        }
+        BenchCommand::Faults { list, logs, allow_ignored, records } => {
+            let report = bench_faults(&FaultsOptions { list, logs, output: output(&records)? })?;
+            print(&report, &report.table(), out);
+            let open = report.open.len() + if allow_ignored { 0 } else { report.not_run.len() };
+            if open == 0 {
+                return Ok(());
+            }
+            Err(QuireError::CheckFailed(format!(
+                "{open} of {} listed faults are not shown to be mended",
+                report.listed
+            )))
         }
         BenchCommand::Report { out: file, records } => report(&file, &records, out),
     }
