@@ -101,14 +101,17 @@ impl SamplingParams {
                 return Err(EngineError::Sampling { parameter, expected, found: value.to_string() });
             }
         }
-        match self.logit_bias.iter().find(|(token, _)| *token as usize >= vocab) {
-            None => Ok(()),
-            Some((token, _)) => Err(EngineError::Sampling {
-                parameter: "logit_bias",
-                expected: "token ids of the model's vocabulary",
-                found: format!("{token}, the vocabulary has {vocab}"),
-            }),
+        // Ten say enough.
+        let beyond = self.logit_bias.iter().map(|(token, _)| *token).filter(|token| *token as usize >= vocab).take(10);
+        let beyond: Vec<String> = beyond.map(|token| token.to_string()).collect();
+        if beyond.is_empty() {
+            return Ok(());
         }
+        Err(EngineError::Sampling {
+            parameter: "logit_bias",
+            expected: "token ids of the model's vocabulary",
+            found: format!("{}, the vocabulary has {vocab}", beyond.join(", ")),
+        })
     }
 }
 

@@ -91,7 +91,8 @@ impl Tokenizer {
     /// embeddings. Tokens beyond them are never made: as literals they are ordinary text.
     ///
     /// # Errors
-    /// [`EngineError::MissingFile`], [`EngineError::Tokenizer`]; [`EngineError::Config`] for a malformed file beside it.
+    /// [`EngineError::MissingFile`], [`EngineError::Tokenizer`]; [`EngineError::TokenizerMismatch`] where so many tokens lie
+    /// beyond the vocabulary that the tokenizer is another model's; [`EngineError::Config`] for a malformed file beside it.
     pub fn from_dir(dir: &Path, vocab: usize) -> Result<Tokenizer> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path)
@@ -102,6 +103,7 @@ impl Tokenizer {
         if full.get_vocab_size(true) == 0 {
             return Err(EngineError::Tokenizer { path, why: "it has no tokens".into() });
         }
+        check_vocabulary(&full, &path, vocab)?;
         let known: Vec<AddedToken> = full.get_added_tokens_decoder().into_values().collect();
         let Declared { names, tokens } = Declared::read(dir, &known)?;
         full.add_tokens(tokens.iter().cloned()).map_err(failed)?;
@@ -317,6 +319,19 @@ impl Tokenizer {
 
     fn failed(&self, error: &tokenizers::Error) -> EngineError {
         EngineError::Tokenizer { path: self.inner.path.clone(), why: error.to_string() }
+    }
+}
+
+/// Refuses another model's tokenizer. A few unused tokens beyond the embeddings are common, a hundredth of its words is
+/// not.
+fn check_vocabulary(tokenizer: &tokenizers::Tokenizer, path: &Path, vocab: usize) -> Result<()> {
+    let words = tokenizer.get_vocab(false);
+    let beyond = words.values().filter(|id| **id as usize >= vocab).count();
+    match words.iter().max_by_key(|(_, id)| **id) {
+        Some((token, id)) if beyond * 100 > words.len() => {
+            Err(EngineError::TokenizerMismatch { path: path.to_path_buf(), token: token.clone(), id: *id, vocab })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -56,7 +56,7 @@ pub enum QuireError {
     /// A document is not UTF-8.
     #[error(
         "document {}: expected UTF-8 text, found an invalid byte at offset {offset}. Convert it, for example with \
-         `iconv -t UTF-8`", path.display()
+         `iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE` if it is Latin-1", path.display()
     )]
     NotUtf8 {
         /// The document.

@@ -167,6 +167,7 @@ fn a_page_of_somebody_else_cannot_use_a_server_without_a_key() {
         );
     }
     assert_eq!(post("evil.example", &[]), (403, "host_not_allowed".into()));
+    assert_eq!(post("localhost:8080", &[("host", "evil.example")]), (403, "host_not_allowed".into()));
     // Probes tell nothing, and come under all names.
     for path in ["/livez", "/readyz", "/health"] {
         assert_eq!(ask_as(&server, "10.1.2.3:8080", "GET", path, &[], "").status, 200);

@@ -25,6 +25,13 @@ fn draws(params: &SamplingParams, logits: &[f32], count: usize) -> Vec<usize> {
 }
 
 #[test]
+fn all_tokens_of_a_bias_beyond_the_vocabulary_are_named() {
+    let params = SamplingParams { logit_bias: vec![(12, 1.0), (3, 1.0), (11, 1.0)], ..SamplingParams::default() };
+    let error = params.validate(10).unwrap_err().to_string();
+    assert!(error.contains("12, 11, the vocabulary has 10"), "{error}");
+}
+
+#[test]
 fn every_parameter_out_of_range_is_named() {
     type Change = fn(&mut SamplingParams);
     let cases: [(&str, Change); 10] = [

@@ -81,13 +81,22 @@ fn tokens_beyond_the_vocabulary_are_never_made() {
         assert_eq!(tokenizer.decode(&ids).unwrap(), text);
     }
     // An ordinary word of the vocabulary that the model lacks is an error where it is needed.
-    let short = Tokenizer::from_dir(&dir, 7000).unwrap();
+    let short = Tokenizer::from_dir(&dir, 7160).unwrap();
     assert_eq!(short.encode_plain("the").unwrap(), REFERENCE.encode_plain("the").unwrap());
     let word = REFERENCE.decode(&[7167]).unwrap();
     for error in [short.encode_plain(&word), short.encode(&word)] {
-        assert!(matches!(error, Err(EngineError::TokenizerMismatch { id: 7000.., vocab: 7000, .. })), "{error:?}");
+        assert!(matches!(error, Err(EngineError::TokenizerMismatch { id: 7160.., vocab: 7160, .. })), "{error:?}");
     }
     assert!(short.encode_plain_with_offsets(&word).is_err());
+}
+
+#[test]
+fn the_tokenizer_of_a_larger_model_is_refused() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/models/reference");
+    match Tokenizer::from_dir(&dir, 7000) {
+        Err(EngineError::TokenizerMismatch { id: 7167, vocab: 7000, .. }) => {}
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -171,7 +171,7 @@ impl Out {
 pub(super) fn short(path: &Path) -> String {
     let current = std::env::current_dir().and_then(|dir| dir.canonicalize()).ok();
     let relative = current.as_deref().and_then(|dir| path.strip_prefix(dir).ok());
-    safe(&relative.unwrap_or(path).display().to_string()).into_owned()
+    safe(&relative.unwrap_or(path).display().to_string()).replace('\n', "\\u{a}")
 }
 
 /// Where a passage stands: file and line, as editors and terminals take them, and characters.
@@ -217,6 +217,11 @@ pub(super) fn grouped(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_one_line() {
+        assert_eq!(short(Path::new("/a\nerror: forged")), "/a\\u{a}error: forged");
+    }
 
     #[test]
     fn numbers_read_well() {

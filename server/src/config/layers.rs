@@ -136,7 +136,7 @@ fn read_key(settings: &mut Settings, origins: &mut [(&'static str, String)]) -> 
 }
 
 fn read_key_from(path: &Path, settings: &mut Settings, origins: &mut [(&'static str, String)]) -> Result<()> {
-    let text = std::fs::read_to_string(path).map_err(|e| QuireError::Config {
+    let text = read_small(path).map_err(|e| QuireError::Config {
         setting: "api_key_file".into(),
         origin: origins.iter().find(|(k, _)| *k == "api_key_file").map_or_else(String::new, |(_, o)| o.clone()),
         problem: format!("expected a readable text file with the key at {}: {e}", path.display()),
@@ -158,11 +158,25 @@ fn layer<T: Serialize>(name: &'static str, values: &T) -> Result<Layer> {
     Ok(Layer { name, values: value.into_dict().unwrap_or_default() })
 }
 
+/// Bytes of a file of settings or of a key at most.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// Reads a small text. A file that never ends, such as a device, is an error.
+fn read_small(path: &Path) -> std::io::Result<String> {
+    use std::io::{Error, ErrorKind, Read};
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(MOST_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MOST_BYTES {
+        return Err(Error::new(ErrorKind::InvalidData, "it is larger than 1 MiB"));
+    }
+    Ok(text)
+}
+
 fn read_file(path: &Path) -> Result<File> {
     use figment::providers::{Format, Toml};
     let refuse =
         |origin: &str, problem: String| QuireError::Config { setting: "config".into(), origin: origin.into(), problem };
-    let text = std::fs::read_to_string(path).map_err(|e| {
+    let text = read_small(path).map_err(|e| {
         let problem = format!("expected a readable file of settings at {}: {e}", path.display());
         refuse("command line, environment or the usual places", problem)
     })?;
@@ -235,6 +249,19 @@ mod tests {
     use super::*;
     use crate::config::{Bytes, Named};
     use engine::Strategy;
+
+    #[test]
+    fn a_file_without_end_is_an_error() {
+        let error = read_small(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(error.contains("larger than 1 MiB"), "{error}");
+        for (key, file) in [("api_key_file", "/dev/zero"), ("config", "/dev/zero")] {
+            let named = Files { named: (key == "config").then(|| file.into()), ..Files::default() };
+            let flags =
+                SettingsArgs { api_key_file: (key == "api_key_file").then(|| file.into()), ..SettingsArgs::default() };
+            let error = load(&flags, &[], &named).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("1 MiB"), "{error}");
+        }
+    }
 
     fn load(flags: &SettingsArgs, environment: &[(&str, &str)], files: &Files) -> Result<Config> {
         let environment: Vec<_> = environment.iter().map(|(k, v)| (k.to_string(), OsString::from(v))).collect();

@@ -80,6 +80,13 @@ impl Lines {
                             Ok(line) => Ok(Typed::Line(line)),
                             Err(ReadlineError::Interrupted) => Ok(Typed::Interrupt),
                             Err(ReadlineError::Eof) => return,
+                            // Bytes that are no text: the line is lost, the conversation is not.
+                            Err(ReadlineError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+                                if sender.blocking_send(Err(refused(ReadlineError::Io(error)))).is_err() {
+                                    return;
+                                }
+                                continue;
+                            }
                             Err(error) => Err(refused(error)),
                         };
                         let failed = line.is_err();
