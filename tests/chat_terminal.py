@@ -91,6 +91,8 @@ type_in('"""\n')
 expect(". ")
 type_in("\x1b[200~" + "the boat lies in the harbour,\n" * 2500 + "\x1b[201~")
 type_in("\n")
+# The prompt is drawn again while text arrives: only behind the line's end it is the next line's.
+expect("\x1b[?2004l")
 expect(". ")
 type_in('"""\n')
 expect("\x1b[?2004l")

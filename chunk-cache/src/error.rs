@@ -64,7 +64,8 @@ pub enum StoreError {
     },
     /// The disk is full. Nothing of the failed write is visible.
     #[error(
-        "no space left for the chunk store at {}: {detail}; free some space or lower the byte budget",
+        "no space left for the chunk store at {}: {detail}; free some space on that disk, or evict all chunks, which needs \
+         none",
         path.display()
     )]
     OutOfSpace {

@@ -145,7 +145,7 @@ fn a_tokenizer_of_another_model() {
     };
     broken_model(
         |model| replace_json(model, "tokenizer.json", change),
-        &["tokenizer and model do not belong together", "7367", "tokenizer.json"],
+        &["tokenizer and model do not belong together", "vocabulary of 7168", "tokenizer.json"],
     );
 }
 
