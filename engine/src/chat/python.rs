@@ -36,6 +36,21 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
 }
 
+/// Every run of letters with a capital at its beginning, wherever it begins: `It'S`.
+fn title(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for c in text.chars() {
+        if inside {
+            out.extend(c.to_lowercase());
+        } else {
+            out.extend(c.to_uppercase());
+        }
+        inside = c.is_alphabetic();
+    }
+    out
+}
+
 /// Calls a method that Python's values have and the template engine's have not.
 fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value> {
     let found = match (value.as_str(), value.kind()) {
@@ -70,6 +85,7 @@ fn text_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>
             };
             parts.into_iter().collect()
         }
+        "title" => from_args::<()>(args).map(|()| Value::from(title(text)))?,
         "removeprefix" | "removesuffix" => {
             let (affix,): (&str,) = from_args(args)?;
             let rest = if method == "removeprefix" { text.strip_prefix(affix) } else { text.strip_suffix(affix) };

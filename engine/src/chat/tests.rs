@@ -155,6 +155,7 @@ fn templates_see_what_hugging_face_shows_them() {
         ("{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{{ twice('a') }}", "aa"),
         ("{{ missing }}{{ unk_token }}{{ eos_token }}", "<|end_of_text|>"),
         ("{{ '2' ~ strftime_now('%Y')[1:2] }}", "20"),
+        ("{{ \"it's a DOG 3com x1y\".title() }}", "It'S A Dog 3Com X1Y"),
     ];
     for (template, expected) in cases {
         assert_eq!(rendered(template, &messages).unwrap(), expected, "{template}");

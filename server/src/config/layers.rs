@@ -85,6 +85,14 @@ impl Config {
         match (&files.named, &files.folder) {
             (Some(path), _) => figment = figment.merge(read_file(path)?),
             (None, Some(path)) => {
+                // Nobody named it: a pipe that somebody put there would be waited for in every command.
+                if !path.is_file() {
+                    return Err(QuireError::Config {
+                        setting: "config".into(),
+                        origin: "the current folder".into(),
+                        problem: format!("expected a file at {}, found something else: remove it", path.display()),
+                    });
+                }
                 let file = read_file(path)?;
                 refuse_personal(&file, files.user.as_deref())?;
                 figment = figment.merge(file);
@@ -252,6 +260,9 @@ mod tests {
 
     #[test]
     fn a_file_without_end_is_an_error() {
+        let folder = Files { folder: Some("/dev/zero".into()), ..Files::default() };
+        let error = load(&SettingsArgs::default(), &[], &folder).unwrap_err().to_string();
+        assert!(error.contains("current folder") && error.contains("remove it"), "{error}");
         let error = read_small(Path::new("/dev/zero")).unwrap_err().to_string();
         assert!(error.contains("larger than 1 MiB"), "{error}");
         for (key, file) in [("api_key_file", "/dev/zero"), ("config", "/dev/zero")] {
