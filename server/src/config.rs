@@ -5,8 +5,8 @@
 //! commands use a setting, and what a `quire.toml` of just any folder may not decide. This is the only file that reads
 //! the environment.
 //!
-//! * [`values`]: sizes, names, secrets;
-//! * [`layers`]: which of flags, environment and files wins.
+//! * `values`: sizes, names, secrets;
+//! * `layers`: which of flags, environment and files wins.
 
 mod layers;
 mod values;
@@ -261,7 +261,7 @@ settings! {
         api_key_file: Option<PathBuf> = None, "none";
         /// Names under which a server without a key may be asked, beside localhost and its address, separated by commas; *: all
         allowed_hosts: Named<Names> = Named(Names::default()), "none";
-        /// Origins of web pages that may use the server, such as https://app.example, separated by commas; *: all
+        /// Origins of web pages that may use the server, such as `https://app.example`, separated by commas; *: all
         cors_origins: Named<Names> = Named(Names::default()), "none";
         /// Largest request body in bytes
         body_limit_bytes: Bytes = Bytes(8 << 20), "8M";

@@ -88,7 +88,7 @@ impl Collection {
     }
 
     /// The passages that fit `query` best: at most `limit`, best first, none that repeats a better one. Empty only
-    /// where no passage shares a word with the query. See [`query`](super::query) for how they are ranked.
+    /// where no passage shares a word with the query. See `query.rs` for how they are ranked.
     ///
     /// `wanted` is asked between the steps.
     ///
