@@ -125,7 +125,7 @@ pub fn split(
     limits: Limits,
     count: &dyn Fn(&str) -> Result<usize, EngineError>,
 ) -> Result<Vec<ChunkSpan>, EngineError> {
-    let (mut chunks, mut chars) = (Vec::new(), mark(text).chars().count());
+    let (mut chunks, mut chars): (Vec<ChunkSpan>, usize) = (Vec::new(), mark(text).chars().count());
     for piece in pieces(text) {
         let text = &text[piece.clone()];
         let counter = Counter { count, known: RefCell::default() };
@@ -134,16 +134,32 @@ pub fn split(
             .map_err(|e| EngineError::InvalidRequest(format!("chunk overlap: {e}")))?
             .with_sizer(counter);
         let span = |found: Result<ChunkCharIndex<'_>, EngineError>| {
-            found.map(|c| ChunkSpan {
-                chars: Span { start: chars + c.char_offset, end: chars + c.char_offset + c.chunk.chars().count() },
-                bytes: piece.start + c.byte_offset..piece.start + c.byte_offset + c.chunk.len(),
+            found.map(|c| {
+                // The splitter of Markdown leaves some white space, such as tabs, at the edges.
+                let (lead, passage) = (c.chunk.len() - c.chunk.trim_start().len(), c.chunk.trim());
+                let start = chars + c.char_offset + c.chunk[..lead].chars().count();
+                let from = piece.start + c.byte_offset + lead;
+                ChunkSpan {
+                    chars: Span { start, end: start + passage.chars().count() },
+                    bytes: from..from + passage.len(),
+                }
             })
         };
         let found: Result<Vec<ChunkSpan>, EngineError> = match format {
             Format::Text => TextSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
             Format::Markdown => MarkdownSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
         };
-        chunks.extend(found?);
+        for chunk in found?.into_iter().filter(|chunk| !chunk.chars.is_empty()) {
+            // Without the white space in front of it a chunk may begin where the one before does: the longer one holds both.
+            match chunks.last_mut() {
+                Some(last) if chunk.bytes.start <= last.bytes.start => {
+                    if chunk.bytes.end > last.bytes.end {
+                        *last = chunk;
+                    }
+                }
+                _ => chunks.push(chunk),
+            }
+        }
         chars += text.chars().count();
     }
     Ok(chunks)
@@ -251,6 +267,18 @@ mod tests {
         (texts, prop_oneof![4 => Just(1usize), 1 => Just(60)]).prop_map(|(words, times)| {
             words.iter().map(|(word, space)| format!("{word}{space}")).collect::<String>().repeat(times)
         })
+    }
+
+    #[test]
+    fn white_space_at_the_edges_belongs_to_no_chunk() {
+        let text = "é é a - x é\t  a\na ";
+        let chunks = split(text, Format::Markdown, Limits { tokens: 5, overlap: 1 }, &words).unwrap();
+        let passages: Vec<&str> = chunks.iter().map(|chunk| &text[chunk.bytes.clone()]).collect();
+        assert!(passages.len() > 1 && passages.iter().all(|passage| passage.trim() == *passage), "{passages:?}");
+        for chunk in &chunks {
+            let by_chars: String = text.chars().skip(chunk.chars.start).take(chunk.chars.len()).collect();
+            assert_eq!(by_chars, text[chunk.bytes.clone()]);
+        }
     }
 
     proptest! {
