@@ -145,7 +145,9 @@ mod tests {
             let stop: Vec<&str> = stop.iter().map(String::as_str).collect();
             let (text, tokens, bytes) = joined(&answer(&ids, &stop));
             prop_assert_eq!(&text, &tokens);
-            if !text.contains('\u{fffd}') {
+            // A stop at U+FFFD may cut a token within a character: what is left of its text then has no bytes of its own.
+            let cut_character = text.contains('\u{fffd}') || stop.iter().any(|stop| stop.contains('\u{fffd}'));
+            if !cut_character {
                 prop_assert_eq!(text.as_bytes(), bytes.as_slice());
             }
             if stop.is_empty() {
