@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
 use crate::http::{Names, check_key, check_origins};
-use crate::hub::{self, HubConfig, ModelId};
+use hub::{HubConfig, ModelId};
 pub use layers::Config;
 use layers::Files;
 pub use values::{Bytes, GenerationSource, KvFormat, Named, Secret};
@@ -376,7 +376,7 @@ impl Settings {
         }
         check_origins(&self.cors_origins.0).or_else(|problem| refuse("cors_origins", problem))?;
         self.attention().validate().or_else(|e| refuse("strategy", e.to_string()))?;
-        crate::library::check_collection_name(&self.collection).or_else(|e| refuse("collection", e.to_string()))
+        documents::check_collection_name(&self.collection).or_else(|e| refuse("collection", e.to_string()))
     }
 
     /// Bytes of cached chunks that a new store may hold.
@@ -466,7 +466,7 @@ impl Settings {
         match &self.model {
             Some(path) if path.exists() => Ok(path.clone()),
             Some(path) => match path.to_str().and_then(|text| text.parse::<ModelId>().ok()) {
-                Some(id) => hub().cache().find(&id, hub().offline),
+                Some(id) => Ok(hub().cache().find(&id, hub().offline)?),
                 None => Ok(path.clone()),
             },
             None => find_shipped("models/reference", "eval/models/reference", "config.json")

@@ -3,9 +3,9 @@
 //! This crate joins the others to a product. Reading it top down:
 //!
 //! * [`config`]: every setting, where its value came from, and where the model is found;
-//! * [`data_dir`]: the folder that everything is kept in, and its version;
+//! * [`documents`]: documents as folders of text, chunks with their character spans, full-text search, and the folder that
+//!   everything is kept in;
 //! * [`hub`]: models of the Hugging Face hub, fetched into the cache that its tools share;
-//! * [`library`]: documents as folders of text, chunks with their character spans, full-text search;
 //! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
 //! * [`service`]: the use cases `ingest`, `search`, `answer`, `generate`, without a word of HTTP;
 //! * [`http`]: the OpenAI-compatible server over the service;
@@ -23,11 +23,8 @@
 
 pub mod cli;
 pub mod config;
-pub mod data_dir;
 pub mod error;
 pub mod http;
-pub mod hub;
-pub mod library;
 pub mod metrics;
 mod process;
 pub mod service;

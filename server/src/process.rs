@@ -1,8 +1,5 @@
 //! What the system lets this process do, and what it lets others do with this process's files.
 
-use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
-
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 
@@ -22,9 +19,4 @@ pub(crate) fn keep_files_private() {
     let others = Mode::RWXG | Mode::RWXO;
     let before = umask(others);
     umask(before | others);
-}
-
-/// Makes a folder, and what is missing of the path to it, for this user alone. One that is there stays as it is.
-pub(crate) fn create_private_dir(path: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }

@@ -10,7 +10,7 @@ use engine::Strategy;
 use eval::CheckpointShape;
 
 use crate::config::{Bytes, Named, SettingsArgs};
-use crate::hub::ModelId;
+use hub::ModelId;
 
 /// Answers questions over documents, with attention state that is computed once per passage
 ///

@@ -6,10 +6,10 @@ use serde_json::json;
 use super::answer_view;
 use super::output::{Out, place, seconds};
 use crate::config::Settings;
-use crate::data_dir;
 use crate::error::{QuireError, Result};
-use crate::library::Library;
 use crate::service::{Purpose, Question, Service};
+use documents::Library;
+use documents::data_dir;
 
 pub(super) fn search(settings: &Settings, query: &str, out: &Out) -> Result<()> {
     data_dir::check(&settings.data_dir)?;

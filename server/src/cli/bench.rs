@@ -22,8 +22,8 @@ use super::output::{Out, count};
 use super::start::{StartOptions, start_bench};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
-use crate::process::create_private_dir;
 use crate::store::KvStore;
+use documents::data_dir::create_private_dir;
 
 pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Result<()> {
     match command {

@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use super::bench::ScratchDir;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
-use crate::library::{ChunkSpan, Collection, Document, Format, Library, Span, comparable};
 use crate::service::{Options, Purpose, Question, Service};
+use documents::{ChunkSpan, Collection, Document, Format, Library, Span, comparable};
 
 /// Passages that a question may be found among.
 const TOP: usize = 5;
@@ -183,7 +183,7 @@ fn write(collection: &Collection, sets: &[DataSet]) -> Result<()> {
         let document = Document { path: PathBuf::from(&set.name), text, format: Format::Text };
         writer.replace(&document, "bench", &chunks)?;
     }
-    writer.finish()
+    Ok(writer.finish()?)
 }
 
 fn recall(collection: &Collection, set: &DataSet) -> Result<Tally> {

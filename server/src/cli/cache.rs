@@ -10,9 +10,9 @@ use serde_json::json;
 use super::args::CacheCommand;
 use super::output::{Out, bytes, count, grouped};
 use crate::config::Settings;
-use crate::data_dir;
 use crate::error::{QuireError, Result};
 use crate::store::store_dir;
+use documents::data_dir;
 
 pub(super) fn run(settings: &Settings, command: &CacheCommand, out: &Out) -> Result<()> {
     data_dir::check(&settings.data_dir)?;

@@ -22,8 +22,8 @@ use serde_json::{Value, json};
 use super::bench::ScratchDir;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
-use crate::library::Library;
 use crate::store::open_chunks;
+use documents::Library;
 
 const COLLECTION: &str = "drill";
 

@@ -11,8 +11,8 @@ use super::ingest::{ingest, summary};
 use super::output::{Out, count, grouped, seconds};
 use crate::config::{Settings, find_shipped};
 use crate::error::{QuireError, Result};
-use crate::library::discover;
 use crate::service::{Answer, IngestReport, Options, Purpose, Question, Service};
+use documents::{DocumentsError, discover};
 
 const COLLECTION: &str = "examples";
 /// Timed rounds of each side, after one untimed round.
@@ -51,8 +51,9 @@ struct Report {
 pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> Result<()> {
     let folder = match documents {
         Some(folder) => folder.to_path_buf(),
-        None => find_shipped("examples", "examples", "questions.jsonl")
-            .map_err(|searched| QuireError::NoDocuments { path: searched.into_iter().next().unwrap_or_default() })?,
+        None => find_shipped("examples", "examples", "questions.jsonl").map_err(|searched| {
+            DocumentsError::NoDocuments { path: searched.into_iter().next().unwrap_or_default() }
+        })?,
     };
     let example = demonstration(&folder)?;
     let spinner = out.spinner("loading the model");
@@ -129,7 +130,7 @@ fn service_report(
 fn examples(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = discover(&[folder.to_path_buf()]);
     if let Some((_, error)) = found.problems.pop() {
-        return Err(error);
+        return Err(error.into());
     }
     let mut documents = found.documents;
     documents.retain(|path| path.file_name().is_none_or(|name| name != "README.md"));
@@ -172,7 +173,7 @@ fn demonstration(folder: &Path) -> Result<Example> {
     }
     let chosen = examples.iter().position(|e| e.demonstration).unwrap_or(0);
     if examples.is_empty() {
-        return Err(QuireError::NoDocuments { path });
+        return Err(DocumentsError::NoDocuments { path }.into());
     }
     Ok(examples.swap_remove(chosen))
 }

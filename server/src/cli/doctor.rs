@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::output::{Out, bytes, count};
 use crate::config::Settings;
-use crate::data_dir;
 use crate::error::{QuireError, Result};
-use crate::library::collection_names;
 use crate::store::{store_dir, store_shape};
+use documents::collection_names;
+use documents::data_dir;
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -9,9 +9,9 @@ use serde_json::json;
 use super::output::{Out, count, seconds, short};
 use crate::config::Settings;
 use crate::error::Result;
-use crate::library::Skipped;
 use crate::service::{DocumentState, IngestEvent, IngestReport, Purpose, Service};
 use crate::store::Origin;
+use documents::Skipped;
 
 pub(super) fn run(settings: &Settings, paths: &[PathBuf], out: &Out) -> Result<()> {
     let spinner = out.spinner("loading the model");

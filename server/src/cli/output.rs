@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::terminal::{safe, safe_json};
 use crate::error::QuireError;
-use crate::library::Span;
+use documents::Span;
 
 /// Where a command prints.
 pub(super) struct Out {

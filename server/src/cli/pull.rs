@@ -8,7 +8,7 @@ use serde_json::json;
 use super::output::{Out, bytes, count};
 use crate::config;
 use crate::error::Result;
-use crate::hub::{self, FileState, ModelId, PullEvent};
+use hub::{self, FileState, ModelId, PullEvent};
 
 /// Between two lines about one file.
 const LINES: Duration = Duration::from_secs(10);

@@ -9,6 +9,8 @@ use axum::response::{IntoResponse, Response};
 use engine::EngineError;
 use serde_json::{Value, json};
 
+use documents::DocumentsError;
+
 use crate::error::QuireError;
 use crate::metrics;
 
@@ -154,9 +156,9 @@ impl From<&QuireError> for ApiError {
         match error {
             QuireError::InvalidParameter { param, .. } => invalid().param(param),
             QuireError::UnsupportedParameter { param, .. } => invalid().param(param).code("unsupported_parameter"),
-            QuireError::CollectionName { .. } => invalid().param("quire.collection"),
+            QuireError::Documents(DocumentsError::CollectionName { .. }) => invalid().param("quire.collection"),
             // Which others there are is not told.
-            QuireError::UnknownCollection { name, .. } => {
+            QuireError::Documents(DocumentsError::UnknownCollection { name, .. }) => {
                 ApiError::not_found(format!("collection `{name}` does not exist on this server"))
                     .param("quire.collection")
                     .code("collection_not_found")
@@ -270,8 +272,8 @@ mod tests {
         let known = vec!["layoffs".to_string()];
         for error in [
             QuireError::Io { action: "read", path: path.clone(), source: io() },
-            QuireError::DataDir { path: path.clone(), source: io() },
-            QuireError::UnknownCollection { name: "x".into(), known },
+            QuireError::writing(path.clone(), io()),
+            DocumentsError::UnknownCollection { name: "x".into(), known }.into(),
             QuireError::Internal("at /home/ann/secret".into()),
             QuireError::Engine(EngineError::Stopped("/home/ann/secret".into())),
         ] {

@@ -10,9 +10,9 @@ use serde::Serialize;
 use super::Options;
 use super::context::ContextChunk;
 use crate::error::{QuireError, Result};
-use crate::library::{Span, comparable};
 use crate::metrics::Metrics;
 use crate::store::Origin;
+use documents::{Span, comparable};
 
 /// A passage that was in the context of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize)]

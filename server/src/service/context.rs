@@ -9,8 +9,8 @@ use super::answer::Answering;
 use super::length::{Room, refuse_overlong};
 use super::{Options, Service};
 use crate::error::Result;
-use crate::library::Found;
 use crate::store::Origin;
+use documents::Found;
 
 /// A question over a collection.
 #[derive(Clone, Debug)]
@@ -150,7 +150,7 @@ fn fit(candidates: Vec<Candidate>, room: usize, notes: &mut Vec<String>) -> Vec<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::library::Span;
+    use documents::Span;
 
     fn found(path: &str, start: usize, end: usize, passage: &str) -> Found {
         Found { path: path.into(), span: Span { start, end }, line: 1, passage: passage.into(), score: 1.0 }

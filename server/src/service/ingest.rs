@@ -11,8 +11,10 @@ use serde::Serialize;
 
 use super::Service;
 use crate::error::{QuireError, Result};
-use crate::library::{Collection, CollectionWriter, Document, Format, Skipped, Span, discover, read_document, split};
 use crate::store::Origin;
+use documents::{
+    Collection, CollectionWriter, Document, DocumentsError, Format, Skipped, Span, discover, read_document, split,
+};
 
 /// How a document stood to the collection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -66,7 +68,7 @@ pub enum IngestEvent<'a> {
         /// The document or folder.
         path: &'a Path,
         /// Why.
-        error: &'a QuireError,
+        error: &'a DocumentsError,
     },
 }
 
@@ -130,7 +132,7 @@ impl Service {
         if let ([], 1) = (&found.documents[..], found.problems.len())
             && let Some((_, error)) = found.problems.pop()
         {
-            return Err(error);
+            return Err(error.into());
         }
         let documents = found.documents;
         let collection_name = collection;
@@ -148,7 +150,7 @@ impl Service {
             let document = match read_document(path) {
                 Ok(document) => document,
                 // One that had text keeps it in the collection, which must be told.
-                Err(QuireError::EmptyDocument { .. })
+                Err(DocumentsError::EmptyDocument { .. })
                     if found.named.binary_search(path).is_err() && collection.document(path)?.is_none() =>
                 {
                     report.skipped.empty += 1;
@@ -187,7 +189,7 @@ impl Service {
         let spans = match stored.filter(|_| state == DocumentState::Unchanged) {
             Some(stored) => stored.chunks,
             None => split(&document.text, document.format, self.limits, &|text| {
-                Ok(self.engine.tokenizer().encode_plain(text)?.len())
+                self.engine.tokenizer().encode_plain(text).map(|tokens| tokens.len())
             })?,
         };
         let mut computed = 0;

@@ -17,11 +17,10 @@ pub use ingest::{DocumentState, IngestEvent, IngestReport};
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
 
 use crate::config::Settings;
-use crate::data_dir;
-use crate::error::{QuireError, Result};
-use crate::library::{Found, Library, Limits};
+use crate::error::Result;
 use crate::metrics::Metrics;
 use crate::store::KvStore;
+use documents::{DocumentsError, Found, Library, Limits, data_dir};
 
 /// How an answer is made.
 #[derive(Clone, Debug)]
@@ -126,7 +125,7 @@ impl Service {
     /// As [`open`](Self::open).
     pub fn open_with(settings: &Settings, purpose: Purpose, config: EngineConfig) -> Result<Service> {
         match data_dir::prepare(&settings.data_dir) {
-            Err(QuireError::DataDir { .. }) if purpose != Purpose::Ingest => data_dir::check(&settings.data_dir)?,
+            Err(DocumentsError::DataDir { .. }) if purpose != Purpose::Ingest => data_dir::check(&settings.data_dir)?,
             outcome => outcome?,
         }
         let model = settings.served_name(&config.model_dir);
@@ -200,7 +199,7 @@ impl Service {
     /// # Errors
     /// [`QuireError::UnknownCollection`], [`QuireError::Index`].
     pub fn search(&self, collection: &str, query: &str, limit: usize) -> Result<Vec<Found>> {
-        self.library.search(collection, query, limit)
+        Ok(self.library.search(collection, query, limit)?)
     }
 
     /// Answers a conversation without documents.

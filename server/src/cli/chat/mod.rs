@@ -14,11 +14,11 @@ use super::answer_view;
 use super::args::ChatArgs;
 use super::output::{Out, count, seconds};
 use crate::config::{self, Settings};
-use crate::data_dir;
 use crate::error::{QuireError, Result};
-use crate::library::Library;
 use crate::metrics::Metrics;
 use crate::service::{Answer, Answering, Conversation, Options, Piece, Purpose, Question, Service, generate};
+use documents::Library;
+use documents::data_dir;
 use input::{Entry, Grammar};
 use lines::{Lines, Typed};
 

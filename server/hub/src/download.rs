@@ -9,10 +9,9 @@ use ureq::http::StatusCode;
 
 use super::cache::{HubCache, make_parent, writing};
 use super::client::{Client, Patience, RemoteFile, is_passing, text};
-use super::error::HubError;
 use super::id::ModelId;
 use super::pull::{FileState, PullEvent};
-use crate::error::Result;
+use crate::error::{HubError, Result};
 
 const BUFFER: usize = 256 << 10;
 
@@ -114,7 +113,7 @@ impl<'a> Transfer<'a> {
             if self.have > before {
                 patience = Patience::default();
             }
-            let Some(pause) = patience.next() else { return Err(error.into()) };
+            let Some(pause) = patience.next() else { return Err(error) };
             on_event(PullEvent::Retry { name, problem: &error.to_string() });
             std::thread::sleep(pause);
         }
@@ -189,11 +188,11 @@ impl<'a> Transfer<'a> {
     }
 
     /// What has come is of no use to the next attempt either.
-    fn discard(&self, expected: String, found: String) -> crate::error::QuireError {
+    fn discard(&self, expected: String, found: String) -> HubError {
         if let Err(error) = fs::remove_file(self.path) {
             return writing(self.path, error);
         }
-        HubError::Corrupt { file: self.remote.name.clone(), expected, found }.into()
+        HubError::Corrupt { file: self.remote.name.clone(), expected, found }
     }
 }
 

@@ -10,10 +10,9 @@ use ureq::http::{HeaderMap, Response, header};
 use ureq::{Agent, Body};
 
 use super::config::HubConfig;
-use super::error::HubError;
 use super::files::check_path;
 use super::id::{ModelId, is_commit};
-use crate::error::Result;
+use crate::error::{HubError, Result};
 
 /// Patience with a server that has stopped sending.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -107,12 +106,12 @@ impl Client {
         let etag = text(headers, "x-linked-etag").or_else(|| text(headers, "etag")).map(unquoted).unwrap_or_default();
         if !is_hash_like(etag) {
             let expected = "a hash in X-Linked-Etag or ETag";
-            return Err(HubError::Protocol { url, expected, found: format!("`{etag}`") }.into());
+            return Err(HubError::Protocol { url, expected, found: format!("`{etag}`") });
         }
         let size = text(headers, "x-linked-size").or_else(|| text(headers, "content-length"));
         let Some(size) = size.and_then(|size| size.parse().ok()) else {
             let expected = "a size in X-Linked-Size or Content-Length";
-            return Err(HubError::Protocol { url, expected, found: size.unwrap_or("none").into() }.into());
+            return Err(HubError::Protocol { url, expected, found: size.unwrap_or("none").into() });
         };
         Ok(RemoteFile { name: name.into(), etag: etag.into(), size, url })
     }
@@ -130,15 +129,15 @@ impl Client {
             }
         }
         let found = format!("more than {RENAMES}");
-        Err(HubError::Protocol { url: url.into(), expected: "few redirects", found }.into())
+        Err(HubError::Protocol { url: url.into(), expected: "few redirects", found })
     }
 
     /// The bytes of a file from `start` on. The caller looks at the status.
-    pub(super) fn fetch(&self, url: &str, start: u64) -> std::result::Result<Response<Body>, HubError> {
+    pub(super) fn fetch(&self, url: &str, start: u64) -> Result<Response<Body>> {
         self.send(url, "GET", start)
     }
 
-    fn send(&self, url: &str, method: &str, start: u64) -> std::result::Result<Response<Body>, HubError> {
+    fn send(&self, url: &str, method: &str, start: u64) -> Result<Response<Body>> {
         // Hashes and ranges are those of the file, not of a compressed form.
         let mut request = ureq::http::Request::builder().method(method).uri(url).header("accept-encoding", "identity");
         if let Some(token) = &self.token {
@@ -155,7 +154,7 @@ impl Client {
     }
 
     /// Takes an answer, or says why it is none.
-    pub(super) fn accept(&self, url: &str, response: &Response<Body>) -> std::result::Result<(), HubError> {
+    pub(super) fn accept(&self, url: &str, response: &Response<Body>) -> Result<()> {
         let status = response.status();
         let described = status.is_redirection() && response.headers().contains_key("x-linked-etag");
         if status.is_success() || described {
@@ -195,9 +194,7 @@ pub(super) fn is_passing(status: u16) -> bool {
     matches!(status, 408 | 429 | 500..=599)
 }
 
-fn retrying(
-    send: impl Fn() -> std::result::Result<Response<Body>, HubError>,
-) -> std::result::Result<Response<Body>, HubError> {
+fn retrying(send: impl Fn() -> Result<Response<Body>>) -> Result<Response<Body>> {
     let mut patience = Patience::default();
     loop {
         let result = send();

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use tantivy::schema::{IndexRecordOption, STORED, STRING, Schema, TextFieldIndexing, TextOptions};
 use tantivy::{Index, IndexWriter, TantivyDocument};
 
-use super::super::ingest::Document;
-use super::super::split::{ChunkSpan, Format, Span};
 use super::record::write_place;
 use super::{Collection, Found};
-use crate::error::QuireError;
+use crate::error::DocumentsError;
+use crate::ingest::Document;
+use crate::split::{ChunkSpan, Format, Span};
 
 /// A document whose lines are its chunks.
 fn document(name: &str, text: &str) -> (Document, Vec<ChunkSpan>) {
@@ -282,7 +282,7 @@ fn a_search_ends_once_nobody_waits() {
             left.get() >= 0
         };
         let error = collection.search(&query, 5, &wanted).unwrap_err();
-        assert!(matches!(error, QuireError::Engine(engine::EngineError::Cancelled)), "{error}");
+        assert!(matches!(error, DocumentsError::Cancelled), "{error}");
         assert_eq!(left.get(), -1, "it went on after nobody waited");
     }
 }
@@ -346,7 +346,7 @@ fn an_index_of_a_later_version_is_named_as_one() {
     let (dir, _) = collection(&["One."]);
     std::fs::rename(dir.path().join("index-2"), dir.path().join("index-3")).unwrap();
     let error = Collection::open(dir.path()).err().unwrap();
-    assert!(matches!(error, QuireError::NewerCollection { found: 3, known: 2, .. }), "{error}");
+    assert!(matches!(error, DocumentsError::NewerCollection { found: 3, known: 2, .. }), "{error}");
     assert!(super::has_index(dir.path()));
 }
 
@@ -376,7 +376,7 @@ fn a_folder_that_cannot_be_written_is_searched() {
         let collection = Collection::open(folder).unwrap().unwrap();
         assert_eq!(search(&collection, "lighthouse", 5).len(), 1);
         if read_only {
-            assert!(matches!(collection.writer().err().unwrap(), QuireError::DataDir { .. }));
+            assert!(matches!(collection.writer().err().unwrap(), DocumentsError::DataDir { .. }));
         }
         set_rights(folder, 0o755, 0o644);
     }
@@ -403,7 +403,7 @@ fn files(dir: &Path) -> Vec<(PathBuf, u64)> {
 }
 
 /// What is found is what was written, or nothing is found with an error. Says whether it was an error.
-fn check_citations(collection: Result<&Collection, QuireError>, texts: &[(String, String)]) -> bool {
+fn check_citations(collection: Result<&Collection, DocumentsError>, texts: &[(String, String)]) -> bool {
     let Ok(collection) = collection else { return true };
     let mut failed = false;
     for query in ["lighthouse keeper", "图书馆 钥匙", "locker 4417", "drawer"] {
@@ -416,7 +416,7 @@ fn check_citations(collection: Result<&Collection, QuireError>, texts: &[(String
                 }
             }
             Err(error) => {
-                assert!(matches!(error, QuireError::Index { .. }), "{error}");
+                assert!(matches!(error, DocumentsError::Index { .. }), "{error}");
                 failed = true;
             }
         }
@@ -460,7 +460,7 @@ fn a_flipped_bit_never_cites_another_text() {
         let bit = random(*bits);
         flip(path, bit);
         let reopened = Collection::open(dir.path()).map(Option::unwrap);
-        refused += usize::from(check_citations(reopened.as_ref().map_err(|_| QuireError::Loading), &texts));
+        refused += usize::from(check_citations(reopened.as_ref().map_err(|_| DocumentsError::Cancelled), &texts));
         flip(path, bit);
     }
     // Texts may also change under one that is open. (Lengths that tantivy reads there would end the process: only the

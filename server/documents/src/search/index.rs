@@ -15,11 +15,11 @@ use tantivy::schema::{
 use tantivy::tokenizer::{PreTokenizedString, RawTokenizer, TextAnalyzer};
 use tantivy::{Index, IndexReader, IndexWriter, ReloadPolicy, TantivyDocument, TantivyError, Term};
 
-use super::super::directory::IndexFolder;
 use super::analyzer::{Analyzer, VERSION};
 use super::language;
 use super::record::{Record, parse_place, passage_digest, passage_seal, write_place};
-use crate::error::{QuireError, Result};
+use crate::directory::IndexFolder;
+use crate::error::{DocumentsError, Result};
 
 /// Memory of the index writer; tantivy refuses less than 15 MB.
 pub(super) const WRITER_BYTES: usize = 32 << 20;
@@ -161,7 +161,7 @@ impl Layout {
 }
 
 /// Whether a collection's folder has an index of any version.
-pub(in crate::library) fn has_index(dir: &Path) -> bool {
+pub(crate) fn has_index(dir: &Path) -> bool {
     !versions(dir).is_empty()
 }
 
@@ -183,11 +183,11 @@ fn folder(dir: &Path, version: u32) -> PathBuf {
 /// Opens the index of the collection in `dir`; `None` if there is none. One of an earlier version is built again.
 ///
 /// # Errors
-/// [`QuireError::NewerCollection`], [`QuireError::Index`] for a damaged one.
+/// [`DocumentsError::NewerCollection`], [`DocumentsError::Index`] for a damaged one.
 pub(super) fn open(dir: &Path) -> Result<Option<OpenIndex>> {
     match Layout::of(dir) {
         Layout::Absent => Ok(None),
-        Layout::Later(found) => Err(QuireError::NewerCollection { path: dir.into(), found, known: VERSION }),
+        Layout::Later(found) => Err(DocumentsError::NewerCollection { path: dir.into(), found, known: VERSION }),
         Layout::Current(path) => guarded(dir, || open_checked(&path)).map(Some),
         Layout::Earlier(_) => rebuild(dir).map(Some),
     }
@@ -196,7 +196,7 @@ pub(super) fn open(dir: &Path) -> Result<Option<OpenIndex>> {
 /// Makes an empty index for the collection in `dir`.
 pub(super) fn create(dir: &Path) -> Result<OpenIndex> {
     let path = folder(dir, VERSION);
-    std::fs::create_dir_all(&path).map_err(|e| QuireError::writing(&path, e))?;
+    std::fs::create_dir_all(&path).map_err(|e| DocumentsError::writing(&path, e))?;
     guarded(dir, || OpenIndex::new(Index::create_in_dir(&path, Fields::schema())?, true))
 }
 
@@ -249,7 +249,7 @@ fn rebuild(dir: &Path) -> Result<OpenIndex> {
         });
     }
     let partial = dir.join(format!("index-{VERSION}.partial"));
-    let writing = |e| QuireError::writing(&partial, e);
+    let writing = |e| DocumentsError::writing(&partial, e);
     if partial.exists() {
         std::fs::remove_dir_all(&partial).map_err(writing)?;
     }
@@ -333,7 +333,7 @@ pub(super) fn guarded<T>(dir: &Path, work: impl FnOnce() -> tantivy::Result<T>) 
     }
 }
 
-pub(super) fn index_error(dir: &Path, source: TantivyError) -> QuireError {
+pub(super) fn index_error(dir: &Path, source: TantivyError) -> DocumentsError {
     use tantivy::directory::error::{LockError, OpenDirectoryError, OpenReadError, OpenWriteError};
     let io = match &source {
         TantivyError::IoError(e) => Some(e.kind()),
@@ -345,11 +345,11 @@ pub(super) fn index_error(dir: &Path, source: TantivyError) -> QuireError {
     };
     use ErrorKind as K;
     if let Some(kind @ (K::PermissionDenied | K::ReadOnlyFilesystem | K::StorageFull | K::NotADirectory)) = io {
-        return QuireError::writing(dir, kind.into());
+        return DocumentsError::writing(dir, kind.into());
     }
     let advice = match &source {
         TantivyError::LockFailure(..) => "Another quire is ingesting into this collection: wait for it, or stop it",
         _ => "Remove this folder and ingest the documents again: cached chunks stay",
     };
-    QuireError::Index { path: dir.into(), advice, source: Box::new(source) }
+    DocumentsError::Index { path: dir.into(), advice, source: Box::new(source) }
 }

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+/// This crate's result type.
+pub type Result<T> = std::result::Result<T, HubError>;
+
 /// What can go wrong between a name and a model's folder.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -140,6 +143,21 @@ pub enum HubError {
         /// The size or hash of what came.
         found: String,
     },
+
+    /// A file operation failed.
+    #[error("cannot {action} {}: {source}. Check the path, and that this user may use it", path.display())]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+
+    /// A model's configuration is none that the engine knows.
+    #[error(transparent)]
+    Model(#[from] engine::EngineError),
 }
 
 fn unset(offline: bool) -> &'static str {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::search::{Collection, Found};
 use super::{check_collection_name, collection_dir, collection_names};
-use crate::error::{QuireError, Result};
+use crate::error::{DocumentsError, Result};
 
 /// Hands out collections by name.
 pub struct Library {
@@ -24,19 +24,21 @@ impl Library {
     /// An existing collection.
     ///
     /// # Errors
-    /// [`QuireError::CollectionName`], [`QuireError::UnknownCollection`], [`QuireError::Index`].
+    /// [`DocumentsError::CollectionName`], [`DocumentsError::UnknownCollection`], [`DocumentsError::Index`].
     pub fn collection(&self, name: &str) -> Result<Arc<Collection>> {
-        self.get(name, Collection::open)?
-            .ok_or_else(|| QuireError::UnknownCollection { name: name.into(), known: collection_names(&self.data_dir) })
+        self.get(name, Collection::open)?.ok_or_else(|| DocumentsError::UnknownCollection {
+            name: name.into(),
+            known: collection_names(&self.data_dir),
+        })
     }
 
     /// A collection, made empty where there is none.
     ///
     /// # Errors
-    /// [`QuireError::CollectionName`], [`QuireError::DataDir`], [`QuireError::Index`].
+    /// [`DocumentsError::CollectionName`], [`DocumentsError::DataDir`], [`DocumentsError::Index`].
     pub fn collection_or_new(&self, name: &str) -> Result<Arc<Collection>> {
         let found = self.get(name, |dir| Collection::open_or_create(dir).map(Some))?;
-        found.ok_or_else(|| QuireError::Internal(format!("collection `{name}` was made and is gone")))
+        found.ok_or_else(|| DocumentsError::Internal(format!("collection `{name}` was made and is gone")))
     }
 
     fn get(&self, name: &str, open: impl Fn(&Path) -> Result<Option<Collection>>) -> Result<Option<Arc<Collection>>> {

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use engine::EngineError;
 use serde::{Deserialize, Serialize};
 use text_splitter::{ChunkCharIndex, ChunkConfig, MarkdownSplitter, TextSplitter, TryChunkSizer};
 
@@ -65,15 +64,15 @@ pub struct Limits {
 }
 
 /// Counts tokens; remembers what it counted, as the splitter asks for the same stretches again and again.
-struct Counter<'a> {
-    count: &'a dyn Fn(&str) -> Result<usize, EngineError>,
+struct Counter<'a, E> {
+    count: &'a dyn Fn(&str) -> Result<usize, E>,
     known: RefCell<HashMap<(usize, usize), usize>>,
 }
 
-impl TryChunkSizer for Counter<'_> {
-    type Error = EngineError;
+impl<E: std::error::Error> TryChunkSizer for Counter<'_, E> {
+    type Error = E;
 
-    fn try_size(&self, chunk: &str) -> Result<usize, EngineError> {
+    fn try_size(&self, chunk: &str) -> Result<usize, E> {
         let place = (chunk.as_ptr() as usize, chunk.len());
         if let Some(&tokens) = self.known.borrow().get(&place) {
             return Ok(tokens);
@@ -119,21 +118,20 @@ fn pieces(text: &str) -> Vec<Range<usize>> {
 ///
 /// # Errors
 /// What `count` returns.
-pub fn split(
+pub fn split<E: std::error::Error>(
     text: &str,
     format: Format,
     limits: Limits,
-    count: &dyn Fn(&str) -> Result<usize, EngineError>,
-) -> Result<Vec<ChunkSpan>, EngineError> {
+    count: &dyn Fn(&str) -> Result<usize, E>,
+) -> Result<Vec<ChunkSpan>, E> {
     let (mut chunks, mut chars): (Vec<ChunkSpan>, usize) = (Vec::new(), mark(text).chars().count());
     for piece in pieces(text) {
         let text = &text[piece.clone()];
         let counter = Counter { count, known: RefCell::default() };
-        let config = ChunkConfig::new(limits.tokens)
-            .with_overlap(limits.overlap)
-            .map_err(|e| EngineError::InvalidRequest(format!("chunk overlap: {e}")))?
-            .with_sizer(counter);
-        let span = |found: Result<ChunkCharIndex<'_>, EngineError>| {
+        let config = ChunkConfig::new(limits.tokens).with_overlap(limits.overlap);
+        // An overlap that is no smaller than a chunk is none that could be meant.
+        let config = config.unwrap_or_else(|_| ChunkConfig::new(limits.tokens)).with_sizer(counter);
+        let span = |found: Result<ChunkCharIndex<'_>, E>| {
             found.map(|c| {
                 // The splitter of Markdown leaves some white space, such as tabs, at the edges.
                 let (lead, passage) = (c.chunk.len() - c.chunk.trim_start().len(), c.chunk.trim());
@@ -145,7 +143,7 @@ pub fn split(
                 }
             })
         };
-        let found: Result<Vec<ChunkSpan>, EngineError> = match format {
+        let found: Result<Vec<ChunkSpan>, E> = match format {
             Format::Text => TextSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
             Format::Markdown => MarkdownSplitter::new(config).try_chunk_char_indices(text).map(span).collect(),
         };
@@ -172,7 +170,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Words as tokens.
-    fn words(text: &str) -> Result<usize, EngineError> {
+    fn words(text: &str) -> Result<usize, std::convert::Infallible> {
         Ok(text.split_whitespace().count())
     }
 

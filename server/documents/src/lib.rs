@@ -4,31 +4,32 @@
 //! collection, in an index that is derived from them, and answers queries. None of this knows a model: tokens are counted by a function that is passed in.
 
 mod collections;
+pub mod data_dir;
 mod directory;
+mod error;
 mod ingest;
 mod search;
 mod split;
 
 pub use collections::Library;
+pub use error::{DocumentsError, Result};
 pub use ingest::{Discovered, Document, Skipped, discover, read_document};
-pub(crate) use search::comparable;
+pub use search::comparable;
 pub use search::{Collection, CollectionWriter, Found, StoredDocument};
 pub use split::{ChunkSpan, Format, Limits, Span, split};
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{QuireError, Result};
-
 /// Checks that a collection's name is a plain folder name.
 ///
 /// # Errors
-/// [`QuireError::CollectionName`].
+/// [`DocumentsError::CollectionName`].
 pub fn check_collection_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if (1..=64).contains(&name.len()) && name.chars().all(plain) && !name.starts_with('.') {
         return Ok(());
     }
-    Err(QuireError::CollectionName { found: name.into() })
+    Err(DocumentsError::CollectionName { found: name.into() })
 }
 
 /// The folder of a collection's index.

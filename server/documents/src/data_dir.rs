@@ -3,12 +3,12 @@
 //! A small file says which layout the folder has: collections, chunks, and whatever later versions add. A folder without
 //! one is new, or from before there was a second layout. The chunk store and the collections have versions of their own.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{QuireError, Result};
-use crate::process::create_private_dir;
+use crate::error::{DocumentsError, Result};
 
 /// The layout that this build writes, and the newest it reads.
 const FORMAT: u32 = 1;
@@ -25,48 +25,56 @@ fn marker(dir: &Path) -> PathBuf {
     dir.join("quire-data.json")
 }
 
+/// Makes a folder, and what is missing of the path to it, for this user alone. One that is there stays as it is.
+///
+/// # Errors
+/// The system's.
+pub fn create_private_dir(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
 /// Refuses a folder that a newer version has written. Changes nothing.
 ///
 /// # Errors
-/// [`QuireError::NewerDataDir`]; [`QuireError::DataDirMarker`] for a file that says nothing.
+/// [`DocumentsError::NewerDataDir`]; [`DocumentsError::DataDirMarker`] for a file that says nothing.
 pub fn check(dir: &Path) -> Result<()> {
     let path = marker(dir);
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         // Whatever else is wrong with the folder is found by those who use it.
         Err(_) if !path.is_file() => return Ok(()),
-        Err(source) => return Err(QuireError::Io { action: "read", path, source }),
+        Err(source) => return Err(DocumentsError::Io { action: "read", path, source }),
     };
     match serde_json::from_str::<Marker>(&text) {
         Ok(found) if found.format > FORMAT => {
-            Err(QuireError::NewerDataDir { path: dir.into(), found: found.format, supported: FORMAT })
+            Err(DocumentsError::NewerDataDir { path: dir.into(), found: found.format, supported: FORMAT })
         }
         Ok(_) => Ok(()),
-        Err(problem) => Err(QuireError::DataDirMarker { path, problem: problem.to_string() }),
+        Err(problem) => Err(DocumentsError::DataDirMarker { path, problem: problem.to_string() }),
     }
 }
 
 /// Makes the folder ready to be written: it exists, has a version that this build knows, and takes files.
 ///
 /// # Errors
-/// Those of [`check`], and [`QuireError::DataDir`].
+/// Those of [`check`], and [`DocumentsError::DataDir`].
 pub fn prepare(dir: &Path) -> Result<()> {
-    create_private_dir(dir).map_err(|e| QuireError::writing(dir, e))?;
+    create_private_dir(dir).map_err(|e| DocumentsError::writing(dir, e))?;
     check(dir)?;
     let probe = dir.join(format!(".writable-{}", std::process::id()));
-    std::fs::write(&probe, b"").map_err(|e| QuireError::writing(dir, e))?;
+    std::fs::write(&probe, b"").map_err(|e| DocumentsError::writing(dir, e))?;
     let path = marker(dir);
     if path.exists() {
-        return std::fs::remove_file(&probe).map_err(|e| QuireError::writing(dir, e));
+        return std::fs::remove_file(&probe).map_err(|e| DocumentsError::writing(dir, e));
     }
     // The probe becomes the marker, whole or not at all.
     let content = Marker { format: FORMAT, written_by: format!("quire {}", env!("CARGO_PKG_VERSION")) };
     let text = serde_json::to_string(&content)
-        .map_err(|e| QuireError::Internal(format!("the version of the data folder cannot be written: {e}")))?;
+        .map_err(|e| DocumentsError::Internal(format!("the version of the data folder cannot be written: {e}")))?;
     let written = std::fs::write(&probe, text + "\n").and_then(|()| std::fs::rename(&probe, &path));
     written.map_err(|e| {
         let _ = std::fs::remove_file(&probe);
-        QuireError::writing(dir, e)
+        DocumentsError::writing(dir, e)
     })
 }
 

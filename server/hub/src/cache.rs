@@ -4,10 +4,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::error::HubError;
 use super::files;
 use super::id::{ModelId, is_commit};
-use crate::error::{QuireError, Result};
+use crate::error::{HubError, Result};
 
 /// The folder of all models.
 #[derive(Clone, Debug)]
@@ -31,11 +30,11 @@ impl HubCache {
         let commit = self.commit(id).ok_or_else(absent)?;
         let folder = self.snapshot(id, &commit);
         if !folder.is_dir() {
-            return Err(absent().into());
+            return Err(absent());
         }
         match files::missing(&folder)? {
             None => Ok(folder),
-            Some(missing) => Err(HubError::Incomplete { id: id.to_string(), folder, missing, offline }.into()),
+            Some(missing) => Err(HubError::Incomplete { id: id.to_string(), folder, missing, offline }),
         }
     }
 
@@ -116,8 +115,8 @@ pub(super) fn make_parent(path: &Path) -> Result<()> {
 }
 
 /// An attempt to write into the cache that failed.
-pub(super) fn writing(path: &Path, source: std::io::Error) -> QuireError {
-    QuireError::Io { action: "write into the hub's cache (HF_HOME, HF_HUB_CACHE) at", path: path.into(), source }
+pub(super) fn writing(path: &Path, source: std::io::Error) -> HubError {
+    HubError::Io { action: "write into the hub's cache (HF_HOME, HF_HUB_CACHE) at", path: path.into(), source }
 }
 
 #[cfg(test)]

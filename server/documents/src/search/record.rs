@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::super::split::{ChunkSpan, Span};
+use crate::split::{ChunkSpan, Span};
 
 /// A document as it is written.
 pub(super) struct Record<'a> {

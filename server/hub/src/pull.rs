@@ -9,10 +9,9 @@ use super::cache::HubCache;
 use super::client::Client;
 use super::config::HubConfig;
 use super::download::download;
-use super::error::HubError;
 use super::files::{BESIDE_WEIGHTS, INDEX, REQUIRED, SINGLE, shards};
 use super::id::ModelId;
-use crate::error::Result;
+use crate::error::{HubError, Result};
 
 /// How a file came to be in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -12,12 +12,12 @@ use tantivy::query::TermQuery;
 use tantivy::schema::IndexRecordOption;
 use tantivy::{IndexWriter, Searcher, TantivyDocument, Term};
 
-use super::super::ingest::Document;
-use super::super::split::{ChunkSpan, Span};
 use super::index::{self, OpenIndex, WRITER_BYTES, bytes_of, damaged, guarded, text_of};
 use super::query;
 use super::record::{Record, parse_place};
-use crate::error::{QuireError, Result};
+use crate::error::{DocumentsError, Result};
+use crate::ingest::Document;
+use crate::split::{ChunkSpan, Span};
 
 /// A chunk that a query found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -58,7 +58,7 @@ impl Collection {
     /// analyzer is built again from its texts.
     ///
     /// # Errors
-    /// [`QuireError::NewerCollection`] for one of a later version, [`QuireError::Index`] for a damaged one.
+    /// [`DocumentsError::NewerCollection`] for one of a later version, [`DocumentsError::Index`] for a damaged one.
     pub fn open(dir: &Path) -> Result<Option<Collection>> {
         Ok(index::open(dir)?.map(|open| Collection { dir: dir.into(), open }))
     }
@@ -66,7 +66,7 @@ impl Collection {
     /// Opens the collection in `dir`, making an empty one where there is none.
     ///
     /// # Errors
-    /// As [`open`](Self::open), and [`QuireError::DataDir`] where nothing can be written.
+    /// As [`open`](Self::open), and [`DocumentsError::DataDir`] where nothing can be written.
     pub fn open_or_create(dir: &Path) -> Result<Collection> {
         if let Some(collection) = Collection::open(dir)? {
             return Ok(collection);
@@ -77,10 +77,10 @@ impl Collection {
     /// A writer; there can be one at a time over all processes.
     ///
     /// # Errors
-    /// [`QuireError::Index`] when another one is at work, [`QuireError::DataDir`] when the folder cannot be written.
+    /// [`DocumentsError::Index`] when another one is at work, [`DocumentsError::DataDir`] when the folder cannot be written.
     pub fn writer(&self) -> Result<CollectionWriter<'_>> {
         if !self.open.on_disk {
-            return Err(QuireError::writing(&self.dir, std::io::ErrorKind::PermissionDenied.into()));
+            return Err(DocumentsError::writing(&self.dir, std::io::ErrorKind::PermissionDenied.into()));
         }
         let writer = guarded(&self.dir, || self.open.index.writer_with_num_threads(1, WRITER_BYTES))?;
         index::remove_earlier(&self.dir);
@@ -93,13 +93,13 @@ impl Collection {
     /// `wanted` is asked between the steps.
     ///
     /// # Errors
-    /// [`QuireError::Index`]; [`engine::EngineError::Cancelled`] once `wanted` says no.
+    /// [`DocumentsError::Index`]; [`DocumentsError::Cancelled`] once `wanted` says no.
     pub fn search(&self, query: &str, limit: usize, wanted: &dyn Fn() -> bool) -> Result<Vec<Found>> {
         let found = guarded(&self.dir, || {
             self.open.reader.reload()?;
             query::search(self, &self.open.reader.searcher(), query, limit, wanted)
         })?;
-        found.ok_or_else(|| engine::EngineError::Cancelled.into())
+        found.ok_or_else(|| DocumentsError::Cancelled)
     }
 
     pub(super) fn open_index(&self) -> &OpenIndex {
@@ -109,7 +109,7 @@ impl Collection {
     /// A document by its name; `None` if the collection does not have it.
     ///
     /// # Errors
-    /// [`QuireError::Index`], also when what is stored of it is not what was written.
+    /// [`DocumentsError::Index`], also when what is stored of it is not what was written.
     pub fn document(&self, path: &Path) -> Result<Option<StoredDocument>> {
         let name = path.to_string_lossy();
         guarded(&self.dir, || {
@@ -141,7 +141,7 @@ impl Collection {
     /// Records of the index: documents and chunks together.
     ///
     /// # Errors
-    /// [`QuireError::Index`].
+    /// [`DocumentsError::Index`].
     pub fn records(&self) -> Result<u64> {
         guarded(&self.dir, || {
             self.open.reader.reload()?;
@@ -161,7 +161,7 @@ impl CollectionWriter<'_> {
     /// disk and can be found.
     ///
     /// # Errors
-    /// [`QuireError::Index`]; the collection is then as it was.
+    /// [`DocumentsError::Index`]; the collection is then as it was.
     pub fn replace(&mut self, document: &Document, fingerprint: &str, chunks: &[ChunkSpan]) -> Result<()> {
         let name = document.path.to_string_lossy();
         let record = Record { name: &name, fingerprint, text: &document.text, chunks };
@@ -178,7 +178,7 @@ impl CollectionWriter<'_> {
     /// Waits for merges of the index to end.
     ///
     /// # Errors
-    /// [`QuireError::Index`].
+    /// [`DocumentsError::Index`].
     pub fn finish(self) -> Result<()> {
         let CollectionWriter { collection, writer } = self;
         guarded(&collection.dir, || writer.wait_merging_threads())

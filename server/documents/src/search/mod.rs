@@ -12,6 +12,6 @@ mod record;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use analyzer::comparable;
+pub use analyzer::comparable;
 pub use collection::{Collection, CollectionWriter, Found, StoredDocument};
 pub(super) use index::has_index;

@@ -25,6 +25,6 @@ mod pull;
 
 pub use cache::{HubCache, snapshot_name};
 pub use config::HubConfig;
-pub use error::HubError;
+pub use error::{HubError, Result};
 pub use id::ModelId;
 pub use pull::{FileState, PullEvent, Pulled, PulledFile, pull};

@@ -194,7 +194,7 @@ impl Analyzer {
 
 /// The text as words between single spaces, without cases and diacritics: equal for texts that differ in nothing but
 /// these, white space and punctuation. Characters of scripts without spaces are words of their own.
-pub(crate) fn comparable(text: &str) -> String {
+pub fn comparable(text: &str) -> String {
     let mut analyzer = Analyzer::new(&[]);
     let text = normalise(text);
     let mut out = String::from(" ");

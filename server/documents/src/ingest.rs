@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::split::Format;
-use crate::error::{QuireError, Result};
+use crate::error::{DocumentsError, Result};
 
 /// Bytes of a document at most: some 16 million tokens, which takes hours to read.
 const DOCUMENT_LIMIT: u64 = 64 << 20;
@@ -31,7 +31,7 @@ pub struct Discovered {
     /// Of these, the ones that were named themselves, not found in a folder; sorted.
     pub named: Vec<PathBuf>,
     /// What could not be read, or was named and is no document.
-    pub problems: Vec<(PathBuf, QuireError)>,
+    pub problems: Vec<(PathBuf, DocumentsError)>,
     /// What folders hold beside documents.
     pub skipped: Skipped,
 }
@@ -85,14 +85,14 @@ pub fn discover(paths: &[PathBuf]) -> Discovered {
 }
 
 fn discover_one(path: &Path, found: &mut Discovered) -> Result<()> {
-    let failed = |source| QuireError::Io { action: "read", path: path.into(), source };
-    let unsupported = |found: String| Err(QuireError::UnsupportedDocument { path: path.into(), found });
+    let failed = |source| DocumentsError::Io { action: "read", path: path.into(), source };
+    let unsupported = |found: String| Err(DocumentsError::UnsupportedDocument { path: path.into(), found });
     let absolute = path.canonicalize().map_err(failed)?;
     if absolute.is_dir() {
         let before = (found.documents.len(), found.problems.len());
         walk(&absolute, found);
         if (found.documents.len(), found.problems.len()) == before {
-            return Err(QuireError::NoDocuments { path: path.into() });
+            return Err(DocumentsError::NoDocuments { path: path.into() });
         }
         return Ok(());
     }
@@ -114,7 +114,7 @@ fn walk(folder: &Path, found: &mut Discovered) {
     // A list of folders instead of recursion: none is too deep.
     let mut folders = vec![folder.to_path_buf()];
     while let Some(folder) = folders.pop() {
-        let failed = |source| QuireError::Io { action: "read the folder", path: folder.clone(), source };
+        let failed = |source| DocumentsError::Io { action: "read the folder", path: folder.clone(), source };
         let entries = match std::fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(source) => {
@@ -153,18 +153,18 @@ fn sort_entry(entry: &std::fs::DirEntry, kind: std::fs::FileType, folders: &mut 
 /// Reads one document.
 ///
 /// # Errors
-/// [`QuireError::Io`], [`QuireError::DocumentName`], [`QuireError::DocumentTooLarge`], [`QuireError::OtherEncoding`],
-/// [`QuireError::NulInDocument`], [`QuireError::NotUtf8`] with the offset of the first bad byte,
-/// [`QuireError::EmptyDocument`].
+/// [`DocumentsError::Io`], [`DocumentsError::DocumentName`], [`DocumentsError::DocumentTooLarge`], [`DocumentsError::OtherEncoding`],
+/// [`DocumentsError::NulInDocument`], [`DocumentsError::NotUtf8`] with the offset of the first bad byte,
+/// [`DocumentsError::EmptyDocument`].
 pub fn read_document(path: &Path) -> Result<Document> {
     // A collection knows documents by their names as text.
     if path.to_str().is_none() {
-        return Err(QuireError::DocumentName { path: path.into() });
+        return Err(DocumentsError::DocumentName { path: path.into() });
     }
     let text = decode(path, read_bytes(path, DOCUMENT_LIMIT)?)?;
     if text.trim_start_matches('\u{feff}').trim().is_empty() {
         let found = if text.is_empty() { "no bytes" } else { "only white space" };
-        return Err(QuireError::EmptyDocument { path: path.into(), found });
+        return Err(DocumentsError::EmptyDocument { path: path.into(), found });
     }
     let format = format_of(path).unwrap_or(Format::Text);
     Ok(Document { path: path.into(), text, format })
@@ -172,12 +172,12 @@ pub fn read_document(path: &Path) -> Result<Document> {
 
 /// A regular file's bytes, without waiting for whoever fills a pipe that has come in its place, and without end.
 fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let failed = |source| QuireError::Io { action: "read", path: path.into(), source };
+    let failed = |source| DocumentsError::Io { action: "read", path: path.into(), source };
     let options = std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = options.map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
-        return Err(QuireError::UnsupportedDocument { path: path.into(), found: "no regular file".into() });
+        return Err(DocumentsError::UnsupportedDocument { path: path.into(), found: "no regular file".into() });
     }
     let mut bytes = Vec::new();
     if metadata.len() <= limit {
@@ -185,7 +185,7 @@ fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
     }
     let found = metadata.len().max(bytes.len() as u64);
     if found > limit {
-        return Err(QuireError::DocumentTooLarge { path: path.into(), found, limit });
+        return Err(DocumentsError::DocumentTooLarge { path: path.into(), found, limit });
     }
     Ok(bytes)
 }
@@ -200,18 +200,18 @@ const MARKS: [(&[u8], &str); 4] = [
 
 /// The text, if it is UTF-8 and has no NUL bytes, as UTF-16 of Latin letters has everywhere.
 fn decode(path: &Path, bytes: Vec<u8>) -> Result<String> {
-    let other = |found, offset, encoding| QuireError::OtherEncoding { path: path.into(), found, offset, encoding };
+    let other = |found, offset, encoding| DocumentsError::OtherEncoding { path: path.into(), found, offset, encoding };
     if let Some((_, encoding)) = MARKS.iter().find(|(mark, _)| bytes.starts_with(mark)) {
         return Err(other("the byte order mark of another encoding", 0, encoding));
     }
     if let Some(offset) = bytes.iter().position(|&byte| byte == 0) {
         return Err(match wide_encoding(&bytes) {
             Some(encoding) => other("NUL bytes as of UTF-16 or UTF-32", offset, encoding),
-            None => QuireError::NulInDocument { path: path.into(), offset },
+            None => DocumentsError::NulInDocument { path: path.into(), offset },
         });
     }
     String::from_utf8(bytes)
-        .map_err(|e| QuireError::NotUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
+        .map_err(|e| DocumentsError::NotUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
 }
 
 /// Guesses an encoding of two or four bytes a character from where NUL bytes lie in the first of them.
@@ -295,7 +295,7 @@ mod tests {
         assert!(error.contains("empty.md") && error.contains("no bytes"), "{error}");
         let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.txt"));
         std::fs::write(&odd, "text").unwrap();
-        assert!(matches!(read_document(&odd), Err(QuireError::DocumentName { .. })));
+        assert!(matches!(read_document(&odd), Err(DocumentsError::DocumentName { .. })));
         assert!(problem(Path::new("/dev/null")).contains("no regular file"));
         for blank in [&b" \n\t"[..], b"\xef\xbb\xbf\n"] {
             let error = read_document(&write("blank.md", blank)).unwrap_err().to_string();
@@ -356,7 +356,7 @@ mod tests {
         let error = read_document(&huge).unwrap_err().to_string();
         assert!(error.contains("huge.txt") && error.contains("1099511627776") && error.contains("split"), "{error}");
         std::fs::write(&huge, "abcd").unwrap();
-        assert!(matches!(read_bytes(&huge, 3), Err(QuireError::DocumentTooLarge { found: 4, limit: 3, .. })));
+        assert!(matches!(read_bytes(&huge, 3), Err(DocumentsError::DocumentTooLarge { found: 4, limit: 3, .. })));
         assert_eq!(read_bytes(&huge, 4).unwrap(), b"abcd");
     }
 }

@@ -5,8 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::error::HubError;
-use crate::error::{QuireError, Result};
+use crate::error::{HubError, Result};
 
 /// Files beside the weights that are read, those that must be there first.
 pub(super) const BESIDE_WEIGHTS: [&str; 9] = [
@@ -37,7 +36,7 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 pub(super) fn check_name(name: &str, origin: &str) -> Result<()> {
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '=' | ' ' | '(' | ')' | ',');
     if name.is_empty() || name.len() > 255 || name.starts_with('.') || !name.chars().all(plain) {
-        return Err(HubError::FileName { origin: origin.into(), name: name.into() }.into());
+        return Err(HubError::FileName { origin: origin.into(), name: name.into() });
     }
     Ok(())
 }
@@ -50,7 +49,7 @@ pub(super) fn check_name(name: &str, origin: &str) -> Result<()> {
 pub(super) fn check_path(path: &str, origin: &str) -> Result<()> {
     let leads_out = |part: &str| matches!(part, "" | "." | "..") || part.contains(['\\', '\0']);
     if path.split('/').any(leads_out) {
-        return Err(HubError::FileName { origin: origin.into(), name: path.into() }.into());
+        return Err(HubError::FileName { origin: origin.into(), name: path.into() });
     }
     Ok(())
 }
@@ -60,7 +59,7 @@ pub(super) fn check_path(path: &str, origin: &str) -> Result<()> {
 /// # Errors
 /// An index that cannot be read or names no files; [`HubError::FileName`].
 pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
-    let text = std::fs::read(index).map_err(|source| QuireError::Io {
+    let text = std::fs::read(index).map_err(|source| HubError::Io {
         action: "read the index of weights",
         path: index.into(),
         source,
