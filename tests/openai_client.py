@@ -69,7 +69,28 @@ def whole():
         with open(os.path.join(examples, c["document"]), encoding="utf-8", newline="") as file:
             text = file.read()
         assert text[c["span"]["start"] : c["span"]["end"]] == c["passage"], c
-    return choice.message.content
+    annotated(choice.message, extra["citations"])
+    return choice.message.content, next(c for c in extra["citations"] if c["contains_answer"])
+
+
+def annotated(message, citations):
+    """Every citation is an annotation of the message, in the same order, with the place that it supports."""
+    assert len(message.annotations) == len(citations) > 0, (message, citations)
+    for index, (annotation, citation) in enumerate(zip(message.annotations, citations)):
+        extra = annotation.model_extra
+        assert extra["index"] == index and extra["span"] == citation["span"], (annotation, citation)
+        if annotation.type == "url_citation":
+            place = annotation.url_citation
+            assert (place.url, place.title) == (citation["url"], citation["title"]), (annotation, citation)
+            start, end = place.start_index, place.end_index
+        else:
+            assert annotation.type == "file_citation", annotation
+            given = citation.get("document_id") or citation.get("id") or citation["document"]
+            assert (extra["file_id"], extra["filename"]) == (given, citation["document"]), (annotation, citation)
+            start, end = extra["start_index"], extra["end_index"]
+        span = citation.get("answer_span") or {"start": 0, "end": len(message.content)}
+        assert (start, end) == (span["start"], span["end"]), (annotation, citation)
+        assert extra["contains_answer"] == citation["contains_answer"], (annotation, citation)
 
 
 def streamed(expected):
@@ -93,6 +114,85 @@ def streamed(expected):
     assert (text, reason, roles) == (expected, "stop", ["assistant"]), (text, expected, reason, roles)
     assert usage.prompt_tokens_details.cached_tokens > 0 and usage.completion_tokens > 0, usage
     assert extra["citations"], extra
+    gathered(quire)
+
+
+def gathered(body):
+    """The client puts annotations together from a stream, too."""
+    with client.chat.completions.stream(model=model, messages=asked, max_tokens=32, extra_body=body) as stream:
+        chunks = [event.chunk for event in stream if event.type == "chunk"]
+        message = stream.get_final_completion().choices[0].message
+    annotated(message, chunks[-1].model_extra["quire"]["citations"])
+
+
+def passages(expected, citation):
+    """Passages that come with the question, from whoever searches elsewhere."""
+
+    def ask(passages, **more):
+        body = {"quire": {"passages": passages}}
+        done = client.chat.completions.create(model=model, messages=asked, max_tokens=32, extra_body=body, **more)
+        return done.choices[0].message, done.model_extra["quire"], done.usage
+
+    with open(os.path.join(examples, citation["document"]), encoding="utf-8", newline="") as file:
+        document = file.read()
+    # The same chunks as those of the collection: all are cached already.
+    named = {"text": document, "id": "d-1", "filename": citation["document"], "metadata": {"page": 3}}
+    message, extra, usage = ask([named])
+    assert message.content.strip() == answer, message
+    assert extra["stats"]["chunks_computed"] == 0 < usage.prompt_tokens_details.cached_tokens, extra["stats"]
+    annotated(message, extra["citations"])
+    for c in extra["citations"]:
+        assert document[c["span"]["start"] : c["span"]["end"]] == c["passage"], c
+        assert (c["id"], c["filename"], c["attributes"], "score" in c) == ("d-1", named["filename"], {"page": 3}, False), c
+    # New texts are computed once. White space around a passage is none of it, and a repetition is left out.
+    fresh = [
+        {"text": f" {citation['passage']}\n", "title": "Locker", "url": "https://library.example/a"},
+        "The ferry to Skerrick leaves at ten past four, unless the fog is thick.",
+        {"text": "Nobody has counted the herons since the mill was sold.", "id": "h"},
+    ]
+    for computed in (2, 0):
+        message, extra, _ = ask([*fresh, fresh[1]])
+        assert message.content == expected, message
+        assert extra["stats"]["chunks_computed"] == computed, extra["stats"]
+        assert extra["notes"] == ["1 of 4 passages were left out: they repeat others"], extra["notes"]
+        annotated(message, extra["citations"])
+        assert [a.type for a in message.annotations] == ["url_citation", "file_citation", "file_citation"], message
+        assert extra["citations"][0]["span"] == {"start": 1, "end": 1 + len(citation["passage"])}, extra["citations"]
+    gathered({"quire": {"passages": fresh}})
+    message, extra, _ = ask([])
+    assert (message.annotations, extra["notes"]) == ([], ["no passage was given"]), (message, extra)
+    bad = openai.BadRequestError
+    for param, body in (
+        ("quire.passages[1]", {"passages": ["a", " "]}),
+        ("quire.passages[0].magic", {"passages": [{"text": "a", "magic": 1}]}),
+        ("quire.passages", {"passages": ["a"], "collection": "default"}),
+        ("quire.query", {"passages": ["a"], "query": "b"}),
+    ):
+        refused(bad, 400, param, extra_body={"quire": body})
+
+
+def searching(expected):
+    """Another text may be searched for than the one that asks, and what scores far below the best may be left out."""
+
+    def ask(content, **more):
+        body = {"quire": quire["quire"] | more}
+        messages = [{"role": "user", "content": content}]
+        done = client.chat.completions.create(model=model, messages=messages, max_tokens=32, extra_body=body)
+        return done.choices[0].message, done.model_extra["quire"]
+
+    places = lambda extra: [(c["document_id"], c["span"]["start"]) for c in extra["citations"]]
+    _, there = ask(question)
+    message, extra = ask("Where is that?", query=question)
+    assert places(extra) == places(there), (extra, there)
+    best = max(c["score"] for c in there["citations"])
+    for threshold in (0.0, 0.5, 1.0):
+        message, extra = ask(question, score_threshold=threshold)
+        kept = [c["score"] for c in there["citations"] if c["score"] >= threshold * best]
+        assert [c["score"] for c in extra["citations"]] == kept, (threshold, kept, extra)
+        left = len(there["citations"]) - len(kept)
+        assert len(extra["notes"]) == (left > 0) and all(n.startswith(f"{left} of ") for n in extra["notes"]), extra
+    assert message.content == expected, message
+    refused(openai.BadRequestError, 400, "quire.score_threshold", extra_body={"quire": quire["quire"] | {"score_threshold": 2}})
 
 
 def decoding():
@@ -275,8 +375,10 @@ async def together(expected):
 
 
 models()
-content = whole()
+content, cited = whole()
 streamed(content)
+passages(content, cited)
+searching(content)
 decoding()
 sampling(content)
 logprobs(content)

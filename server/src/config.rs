@@ -11,9 +11,13 @@
 mod layers;
 mod values;
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use ann_index::IndexKind;
+use clap::builder::ValueParser;
+use clap::value_parser;
 use engine::{
     AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig, KvDtype,
     SamplingParams, Strategy,
@@ -21,7 +25,7 @@ use engine::{
 use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
-use crate::http::{Names, check_key, check_origins};
+use crate::http::{Names, check_hosts, check_key, check_origins};
 use hub::{HubConfig, ModelId};
 pub use layers::Config;
 use layers::Files;
@@ -109,6 +113,7 @@ macro_rules! settings {
             $(#[doc = $doc])+
             #[doc = concat!("[default: ", $shown, "]")]
             #[arg(long, global = true, help_heading = $heading, hide_short_help = true)]
+            #[arg(allow_negative_numbers = true, value_parser = <$type as Flag>::parser())]
             #[serde(skip_serializing_if = "Option::is_none")]
             pub $name: Option<<$type as Flag>::Value>,
         )*)* }
@@ -135,24 +140,65 @@ pub trait Flag {
     const SWITCH: bool = false;
     /// Whether it is shown nowhere.
     const SECRET: bool = false;
+    /// Reads it.
+    fn parser() -> ValueParser;
 }
 
-macro_rules! plain_flags { ($($type:ty),*) => { $(impl Flag for $type { type Value = $type; })* } }
-plain_flags!(usize, u64, u16, f32, String, PathBuf, Bytes);
+macro_rules! plain_flags {
+    ($($type:ty),*) => { $(impl Flag for $type {
+        type Value = $type;
+        fn parser() -> ValueParser {
+            value_parser!($type).into()
+        }
+    })* }
+}
+plain_flags!(String, PathBuf, Bytes);
+
+macro_rules! number_flags {
+    ($($type:ty: $expected:literal,)*) => { $(impl Flag for $type {
+        type Value = $type;
+        fn parser() -> ValueParser {
+            ValueParser::new(|text: &str| {
+                text.trim().parse::<$type>().map_err(|_| format!(concat!("expected ", $expected, ", found `{}`"), text))
+            })
+        }
+    })* }
+}
+number_flags! {
+    usize: "a whole number of at least 0",
+    u64: "a whole number of at least 0",
+    u16: "a whole number from 0 to 65535",
+    f32: "a number such as 0.15",
+}
 
 impl Flag for bool {
     type Value = bool;
     const SWITCH: bool = true;
+    fn parser() -> ValueParser {
+        value_parser!(bool)
+    }
 }
 impl Flag for Secret {
     type Value = Secret;
     const SECRET: bool = true;
+    fn parser() -> ValueParser {
+        ValueParser::new(|text: &str| text.parse::<Secret>())
+    }
 }
-impl<T: Clone + Send + Sync + 'static> Flag for Named<T> {
+impl<T> Flag for Named<T>
+where
+    T: Clone + Send + Sync + FromStr<Err: Display> + 'static,
+{
     type Value = Named<T>;
+    fn parser() -> ValueParser {
+        ValueParser::new(|text: &str| text.parse::<T>().map(Named).map_err(|e| e.to_string()))
+    }
 }
 impl<T: Flag> Flag for Option<T> {
     type Value = T::Value;
+    fn parser() -> ValueParser {
+        T::parser()
+    }
     const SWITCH: bool = T::SWITCH;
     const SECRET: bool = T::SECRET;
 }
@@ -374,6 +420,8 @@ impl Settings {
         if let Some(key) = &self.api_key {
             check_key(key).or_else(|problem| refuse("api_key", problem.into()))?;
         }
+        values::check_log(&self.log).or_else(|problem| refuse("log", problem))?;
+        check_hosts(&self.allowed_hosts.0).or_else(|problem| refuse("allowed_hosts", problem))?;
         check_origins(&self.cors_origins.0).or_else(|problem| refuse("cors_origins", problem))?;
         self.attention().validate().or_else(|e| refuse("strategy", e.to_string()))?;
         documents::check_collection_name(&self.collection).or_else(|e| refuse("collection", e.to_string()))

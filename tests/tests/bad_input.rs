@@ -347,4 +347,15 @@ fn wrong_usage_has_an_exit_code_of_its_own() {
     fail(quire(&data).args(["ask", "Who?", "--k", "18446744073709551615"]), 2, &["attention k", "at most"]);
     fail(quire(&data).args(["search", "x", "--top-chunks", "99999999999"]), 2, &["top_chunks", "at most 1024"]);
     fail(quire(&data).args(["search", "x"]), 1, &["collection `default` does not exist", "quire ingest"]);
+    fail(quire(&data).args(["search", "x", "--top-chunks", "-1"]), 2, &["'-1'", "--top-chunks", "at least 0"]);
+    fail(quire(&data).args(["serve", "--port", "-1"]), 2, &["'-1'", "--port", "from 0 to 65535"]);
+    fail(quire(&data).args(["ask", "Who?", "--ratio", "-0.5"]), 2, &["ratio", "0 to 1", "-0.5"]);
+    fail(quire(&data).args(["serve", "--cache-bytes", "-1"]), 2, &["'-1'", "8G or 1.5GiB"]);
+    for value in ["x", "-1", "1.5"] {
+        let mut search = quire(&data);
+        search.args(["search", "x"]).env("QUIRE_TOP_CHUNKS", value);
+        fail(&mut search, 2, &["top_chunks", "environment QUIRE_TOP_CHUNKS", value]);
+    }
+    fail(quire(&data).args(["serve", "--log", "foo"]), 2, &["flag --log", "`foo`", "`info,quire=debug`"]);
+    fail(quire(&data).args(["serve", "--allowed-hosts", "http://x"]), 2, &["allowed_hosts", "`http://x`", "scheme"]);
 }

@@ -101,6 +101,41 @@ fn an_answer_that_nothing_bounds_ends_with_the_context() {
 }
 
 #[test]
+fn passages_that_come_with_the_question_are_cut_where_the_context_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--max-context", "1200", "--chunk-tokens", "128"]);
+    let text = std::fs::read_to_string(root().join("examples/12-gazetteer.txt")).unwrap();
+    let ask = |passages: Value| {
+        let body = json!({"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 4,
+                          "quire": {"passages": passages}});
+        let answer = server.chat(&body);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()
+    };
+    // So long that the body is read apart, and far longer than the context.
+    let long: String = std::iter::repeat_n(text.as_str(), 1 + (70 << 10) / text.len()).collect();
+    let answer = ask(json!(["Ada has the key.", {"text": long, "id": "long"}, "Nobody reads this."]));
+    assert!(answer["usage"]["total_tokens"].as_u64().unwrap() <= 1200, "{}", answer["usage"]);
+    let note = answer["quire"]["notes"][0].as_str().unwrap();
+    assert!(note.starts_with("1 of 3 passages were left out, the last ones, and the one before was cut"), "{note}");
+    let citations = answer["quire"]["citations"].as_array().unwrap();
+    let spans: Vec<u64> = citations.iter().map(|citation| citation["span"]["start"].as_u64().unwrap()).collect();
+    assert!(citations.len() > 4 && citations[0]["passage"] == "Ada has the key.", "{citations:?}");
+    assert!(spans[1..].is_sorted() && citations[1..].iter().all(|citation| citation["id"] == "long"), "{citations:?}");
+    let chars: Vec<char> = long.chars().collect();
+    for citation in &citations[1..] {
+        let place = |key: &str| citation["span"][key].as_u64().unwrap() as usize;
+        let passage: String = chars[place("start")..place("end")].iter().collect();
+        assert_eq!(citation["passage"], passage);
+    }
+    // The same chunks again, and no more of them are computed.
+    let again = ask(json!(["Ada has the key.", {"text": long}]));
+    assert_eq!(again["quire"]["stats"]["chunks_computed"], 0, "{}", again["quire"]["stats"]);
+    let (cut, ends) = (again["quire"]["notes"][0].as_str().unwrap(), "more tokens");
+    assert!(cut.starts_with("the last of 2 passages was cut: the context holds ") && cut.ends_with(ends), "{cut}");
+}
+
+#[test]
 fn probes_metrics_and_errors_have_their_shapes() {
     let dir = ingested();
     let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7", "--body-limit-bytes", "4096"]);

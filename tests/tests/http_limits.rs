@@ -128,7 +128,12 @@ fn a_body_that_will_not_be_taken_is_refused_before_it_is_sent() {
     };
     let closing = "Connection: close\r\n";
     refused(&head_of_chat(&format!("{closing}Content-Length: 9000000000")), 413, "request_too_large", "body");
-    for kind in ["", "Content-Type: text/plain\r\n", "Content-Type: application/x-www-form-urlencoded\r\n"] {
+    for kind in [
+        "",
+        "Content-Type: text/plain\r\n",
+        "Content-Type: application/x-www-form-urlencoded\r\n",
+        "Content-Type: application/json; charset=latin1\r\n",
+    ] {
         let head = format!("POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{kind}{closing}Content-Length: 10\r\n\r\n");
         refused(&head, 415, "unsupported_media_type", "content-type");
     }

@@ -59,14 +59,6 @@ impl Skipped {
     }
 }
 
-fn format_of(path: &Path) -> Option<Format> {
-    match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
-        "txt" | "text" => Some(Format::Text),
-        "md" | "markdown" => Some(Format::Markdown),
-        _ => None,
-    }
-}
-
 /// The documents at `paths`: files as named, folders searched to every depth. In folders, hidden entries, other formats
 /// and links to folders are left out, and counted. What cannot be read is told, and the rest is found all the same.
 #[must_use]
@@ -99,7 +91,7 @@ fn discover_one(path: &Path, found: &mut Discovered) -> Result<()> {
     if !absolute.is_file() {
         return unsupported("no regular file".into());
     }
-    if format_of(&absolute).is_none() {
+    if Format::of_name(&absolute).is_none() {
         return unsupported(match absolute.extension() {
             Some(extension) => format!(".{}", extension.to_string_lossy()),
             None => "no extension".into(),
@@ -143,7 +135,7 @@ fn sort_entry(entry: &std::fs::DirEntry, kind: std::fs::FileType, folders: &mut 
         skipped.links += 1;
     } else if !path.is_file() {
         skipped.special += 1;
-    } else if format_of(&path).is_none() {
+    } else if Format::of_name(&path).is_none() {
         skipped.other_formats += 1;
     } else {
         found.documents.push(path);
@@ -166,7 +158,7 @@ pub fn read_document(path: &Path) -> Result<Document> {
         let found = if text.is_empty() { "no bytes" } else { "only white space" };
         return Err(DocumentsError::EmptyDocument { path: path.into(), found });
     }
-    let format = format_of(path).unwrap_or(Format::Text);
+    let format = Format::of_name(path).unwrap_or(Format::Text);
     Ok(Document { path: path.into(), text, format })
 }
 

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use text_splitter::{ChunkCharIndex, ChunkConfig, MarkdownSplitter, TextSplitter, TryChunkSizer};
@@ -52,6 +53,18 @@ pub enum Format {
     Text,
     /// Markdown: headings and blocks come first.
     Markdown,
+}
+
+impl Format {
+    /// What the end of a file's name says; `None` for formats that are not read.
+    #[must_use]
+    pub fn of_name(name: &Path) -> Option<Format> {
+        match name.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+            "txt" | "text" => Some(Format::Text),
+            "md" | "markdown" => Some(Format::Markdown),
+            _ => None,
+        }
+    }
 }
 
 /// How large chunks may become.

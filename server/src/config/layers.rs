@@ -223,9 +223,11 @@ fn from_environment(environment: &[(String, OsString)]) -> Result<(Dict, Vec<Str
 }
 
 fn origin(figment: &Figment, key: &str) -> String {
-    let Some(metadata) = figment.find_metadata(key) else {
-        return FROM_DEFAULTS.into();
-    };
+    figment.find_metadata(key).map_or(FROM_DEFAULTS.into(), |metadata| origin_name(metadata, key))
+}
+
+/// The layer that a setting is of, with the name that the setting has there.
+fn origin_name(metadata: &Metadata, key: &str) -> String {
     match (metadata.name.as_ref(), &metadata.source) {
         (FROM_ENVIRONMENT, _) => format!("environment QUIRE_{}", key.to_ascii_uppercase()),
         (FROM_FLAGS, _) => format!("flag --{}", key.replace('_', "-")),
@@ -235,14 +237,8 @@ fn origin(figment: &Figment, key: &str) -> String {
 }
 
 fn config_error(error: &figment::Error) -> QuireError {
-    let origin = match error.metadata.as_ref() {
-        Some(m) => match &m.source {
-            Some(source) => format!("{} {source}", m.name),
-            None => m.name.to_string(),
-        },
-        None => "settings".into(),
-    };
     let setting = if error.path.is_empty() { "(file)".into() } else { error.path.join(".") };
+    let origin = error.metadata.as_ref().map_or("settings".into(), |metadata| origin_name(metadata, &setting));
     let problem = match super::setting(&setting) {
         // What was found may be most of a key.
         Some(known) if known.secret => "expected a text".into(),

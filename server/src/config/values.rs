@@ -98,6 +98,26 @@ impl fmt::Display for GenerationSource {
     }
 }
 
+/// Checks what is to be logged: a level, or a filter as of tracing. A word that is no level names a part of the program, of
+/// which everything would be logged; what was meant is a level, as a rule.
+///
+/// # Errors
+/// What was expected and what came.
+pub(crate) fn check_log(filter: &str) -> std::result::Result<(), String> {
+    let levels = ["off", "error", "warn", "info", "debug", "trace"];
+    let level = |word: &str| levels.iter().any(|level| word.eq_ignore_ascii_case(level));
+    let expected = "expected off, error, warn, info, debug, trace, or a filter such as `info,quire=debug`";
+    let directives = filter.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    for directive in directives {
+        if !level(directive) && directive.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | ':')) {
+            return Err(format!(
+                "{expected}, found `{directive}`: a part of the program has a level, as in `{directive}=debug`"
+            ));
+        }
+    }
+    tracing_subscriber::EnvFilter::try_new(filter).map(drop).map_err(|e| format!("{expected}, found `{filter}`: {e}"))
+}
+
 /// A number of bytes: written as a plain number or with a unit, as in `8G`, `512M` or `1.5GiB`.
 ///
 /// K, M, G, T (also KiB, MiB, GiB, TiB) are powers of 1024; KB, MB, GB, TB are powers of 1000. Capitals and small
@@ -230,6 +250,19 @@ mod tests {
         for (bytes, shown) in [(0, "0"), (1000, "1000"), (8 << 30, "8G"), (3 << 29, "1536M"), (1 << 50, "1024T")] {
             assert_eq!(Bytes(bytes).to_string(), shown);
             assert_eq!(shown.parse(), Ok(Bytes(bytes)));
+        }
+    }
+
+    #[test]
+    fn what_is_logged_is_a_level_or_a_filter() {
+        for right in
+            ["warn", "INFO", "off", "", "info,quire=debug", "quire::http=trace", "debug,hyper=off", "[span]=info"]
+        {
+            check_log(right).unwrap();
+        }
+        for wrong in ["foo", "info,foo", "verbose", "quire=loud", "2x"] {
+            let error = check_log(wrong).unwrap_err();
+            assert!(error.contains("`info,quire=debug`") && error.contains("found `"), "{error}");
         }
     }
 

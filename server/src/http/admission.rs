@@ -11,7 +11,7 @@ use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::connections::Connection;
-use super::error::ApiError;
+use super::error::{ApiError, bounded};
 use super::observe::Account;
 use super::queue::Place;
 use super::state::App;
@@ -23,6 +23,8 @@ const SMALL: usize = 16 << 10;
 const STEP: usize = 64 << 10;
 /// Largest bodies, of the most bytes that one may have, for which there is room at the same time.
 const LARGEST_BODIES: usize = 8;
+/// Characters of a charset's name that a message shows.
+const LONGEST_CHARSET: usize = 40;
 /// For how long, and how much of, a refused body is still read, so that its sender comes to read the refusal.
 const LINGER: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 64 << 20;
@@ -71,6 +73,12 @@ fn may_send(app: &App, headers: &HeaderMap) -> Result<(), ApiError> {
         let message = "expected a body of `Content-Type: application/json`: add this header to the request";
         return Err(ApiError::body(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
+    if let Some(charset) = other_charset(headers) {
+        let found = bounded(&charset, LONGEST_CHARSET);
+        let message =
+            format!("expected a body in UTF-8, found `charset={found}`: send JSON as utf-8, as RFC 8259 says");
+        return Err(ApiError::body(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+    }
     if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
         let message = "expected a body without `Content-Encoding`: send it uncompressed";
         return Err(ApiError::body(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_encoding", message));
@@ -87,6 +95,15 @@ fn is_json(headers: &HeaderMap) -> bool {
     let Some(Ok(value)) = headers.get(header::CONTENT_TYPE).map(|value| value.to_str()) else { return false };
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     essence.strip_prefix("application/").is_some_and(|kind| kind == "json" || kind.ends_with("+json"))
+}
+
+/// The encoding that the body is said to have, where that is not UTF-8.
+fn other_charset(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    let parameters = value.split(';').skip(1).filter_map(|parameter| parameter.split_once('='));
+    let charsets = parameters.filter(|(name, _)| name.trim().eq_ignore_ascii_case("charset"));
+    let mut names = charsets.map(|(_, name)| name.trim().trim_matches('"').to_ascii_lowercase());
+    names.find(|name| name != "utf-8" && name != "utf8")
 }
 
 fn too_large(limit: usize) -> ApiError {
@@ -186,6 +203,21 @@ mod tests {
             assert!(!json_type(value), "{value}");
         }
         assert!(!is_json(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn only_utf_8_is_the_encoding_of_json() {
+        let other = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_TYPE, value.parse().unwrap());
+            other_charset(&headers)
+        };
+        for value in ["application/json", "application/json; charset=UTF-8", "application/json;x=y; Charset=\"utf8\""] {
+            assert_eq!(other(value), None, "{value}");
+        }
+        for value in ["application/json; charset=latin1", "application/json;charset = \"Latin1\"; x"] {
+            assert_eq!(other(value).as_deref(), Some("latin1"), "{value}");
+        }
     }
 
     async fn read(body: Body, limit: usize, budget: &Arc<Semaphore>) -> (Result<Bytes, ApiError>, Option<usize>) {

@@ -16,7 +16,7 @@ use futures::StreamExt;
 use futures::stream::{self, SelectAll, Stream};
 use serde_json::Value;
 
-use super::admission::Admitted;
+use super::admission::{Admitted, Buffered};
 use super::chat_request::{ChatRequest, Defaults};
 use super::chat_response::{Choice, Head};
 use super::error::ApiError;
@@ -30,15 +30,7 @@ pub(super) async fn completions(
     State(app): State<App>,
     Admitted { service, body, place, account }: Admitted,
 ) -> std::result::Result<Response, ApiError> {
-    let settings = app.settings();
-    let defaults = Defaults {
-        options: service.options(),
-        top_chunks: settings.top_chunks,
-        model: app.model(),
-        most_choices: settings.max_sequences,
-    };
-    let request = ChatRequest::parse(&body.bytes, &defaults)?;
-    drop(body);
+    let request = read(&app, &service, body).await?;
     let head = Head::new(app.model(), request.options.logprobs.is_some());
     let (stream, include_usage) = (request.stream, request.include_usage);
     // Searching, tokenising and computing missing chunks block. Where the client hangs up meanwhile, this function is dropped
@@ -69,6 +61,29 @@ pub(super) async fn completions(
     drop(place);
     report(&account, answers.iter().map(|(answer, _)| answer));
     Ok(with_notes(notes, Json(head.whole(&answers))))
+}
+
+/// Bytes of a body from which on it is not parsed between the steps of other requests.
+const LARGE_BODY: usize = 64 << 10;
+
+async fn read(app: &App, service: &Arc<Service>, body: Buffered) -> Result<ChatRequest> {
+    let small = body.bytes.len() < LARGE_BODY;
+    let (app, service) = (app.clone(), Arc::clone(service));
+    let parse = move || {
+        let settings = app.settings();
+        let defaults = Defaults {
+            options: service.options(),
+            top_chunks: settings.top_chunks,
+            model: app.model(),
+            most_choices: settings.max_sequences,
+        };
+        ChatRequest::parse(&body.bytes, &defaults)
+    };
+    if small {
+        return parse();
+    }
+    let parsed = tokio::task::spawn_blocking(parse).await;
+    parsed.map_err(|e| QuireError::Internal(format!("reading a request panicked: {e}")))?
 }
 
 /// Header of an answer with what its reader should know before it begins.
@@ -106,15 +121,14 @@ fn begin(service: &Arc<Service>, request: ChatRequest, wanted: &dyn Fn() -> bool
     if !wanted() {
         return Err(EngineError::Cancelled.into());
     }
-    let query = request.collection.as_ref().map(|_| request.query()).transpose()?.unwrap_or_default();
-    let ChatRequest { messages, options, collection, top_chunks, choices, .. } = request;
+    let ChatRequest { messages, options, passages, choices, .. } = request;
     let answer = |choice: usize| {
         let mut options = options.clone();
         options.sampling.seed = options.sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
-        match &collection {
-            Some(collection) => {
-                let (messages, collection, query) = (messages.clone(), collection.clone(), query.clone());
-                service.answer_while(&Question { messages, query, collection, top_chunks, options }, wanted)
+        match &passages {
+            Some(passages) => {
+                let (messages, passages) = (messages.clone(), passages.clone());
+                service.answer_while(&Question { messages, passages, options }, wanted)
             }
             None => service.generate(&messages, &options),
         }

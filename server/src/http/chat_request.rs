@@ -3,15 +3,16 @@
 
 mod messages;
 mod neutral;
+mod retrieval;
 mod values;
 
 use engine::{ChatMessage, MAX_TOP_LOGPROBS};
 use serde_json::{Map, Value};
 
-use crate::config::MAX_TOP_CHUNKS;
 use crate::error::{QuireError, Result};
-use crate::service::Options;
-use values::{boolean, brief, cut, invalid, named, number, size, text};
+use crate::service::{Options, Passages};
+use retrieval::Retrieval;
+use values::{boolean, brief, cut, invalid, named, number, share, size, text};
 
 /// Most texts in `stop`.
 const MAX_STOPS: usize = 16;
@@ -38,9 +39,8 @@ pub(super) struct ChatRequest {
     pub(super) options: Options,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
-    /// The collection to answer from; `None`: from the messages alone.
-    pub(super) collection: Option<String>,
-    pub(super) top_chunks: usize,
+    /// What to answer from; `None`: from the messages alone.
+    pub(super) passages: Option<Passages>,
     /// Answers that are wanted.
     pub(super) choices: usize,
 }
@@ -57,22 +57,26 @@ impl ChatRequest {
             options: defaults.options.clone(),
             stream: false,
             include_usage: false,
-            collection: None,
-            top_chunks: defaults.top_chunks,
+            passages: None,
             choices: 1,
         };
+        let mut retrieval = Retrieval::default();
         if body.get("messages").is_none_or(Value::is_null) {
             return Err(invalid("messages", "expected it to be given, found nothing".into()));
         }
         // `null` means "not given", as in OpenAI's API.
         for (key, value) in body.iter().filter(|(_, value)| !value.is_null()) {
-            request.field(key, value, defaults)?;
+            match key.as_str() {
+                "quire" => request.quire(value, &mut retrieval)?,
+                _ => request.field(key, value, defaults)?,
+            }
         }
         neutral::check_tools(&body)?;
         request.check_stream_options(&body)?;
         request.check_limits(&body)?;
         request.logprobs(&body)?;
         messages::check_end(&request.messages, &body)?;
+        request.passages = retrieval.resolve(&request.messages, defaults.top_chunks)?;
         Ok(request)
     }
 
@@ -87,7 +91,6 @@ impl ChatRequest {
                 }
             }
             "messages" => self.messages = messages::read(value)?,
-            "quire" => self.quire(value)?,
             "stream" => self.stream = boolean(key, value)?,
             "stream_options" => self.include_usage = stream_options(value)?,
             "n" => self.choices = choices(value, defaults.most_choices)?,
@@ -116,7 +119,7 @@ impl ChatRequest {
         Ok(())
     }
 
-    fn quire(&mut self, value: &Value) -> Result<()> {
+    fn quire(&mut self, value: &Value, retrieval: &mut Retrieval) -> Result<()> {
         let Value::Object(fields) = value else {
             return Err(invalid("quire", format!("expected an object, found {}", brief(value))));
         };
@@ -125,13 +128,6 @@ impl ChatRequest {
             let attention = &mut self.options.attention;
             let blend = &mut self.options.blend;
             match key.as_str() {
-                "collection" => self.collection = Some(text(&name, value)?),
-                "top_chunks" => {
-                    self.top_chunks = size(&name, value, 1)?;
-                    if self.top_chunks > MAX_TOP_CHUNKS {
-                        return Err(invalid(&name, format!("expected at most {MAX_TOP_CHUNKS}, found {value}")));
-                    }
-                }
                 "strategy" => attention.strategy = named(&name, value)?,
                 "sinks" => attention.sinks = size(&name, value, 0)?,
                 "window" => attention.window = size(&name, value, 1)?,
@@ -139,13 +135,9 @@ impl ChatRequest {
                 "ef" => attention.ef = size(&name, value, 1)?,
                 "index" => attention.index = named(&name, value)?,
                 "blend" => blend.mode = named(&name, value)?,
-                "ratio" => {
-                    blend.ratio = number(&name, value)?;
-                    if !(0.0..=1.0).contains(&blend.ratio) {
-                        return Err(invalid(&name, format!("expected 0 to 1, found {value}")));
-                    }
-                }
+                "ratio" => blend.ratio = share(&name, value)?,
                 "check_layer" => blend.check_layer = size(&name, value, 0)?,
+                _ if retrieval.field(key, &name, value)? => {}
                 _ => return Err(QuireError::UnsupportedParameter { param: name, hint: QUIRE_FIELDS }),
             }
         }
@@ -191,20 +183,10 @@ impl ChatRequest {
         self.options.logprobs = wanted.then_some(top);
         Ok(())
     }
-
-    /// What is searched for: the text of the last message of the user.
-    pub(super) fn query(&self) -> Result<String> {
-        let asked = self.messages.iter().rev().find(|message| message.role == "user");
-        let asked = asked.map(|message| message.content.clone());
-        if asked.as_ref().is_some_and(|text| text.trim().is_empty()) {
-            return Err(invalid("messages", "expected the last message of role `user` to have a text".into()));
-        }
-        asked.ok_or_else(|| invalid("messages", "expected a message of role `user` to search with, found none".into()))
-    }
 }
 
-const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, strategy, sinks, window, k, ef, index, \
-                            blend, ratio and check_layer";
+const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, query, score_threshold, passages, strategy, \
+                            sinks, window, k, ef, index, blend, ratio and check_layer";
 
 fn choices(value: &Value, most: usize) -> Result<usize> {
     let number = size("n", value, 1)?;

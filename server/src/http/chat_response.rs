@@ -40,7 +40,9 @@ impl Head {
     /// The whole completion; one answer at least.
     pub(super) fn whole(&self, answers: &[Choice]) -> Value {
         let choice = |(index, (answer, tokens)): (usize, &Choice)| {
-            let message = json!({"role": "assistant", "content": answer.text, "refusal": null});
+            let annotations = citation::annotations(answer);
+            let message =
+                json!({"role": "assistant", "content": answer.text, "refusal": null, "annotations": annotations});
             json!({"index": index, "message": message, "logprobs": self.logprobs(tokens),
                    "finish_reason": answer.finish_reason})
         };
@@ -64,10 +66,12 @@ impl Head {
         self.chunk(index, json!({"content": text}), self.logprobs(tokens), None)
     }
 
-    /// The last chunk of an answer.
+    /// The last chunk of an answer, with its annotations.
     pub(super) fn closing(&self, index: usize, answer: &Answer, tokens: &[TokenLogprob]) -> Value {
         let logprobs = if tokens.is_empty() { Value::Null } else { self.logprobs(tokens) };
-        let mut chunk = self.chunk(index, json!({}), logprobs, Some(answer.finish_reason));
+        let annotations = citation::annotations(answer);
+        let delta = if annotations.is_empty() { json!({}) } else { json!({"annotations": annotations}) };
+        let mut chunk = self.chunk(index, delta, logprobs, Some(answer.finish_reason));
         chunk["quire"] = quire(answer);
         chunk
     }

@@ -25,7 +25,7 @@ mod state;
 pub(crate) use auth::check_key;
 pub use lifecycle::{close, serve};
 pub use origin::Names;
-pub(crate) use origin::check_origins;
+pub(crate) use origin::{check_hosts, check_origins};
 
 use axum::Router;
 use axum::http::{Method, Uri};

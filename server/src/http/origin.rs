@@ -34,7 +34,8 @@ impl Names {
         self.0.is_empty()
     }
 
-    fn is_everything(&self) -> bool {
+    /// Whether it names all.
+    pub(crate) fn is_everything(&self) -> bool {
         self.iter().any(|name| name == "*")
     }
 }
@@ -65,6 +66,24 @@ pub(crate) fn check_origins(origins: &Names) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Checks that host names are written as requests are compared with them: a name or an address alone.
+///
+/// # Errors
+/// What was expected and what came.
+pub(crate) fn check_hosts(hosts: &Names) -> Result<(), String> {
+    let is_name = |host: &str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        host.chars().all(plain) && !host.starts_with('.') && !host.ends_with('.')
+    };
+    match hosts.iter().find(|host| *host != "*" && !is_name(host) && host.parse::<IpAddr>().is_err()) {
+        Some(host) => Err(format!(
+            "expected host names or addresses as in quire.internal,192.168.0.7, without scheme, port, path or wildcard, or \
+             `*`, found `{host}`"
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Answers of which pages elsewhere may read; `None`: of none, which is what browsers do unasked.
@@ -180,6 +199,16 @@ mod tests {
         check("*").unwrap();
         for wrong in ["app.example", "https://app.example/", "https://app.example/x", "file://"] {
             assert!(check(wrong).unwrap_err().contains("https://app.example"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn hosts_are_written_as_they_are_compared() {
+        let check = |text: &str| check_hosts(&text.parse().unwrap());
+        check("quire.internal, my_host, 192.168.0.7, ::1, fe80::1, *, xn--bcher-kva.example").unwrap();
+        for wrong in ["http://x", "x:8080", "x/y", "[::1]", "*.example", "x.", ".x", "a b", "bücher.example"] {
+            let error = check(&format!("ok.example,{wrong}")).unwrap_err();
+            assert!(error.contains(&format!("found `{wrong}`")) && error.contains("quire.internal"), "{error}");
         }
     }
 }

@@ -8,7 +8,8 @@ use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, PrefillSta
 use serde::Serialize;
 
 use super::Options;
-use super::context::ContextChunk;
+use super::context::{ContextChunk, Passage};
+use super::passages::GivenPassage;
 use crate::error::{QuireError, Result};
 use crate::metrics::Metrics;
 use crate::store::Origin;
@@ -17,19 +18,26 @@ use documents::{Span, comparable};
 /// A passage that was in the context of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Citation {
-    /// The document.
+    /// The document; of a passage that came with the question: its name.
     pub document: PathBuf,
-    /// Where in the document, in characters.
+    /// Where in the document, or in the text that was given, in characters.
     pub span: Span,
     /// The line that it begins in, from 1.
     pub line: usize,
     /// The text there.
     pub passage: String,
-    /// How well it fits the question (BM25).
-    pub score: f32,
+    /// How well it fits the question (BM25); absent where it was not searched for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f32>,
     /// Whether the answer, or one of its parts between commas, stands in the passage word for word, whatever the cases,
     /// diacritics and punctuation.
     pub contains_answer: bool,
+    /// Where in the answer's text that part is, in characters: the first one, the whole answer before its parts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answer_span: Option<Span>,
+    /// The passage that came with the question and that this is of.
+    #[serde(skip)]
+    pub given: Option<Arc<GivenPassage>>,
 }
 
 /// What an answer cost.
@@ -335,29 +343,46 @@ impl Tally {
 
 fn cite(context: &[ContextChunk], answer: &str) -> Vec<Citation> {
     let parts = answer_parts(answer);
-    context
-        .iter()
-        .map(|chunk| {
-            let passage = comparable(&chunk.found.passage);
-            Citation {
-                document: chunk.found.path.clone(),
-                span: chunk.found.span,
-                line: chunk.found.line,
-                passage: chunk.found.passage.clone(),
-                score: chunk.found.score,
-                contains_answer: parts.iter().any(|part| passage.contains(part.as_str())),
-            }
-        })
-        .collect()
+    context.iter().map(|chunk| cite_one(&chunk.passage, &parts)).collect()
 }
 
-/// The answer as a whole and between its commas, each as ` word word `.
-fn answer_parts(answer: &str) -> Vec<String> {
+fn cite_one(passage: &Passage, parts: &[AnswerPart]) -> Citation {
+    let text = comparable(passage.text());
+    let answer_span = parts.iter().find(|part| text.contains(part.words.as_str())).map(|part| part.span);
+    let (document, span, line, score, given) = match passage {
+        Passage::Found(found) => (found.path.clone(), found.span, found.line, Some(found.score), None),
+        Passage::Given(chunk) => {
+            (PathBuf::from(chunk.given.name()), chunk.span.chars, chunk.line(), None, Some(Arc::clone(&chunk.given)))
+        }
+    };
+    let passage = passage.text().to_string();
+    Citation { document, span, line, passage, score, contains_answer: answer_span.is_some(), answer_span, given }
+}
+
+/// An answer as a whole, or what stands between two of its commas.
+struct AnswerPart {
+    /// As ` word word `.
+    words: String,
+    /// Where it stands in the answer, in characters.
+    span: Span,
+}
+
+/// The answer, then its parts.
+fn answer_parts(answer: &str) -> Vec<AnswerPart> {
     // Also the commas of Chinese, Japanese and Arabic.
     let between = answer.split(['、', '，', '،']).flat_map(|part| part.split(", "));
-    let mut parts: Vec<String> = std::iter::once(answer).chain(between).map(comparable).collect();
-    parts.retain(|part| part.chars().any(char::is_alphanumeric));
-    parts.dedup();
+    let mut parts: Vec<AnswerPart> = std::iter::once(answer)
+        .chain(between)
+        .map(|part| {
+            let (lead, text) = (part.len() - part.trim_start().len(), part.trim());
+            // A part is a slice of the answer.
+            let before = part.as_ptr() as usize - answer.as_ptr() as usize + lead;
+            let start = answer[..before].chars().count();
+            AnswerPart { words: comparable(text), span: Span { start, end: start + text.chars().count() } }
+        })
+        .collect();
+    parts.retain(|part| part.words.chars().any(char::is_alphanumeric));
+    parts.dedup_by(|b, a| b.words == a.words);
     parts
 }
 
@@ -367,7 +392,7 @@ mod tests {
 
     fn contains(passage: &str, answer: &str) -> bool {
         let passage = comparable(passage);
-        answer_parts(answer).iter().any(|part| passage.contains(part.as_str()))
+        answer_parts(answer).iter().any(|part| passage.contains(part.words.as_str()))
     }
 
     #[test]
@@ -387,5 +412,18 @@ mod tests {
         assert!(contains("เก็บกุญแจไว้ในตู้ ๔๔๑๗", "4417"));
         assert!(contains("鍵は事務所にあります。", "受付、事務所"));
         assert!(!contains("图书馆每天早上九点开门。", "十点"));
+    }
+
+    #[test]
+    fn the_place_of_a_part_in_the_answer_is_counted_in_characters() {
+        for answer in [" Inés Marl, Ada Thorne.", "Ines", "一、二，三", ", ,x,  y", ""] {
+            for part in answer_parts(answer) {
+                let shown: String = answer.chars().skip(part.span.start).take(part.span.len()).collect();
+                assert_eq!(comparable(&shown), part.words, "{answer}");
+                assert_eq!(shown.trim(), shown, "{answer}");
+            }
+        }
+        let parts: Vec<Span> = answer_parts(" Inés Marl, Ada Thorne.").iter().map(|part| part.span).collect();
+        assert_eq!(parts, [(1, 23), (1, 10), (12, 23)].map(|(start, end)| Span { start, end }));
     }
 }

@@ -8,11 +8,13 @@ mod context;
 mod conversation;
 mod ingest;
 mod length;
+mod passages;
 
 pub use answer::{Answer, Answering, Citation, Piece, Stats};
-pub use context::{ContextChunk, Question};
+pub use context::{ContextChunk, Passage, Passages, Question, Search};
 pub use conversation::Conversation;
 pub use ingest::{DocumentState, IngestEvent, IngestReport};
+pub use passages::{GivenChunk, GivenPassage};
 
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
 

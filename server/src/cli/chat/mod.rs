@@ -16,7 +16,9 @@ use super::output::{Out, count, seconds};
 use crate::config::{self, Settings};
 use crate::error::{QuireError, Result};
 use crate::metrics::Metrics;
-use crate::service::{Answer, Answering, Conversation, Options, Piece, Purpose, Question, Service, generate};
+use crate::service::{
+    Answer, Answering, Conversation, Options, Passages, Piece, Purpose, Question, Search, Service, generate,
+};
 use documents::Library;
 use documents::data_dir;
 use input::{Entry, Grammar};
@@ -126,9 +128,12 @@ impl Speaker {
             Speaker::Model { engine, metrics, options } => generate(engine, metrics, &messages, options),
             Speaker::Documents { service, collection, top_chunks, options } => service.answer(&Question {
                 messages,
-                query: text.into(),
-                collection: collection.clone(),
-                top_chunks: *top_chunks,
+                passages: Passages::Search(Search {
+                    collection: collection.clone(),
+                    query: text.into(),
+                    top_chunks: *top_chunks,
+                    score_threshold: 0.0,
+                }),
                 options: options.clone(),
             }),
         }

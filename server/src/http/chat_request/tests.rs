@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::config::{GenerationSource, Named, Settings};
+use crate::service::GivenPassage;
 use serde_json::json;
 
 /// As a client sends it, with a model and a message where it names none.
@@ -30,6 +31,20 @@ fn refused_param(body: Value) -> String {
     param(parse(body).unwrap_err())
 }
 
+fn search(request: &ChatRequest) -> (String, String, usize, f32) {
+    match request.passages.clone().unwrap() {
+        Passages::Search(search) => (search.collection, search.query, search.top_chunks, search.score_threshold),
+        Passages::Given(given) => panic!("{given:?}"),
+    }
+}
+
+fn given(passages: Value) -> Vec<GivenPassage> {
+    match parse(json!({"quire": {"passages": passages}})).unwrap().passages.unwrap() {
+        Passages::Given(given) => given.iter().map(|passage| GivenPassage::clone(passage)).collect(),
+        Passages::Search(search) => panic!("{search:?}"),
+    }
+}
+
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
     for (body, param) in [
@@ -56,6 +71,27 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({"quire": {"strategy": "magic"}}), "quire.strategy"),
         (json!({"quire": {"ratio": 2}}), "quire.ratio"),
         (json!({"quire": {"top_chunks": 1025}}), "quire.top_chunks"),
+        (json!({"quire": {"top_chunks": 3}}), "quire.top_chunks"),
+        (json!({"quire": {"query": "keys"}}), "quire.query"),
+        (json!({"quire": {"score_threshold": 0.5, "passages": ["x"]}}), "quire.score_threshold"),
+        (json!({"quire": {"collection": "c", "score_threshold": 1.5}}), "quire.score_threshold"),
+        (json!({"quire": {"collection": "c", "score_threshold": -0.1}}), "quire.score_threshold"),
+        (json!({"quire": {"collection": "c", "query": " "}}), "quire.query"),
+        (json!({"quire": {"collection": "c", "passages": ["x"]}}), "quire.passages"),
+        (json!({"quire": {"passages": "x"}}), "quire.passages"),
+        (json!({"quire": {"passages": vec!["x"; 1025]}}), "quire.passages"),
+        (json!({"quire": {"passages": ["x", ""]}}), "quire.passages[1]"),
+        (json!({"quire": {"passages": ["x", "y", " \n"]}}), "quire.passages[2]"),
+        (json!({"quire": {"passages": ["x", 3]}}), "quire.passages[1]"),
+        (json!({"quire": {"passages": [{"id": "7"}]}}), "quire.passages[0].text"),
+        (json!({"quire": {"passages": [{"text": ""}]}}), "quire.passages[0].text"),
+        (json!({"quire": {"passages": [{"text": "x".repeat((1 << 20) + 1)}]}}), "quire.passages[0].text"),
+        (json!({"quire": {"passages": [{"text": "x", "id": 7}]}}), "quire.passages[0].id"),
+        (json!({"quire": {"passages": [{"text": "x", "page_content": "x"}]}}), "quire.passages[0].page_content"),
+        (
+            json!({"quire": {"passages": [{"text": "x", "metadata": {}, "attributes": {}}]}}),
+            "quire.passages[0].metadata",
+        ),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": -2}), "max_tokens"),
         (json!({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens"),
@@ -114,7 +150,7 @@ fn neutral_values_and_null_ask_for_nothing() {
     ];
     for (key, value) in fields {
         let request = parse(json!({key: value})).unwrap_or_else(|error| panic!("{key}: {value}: {error}"));
-        assert!(request.options.stop.is_empty() && !request.stream && request.collection.is_none());
+        assert!(request.options.stop.is_empty() && !request.stream && request.passages.is_none());
         assert_eq!((request.choices, request.options.max_tokens, request.options.logprobs), (1, None, None));
     }
     // Tools that are not to be called.
@@ -132,22 +168,48 @@ fn everything_supported_arrives() {
         "stream": true, "stream_options": {"include_usage": true}, "max_completion_tokens": 7, "temperature": 0.5,
         "top_p": 0.9, "seed": -1, "stop": "x", "logit_bias": {"5": -100}, "presence_penalty": 1, "min_tokens": 2, "n": 3,
         "logprobs": true, "top_logprobs": 4,
-        "quire": {"collection": "c", "top_chunks": 3, "strategy": "retrieval", "k": 9, "index": "hnsw",
+        "quire": {"collection": "c", "top_chunks": 3, "score_threshold": 0.25, "strategy": "retrieval", "k": 9, "index": "hnsw",
                   "blend": "reuse", "ratio": 0.3},
     }))
     .unwrap();
-    // Parts are lines.
-    assert_eq!(request.query().unwrap(), "Who\nis it?");
+    // Parts are lines, and are searched for.
+    assert_eq!(search(&request), ("c".into(), "Who\nis it?".into(), 3, 0.25));
     assert_eq!(request.messages[0].role, "system");
     let o = &request.options;
     assert_eq!((o.max_tokens, o.min_tokens, o.logprobs, request.choices), (Some(7), 2, Some(4), 3));
-    assert_eq!((o.sampling.seed, o.attention.k, request.top_chunks), (Some(u64::MAX), 9, 3));
+    assert_eq!((o.sampling.seed, o.attention.k), (Some(u64::MAX), 9));
     assert_eq!((o.sampling.logit_bias.as_slice(), o.stop.len()), ([(5, -100.0)].as_slice(), 1));
     assert_eq!(o.blend.mode, engine::BlendMode::Reuse);
     assert!(request.stream && request.include_usage);
-    assert_eq!(request.collection.as_deref(), Some("c"));
     let all = parse(json!({"logprobs": true, "max_tokens": -1, "top_k": -1})).unwrap().options;
     assert_eq!((all.logprobs, all.max_tokens, all.sampling.top_k), (Some(0), None, 0));
+}
+
+#[test]
+fn passages_are_texts_or_say_more_of_themselves() {
+    let all = given(json!(["x", {"text": "y", "id": "7", "filename": "y.md", "title": "Y", "url": "https://y.example",
+                                 "metadata": {"page": 3}}]));
+    assert_eq!(all[0], GivenPassage { text: "x".into(), ..GivenPassage::default() });
+    let names = [&all[1].id, &all[1].filename, &all[1].title, &all[1].url].map(|name| name.as_deref().unwrap());
+    assert_eq!((all[1].text.as_str(), names), ("y", ["7", "y.md", "Y", "https://y.example"]));
+    assert_eq!(all[1].attributes.as_ref().unwrap()["page"], 3);
+    assert_eq!(
+        given(json!([{"text": "z", "attributes": {"a": "b"}, "id": null}]))[0].attributes.as_ref().unwrap()["a"],
+        "b"
+    );
+    // A search elsewhere that found nothing.
+    assert!(given(json!([])).is_empty());
+}
+
+#[test]
+fn what_is_searched_for_may_be_another_text_than_the_last_message() {
+    let request = |quire: Value, content: &str| {
+        parse(json!({"messages": [{"role": "user", "content": content}], "quire": quire}))
+    };
+    let asked = request(json!({"collection": "c", "query": "spare key"}), "And the other one?").unwrap();
+    assert_eq!(search(&asked), ("c".into(), "spare key".into(), 8, 0.0));
+    assert_eq!(param(request(json!({"collection": "c"}), " ").unwrap_err()), "messages");
+    request(json!({"collection": "c", "query": "spare key"}), " ").unwrap();
 }
 
 #[test]

@@ -46,6 +46,15 @@ pub(super) fn number(param: &str, value: &Value) -> Result<f32> {
     Ok(number as f32)
 }
 
+/// A number from 0 to 1.
+pub(super) fn share(param: &str, value: &Value) -> Result<f32> {
+    let number = number(param, value)?;
+    if (0.0..=1.0).contains(&number) {
+        return Ok(number);
+    }
+    Err(invalid(param, format!("expected 0 to 1, found {value}")))
+}
+
 pub(super) fn size(param: &str, value: &Value, least: u64) -> Result<usize> {
     let number = value.as_u64().filter(|n| *n >= least).and_then(|n| usize::try_from(n).ok());
     number.ok_or_else(|| invalid(param, format!("expected a whole number of at least {least}, found {}", brief(value))))
