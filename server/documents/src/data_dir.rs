@@ -1,7 +1,9 @@
 //! The data folder as a whole: which version it has, and whether it can be written.
 //!
-//! A small file says which layout the folder has: collections, chunks, and whatever later versions add. A folder without
-//! one is new, or from before there was a second layout. The chunk store and the collections have versions of their own.
+//! A small file says which layout the folder has: catalog, indexes, chunks, and whatever later versions add. A folder without
+//! one is new, or from before there was such a file. The chunk store and the catalog have versions of their own.
+//!
+//! Version 1 had no catalog: its collections are taken into one when the folder is first opened for writing.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{DocumentsError, Result};
 
 /// The layout that this build writes, and the newest it reads.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// What the file says; other fields are for people.
 #[derive(Debug, Serialize, Deserialize)]
@@ -67,13 +69,26 @@ pub fn prepare(dir: &Path) -> Result<()> {
     if path.exists() {
         return std::fs::remove_file(&probe).map_err(|e| DocumentsError::writing(dir, e));
     }
-    // The probe becomes the marker, whole or not at all.
+    write_marker(dir, &probe)
+}
+
+/// Says that the folder has the layout of this build, once it has.
+pub(crate) fn raise(dir: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(marker(dir)).unwrap_or_default();
+    if serde_json::from_str::<Marker>(&text).is_ok_and(|found| found.format >= FORMAT) {
+        return Ok(());
+    }
+    write_marker(dir, &dir.join(format!(".writable-{}", std::process::id())))
+}
+
+/// Writes the marker, whole or not at all, by way of the file `scratch`.
+fn write_marker(dir: &Path, scratch: &Path) -> Result<()> {
     let content = Marker { format: FORMAT, written_by: format!("quire {}", env!("CARGO_PKG_VERSION")) };
     let text = serde_json::to_string(&content)
         .map_err(|e| DocumentsError::Internal(format!("the version of the data folder cannot be written: {e}")))?;
-    let written = std::fs::write(&probe, text + "\n").and_then(|()| std::fs::rename(&probe, &path));
+    let written = std::fs::write(scratch, text + "\n").and_then(|()| std::fs::rename(scratch, marker(dir)));
     written.map_err(|e| {
-        let _ = std::fs::remove_file(&probe);
+        let _ = std::fs::remove_file(scratch);
         DocumentsError::writing(dir, e)
     })
 }
@@ -110,7 +125,7 @@ mod tests {
         std::fs::write(marker(dir.path()), "{\"format\": 7, \"compressed\": true}").unwrap();
         for outcome in [check(dir.path()), prepare(dir.path())] {
             let text = outcome.unwrap_err().to_string();
-            for part in [&*dir.path().to_string_lossy(), "version 7", "up to 1", "newer quire", "--data-dir"] {
+            for part in [&*dir.path().to_string_lossy(), "version 7", "up to 2", "newer quire", "--data-dir"] {
                 assert!(text.contains(part), "{text} lacks {part}");
             }
         }

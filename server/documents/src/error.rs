@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// This crate's result type.
-pub type Result<T> = std::result::Result<T, DocumentsError>;
+pub type Result<T, E = DocumentsError> = std::result::Result<T, E>;
 
 /// Errors of documents and collections: what was expected, what came and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +136,66 @@ pub enum DocumentsError {
         found: u32,
         /// The latest one that this program knows.
         known: u32,
+    },
+
+    /// The catalog of documents failed.
+    #[error(
+        "catalog of documents at {}: {action} failed: {source}. Nothing that was acknowledged is lost by this; if it \
+         comes again, restore the folder from a backup, or move it away and ingest the documents again", path.display()
+    )]
+    Catalog {
+        /// The catalog's folder.
+        path: PathBuf,
+        /// What was attempted.
+        action: &'static str,
+        /// The reason.
+        source: Box<rocksdb::Error>,
+    },
+
+    /// Another process writes the catalog.
+    #[error(
+        "catalog of documents at {}: another quire is using it for writing. Wait for it, stop it, or choose another \
+         folder with --data-dir", path.display()
+    )]
+    CatalogInUse {
+        /// The catalog's folder.
+        path: PathBuf,
+    },
+
+    /// What the catalog keeps of a document is not what was written.
+    #[error(
+        "{what}: what is stored is not what was written: {problem}. Ingest the document again; others are not affected"
+    )]
+    DamagedDocument {
+        /// The document, by its name where that is known.
+        what: String,
+        /// What was expected and what came.
+        problem: String,
+    },
+
+    /// There is no such document.
+    #[error("collection `{collection}` has no document `{name}`. `quire ls {collection}` lists those there are")]
+    UnknownDocument {
+        /// The name or id that was asked for.
+        name: String,
+        /// The collection.
+        collection: String,
+    },
+
+    /// Something that was removed cannot come back, as its name was given anew.
+    #[error("`{name}` was removed and is there again: rename or remove the new one before the old one is restored")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+
+    /// The language of a collection is none whose endings are known.
+    #[error("language `{found}`: expected `auto` or one of {}", known.join(", "))]
+    UnknownLanguage {
+        /// What was given.
+        found: String,
+        /// The languages that there are.
+        known: Vec<&'static str>,
     },
 
     /// The full-text index failed.

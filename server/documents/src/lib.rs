@@ -1,8 +1,10 @@
-//! Documents: reading them, splitting them into chunks, and finding chunks by their words.
+//! Documents: reading them, splitting them into passages, keeping them, and finding passages by their words.
 //!
-//! `ingest` turns paths into texts, `split` turns a text into chunks with their spans, `search` keeps the texts of a
-//! collection, in an index that is derived from them, and answers queries. None of this knows a model: tokens are counted by a function that is passed in.
+//! `ingest` turns paths into texts, `split` turns a text into passages with their spans, `catalog` keeps both, and
+//! `search` answers queries from indexes that are derived from the catalog. None of this knows a model: tokens are counted
+//! by a function that is passed in, and come in as numbers.
 
+mod catalog;
 mod collections;
 pub mod data_dir;
 mod directory;
@@ -11,14 +13,16 @@ mod ingest;
 mod search;
 mod split;
 
-pub use collections::Library;
+pub use catalog::{
+    Access, Attributes, Catalog, Changed, CollectionInfo, DocumentId, DocumentInfo, JobError, JobRecord,
+    LanguageSetting, NewDocument, NewPassage, ParseDocumentIdError, Passage, PutKind, PutOutcome, Reclaimed,
+    RecordKind, TextHash, Transaction,
+};
+pub use collections::{Library, catalog_dir, collection_names};
 pub use error::{DocumentsError, Result};
 pub use ingest::{Discovered, Document, Skipped, discover, read_document};
-pub use search::comparable;
-pub use search::{Collection, CollectionWriter, Found, StoredDocument};
+pub use search::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument, comparable, parse_language};
 pub use split::{ChunkSpan, Format, Limits, Span, split};
-
-use std::path::{Path, PathBuf};
 
 /// Checks that a collection's name is a plain folder name.
 ///
@@ -30,27 +34,6 @@ pub fn check_collection_name(name: &str) -> Result<()> {
         return Ok(());
     }
     Err(DocumentsError::CollectionName { found: name.into() })
-}
-
-/// The folder of a collection's index.
-#[must_use]
-pub fn collection_dir(data_dir: &Path, name: &str) -> PathBuf {
-    data_dir.join("collections").join(name)
-}
-
-/// The names of all collections, sorted.
-#[must_use]
-pub fn collection_names(data_dir: &Path) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(data_dir.join("collections")) else {
-        return Vec::new();
-    };
-    let mut names: Vec<String> = entries
-        .flatten()
-        .filter(|entry| search::has_index(&entry.path()))
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    names.sort();
-    names
 }
 
 #[cfg(test)]

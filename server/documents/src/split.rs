@@ -47,7 +47,8 @@ pub struct ChunkSpan {
 }
 
 /// How a document is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// Plain text: boundaries are paragraphs, lines, sentences, words.
     Text,

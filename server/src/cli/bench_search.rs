@@ -18,7 +18,7 @@ use super::bench::ScratchDir;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::service::{Options, Purpose, Question, Service};
-use documents::{ChunkSpan, Collection, Document, Format, Library, Span, comparable};
+use documents::{ChunkSpan, Collection, Format, Library, NewDocument, NewPassage, Span, comparable};
 
 /// Passages that a question may be found among.
 const TOP: usize = 5;
@@ -170,20 +170,30 @@ fn enormous(settings: &Settings, options: &SearchBenchOptions, data_dir: &Path, 
 
 /// Each data set as one document, whose chunks are the passages.
 fn write(collection: &Collection, sets: &[DataSet]) -> Result<()> {
-    let mut writer = collection.writer()?;
+    let writer = collection.writer()?;
     for set in sets {
-        let (mut text, mut chunks, mut chars) = (String::new(), Vec::new(), 0);
+        let (mut text, mut passages, mut chars) = (String::new(), Vec::new(), 0);
         for passage in &set.passages {
             let (start, length) = (text.len(), passage.chars().count());
             text.push_str(passage);
-            chunks.push(ChunkSpan { chars: Span { start: chars, end: chars + length }, bytes: start..text.len() });
+            let place = ChunkSpan { chars: Span { start: chars, end: chars + length }, bytes: start..text.len() };
+            passages.push(NewPassage { place, page: None, tokens: Vec::new() });
             text.push('\n');
             chars += length + 1;
         }
-        let document = Document { path: PathBuf::from(&set.name), text, format: Format::Text };
-        writer.replace(&document, "bench", &chunks)?;
+        let document = NewDocument {
+            name: set.name.clone(),
+            text,
+            format: Format::Text,
+            fingerprint: "bench".into(),
+            tokenizer: None,
+            passages,
+            attributes: None,
+            instead_of: Vec::new(),
+        };
+        writer.change(|transaction, collection| transaction.put(collection, &document))?;
     }
-    Ok(writer.finish()?)
+    Ok(())
 }
 
 fn recall(collection: &Collection, set: &DataSet) -> Result<Tally> {
@@ -294,7 +304,7 @@ mod tests {
         let sets = [file(dir.path(), "one.en.json", &squad), file(dir.path(), "two-7.json", &contexts)];
         let sets = sets.iter().map(|path| DataSet::read(path)).collect::<Result<Vec<_>>>().unwrap();
         assert_eq!(sets.iter().map(|set| set.name.as_str()).collect::<Vec<_>>(), ["one", "two"]);
-        let collection = Collection::open_or_create(&dir.path().join("collection")).unwrap();
+        let collection = Library::new(&dir.path().join("data")).collection_or_new(COLLECTION).unwrap();
         write(&collection, &sets).unwrap();
         let one = recall(&collection, &sets[0]).unwrap();
         assert_eq!(one, Tally { questions: 3, answerable: 3, any: 2, all: 2 });

@@ -340,7 +340,7 @@ fn check_documents(data_dir: &Path, acknowledged: &Acknowledged, report: &mut Cr
     };
     for (path, chunks) in &acknowledged.documents {
         match collection.document(path) {
-            Ok(Some(document)) if document.chunks.len() == *chunks => {}
+            Ok(Some(document)) if document.passages.len() == *chunks => {}
             Ok(Some(_)) => report.problem(format!("document {} has lost chunks", path.display())),
             Ok(None) => report.problem(format!("acknowledged document {} is gone", path.display())),
             Err(error) => report.problem(format!("document {}: {error}", path.display())),

@@ -188,12 +188,13 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
         let found = format!("{} (not there yet)", dir.display());
         checks.push(Check::note("data", found, "`quire ingest PATH` makes it"));
     }
-    let collections = collection_names(dir);
-    if collections.is_empty() {
-        checks.push(Check::note("documents", "no collection".into(), "`quire ingest PATH` makes one"));
-    } else {
-        checks.push(Check::good("documents", format!("collections: {}", collections.join(", "))));
-    }
+    checks.push(match collection_names(dir) {
+        Err(error) => Check::bad("documents", error.to_string(), "see the message".into()),
+        Ok(names) if names.is_empty() => {
+            Check::note("documents", "no collection".into(), "`quire ingest PATH` makes one")
+        }
+        Ok(names) => Check::good("documents", format!("collections: {}", names.join(", "))),
+    });
     let store = ChunkStore::open_existing(&store_dir(dir), Access::Read, settings.store_bytes());
     let room = match &store {
         Ok(Some(store)) => store.stats().map_or(0, |stats| stats.byte_budget.saturating_sub(stats.payload_bytes)),

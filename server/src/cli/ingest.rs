@@ -56,6 +56,7 @@ fn show(event: &IngestEvent<'_>, bar: &ProgressBar, out: &Out) {
             bar.set_message(short(path));
         }
         IngestEvent::Chunk { path, done, total, .. } => bar.set_message(inside(path, *done, *total)),
+        IngestEvent::Removed { .. } => {}
         IngestEvent::Failed { error, .. } => bar.suspend(|| out.failed(&error.to_string())),
     }
 }
@@ -74,6 +75,7 @@ fn print_json(event: &IngestEvent<'_>, out: &Out) {
         IngestEvent::Document { path, state, chunks, computed, .. } => json!({
             "event": "document", "document": path.to_string_lossy(), "state": state, "chunks": chunks, "computed": computed,
         }),
+        IngestEvent::Removed { path } => json!({"event": "removed", "document": path.to_string_lossy()}),
         IngestEvent::Failed { path, error } => {
             json!({"event": "failed", "document": path.to_string_lossy(), "error": error.to_string()})
         }
@@ -95,6 +97,8 @@ fn print_line(event: &IngestEvent<'_>, told: &mut Instant, out: &Out) {
                 DocumentState::New => "new",
                 DocumentState::Changed => "changed",
                 DocumentState::Unchanged => "unchanged",
+                DocumentState::Renamed => "renamed",
+                DocumentState::Copy => "the same text as another",
             };
             out.line(format!(
                 "[{done}/{total}] {}: {state}, {}, {computed} computed",
@@ -102,21 +106,29 @@ fn print_line(event: &IngestEvent<'_>, told: &mut Instant, out: &Out) {
                 count(*chunks, "chunk")
             ));
         }
+        IngestEvent::Removed { path } => out.line(format!("{}: removed", short(path))),
         IngestEvent::Failed { error, .. } => out.failed(&error.to_string()),
     }
 }
 
 /// One line over a whole ingest.
 pub(super) fn summary(report: &IngestReport) -> String {
-    let documents = report.new + report.changed + report.unchanged;
+    let documents = report.documents();
     let chunks = report.chunks_cached + report.chunks_computed;
+    let also =
+        [(report.renamed, "renamed"), (report.copies, "of a text that another has"), (report.removed, "removed")];
+    let also: String =
+        also.iter().filter(|(number, _)| *number > 0).map(|(number, what)| format!(", {number} {what}")).collect();
     let state = match (report.new, report.changed) {
-        (0, 0) if documents == 0 => "none could be read".to_string(),
-        (0, 0) => "all unchanged".to_string(),
-        (new, 0) if new == documents => "all new".to_string(),
-        (new, changed) => format!("{new} new, {changed} changed, {} unchanged", report.unchanged),
+        (0, 0) if documents == 0 && also.is_empty() => "none could be read".to_string(),
+        (0, 0) if also.is_empty() => "all unchanged".to_string(),
+        (new, 0) if new == documents && also.is_empty() => "all new".to_string(),
+        (new, changed) => format!("{new} new, {changed} changed, {} unchanged{also}", report.unchanged),
     };
     let cached = match report.chunks_computed {
+        _ if report.chunks_left > 0 => {
+            format!("{}, whose state is computed at first use", count(report.chunks_left, "chunk"))
+        }
         0 if chunks == 0 => "no chunks".to_string(),
         0 => format!("every one of {} was cached, 0 computed", count(chunks, "chunk")),
         computed => format!("{}: {computed} computed, {} cached", count(chunks, "chunk"), report.chunks_cached),

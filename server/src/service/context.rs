@@ -208,7 +208,7 @@ impl Service {
 
     fn candidates(&self, found: Vec<Found>, wanted: &dyn Fn() -> bool) -> Result<Vec<(Found, Vec<u32>)>> {
         let candidate = |found: Found| match wanted() {
-            true => self.chunk_tokens(&found.passage).map(|tokens| (found, tokens)),
+            true => self.tokens_of(&found).map(|tokens| (found, tokens)),
             false => Err(EngineError::Cancelled.into()),
         };
         found.into_iter().map(candidate).collect()
@@ -250,10 +250,20 @@ fn fit(candidates: Vec<(Found, Vec<u32>)>, room: usize, notes: &mut Vec<String>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use documents::Span;
+    use documents::{DocumentId, Span};
 
     fn found(path: &str, start: usize, end: usize, passage: &str) -> Found {
-        Found { path: path.into(), span: Span { start, end }, line: 1, passage: passage.into(), score: 1.0 }
+        Found {
+            path: path.into(),
+            id: DocumentId::random(),
+            number: 0,
+            span: Span { start, end },
+            line: 1,
+            page: None,
+            passage: passage.into(),
+            score: 1.0,
+            tokens: None,
+        }
     }
 
     #[test]

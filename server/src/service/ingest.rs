@@ -1,10 +1,14 @@
 //! Documents into a collection and their chunks into the store.
 //!
-//! The order is what makes a crash harmless: a document is committed to the index only when every chunk of it is on
-//! disk, and reported only when it is committed. A crash in between leaves chunks that a second run finds again.
+//! Documents are read, split and tokenised a group at a time by all cores (`prepare`), their chunks are stored in order, and
+//! they come into the catalog in batches. The order is what makes a crash harmless: a document is committed only when every
+//! chunk of it is on disk, and reported only when it is committed. A crash in between leaves chunks that a second run finds
+//! again.
+
+mod prepare;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chunk_cache::ChunkKey;
 use serde::Serialize;
@@ -13,8 +17,10 @@ use super::Service;
 use crate::error::{QuireError, Result};
 use crate::store::Origin;
 use documents::{
-    Collection, CollectionWriter, Document, DocumentsError, Format, Skipped, Span, discover, read_document, split,
+    Collection, CollectionWriter, DocumentsError, Format, LanguageSetting, NewDocument, NewPassage, PutKind, Skipped,
+    Span, discover,
 };
+use prepare::{Preparation, Prepared};
 
 /// How a document stood to the collection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -26,6 +32,34 @@ pub enum DocumentState {
     Changed,
     /// The collection had it exactly so.
     Unchanged,
+    /// The collection had its text under a name that is gone.
+    Renamed,
+    /// The collection has its text under another name too: one document with both names.
+    Copy,
+}
+
+impl From<PutKind> for DocumentState {
+    fn from(kind: PutKind) -> DocumentState {
+        match kind {
+            PutKind::New => DocumentState::New,
+            PutKind::Changed => DocumentState::Changed,
+            PutKind::Unchanged => DocumentState::Unchanged,
+            PutKind::Renamed => DocumentState::Renamed,
+            PutKind::AnotherName => DocumentState::Copy,
+        }
+    }
+}
+
+/// How documents are ingested.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IngestOptions {
+    /// Leave the state of chunks to their first use: documents can be found at once, and the first answer from one takes
+    /// longer.
+    pub lazy: bool,
+    /// Remove documents of the collection whose files were below the given paths and are gone.
+    pub sync: bool,
+    /// Which endings of words the collection knows from now on; `None` leaves what it is.
+    pub language: Option<LanguageSetting>,
 }
 
 /// What happened to one thing during an ingest.
@@ -63,6 +97,11 @@ pub enum IngestEvent<'a> {
         /// Documents in all.
         total: usize,
     },
+    /// A document's file is gone, and so is its name from the collection.
+    Removed {
+        /// The document.
+        path: &'a Path,
+    },
     /// A document could not be ingested, or a folder could not be read. The collection keeps what it had of it.
     Failed {
         /// The document or folder.
@@ -83,6 +122,12 @@ pub struct IngestReport {
     pub changed: usize,
     /// Documents that were there already.
     pub unchanged: usize,
+    /// Documents that were there under names that are gone.
+    pub renamed: usize,
+    /// Documents that are there under other names too.
+    pub copies: usize,
+    /// Documents that were removed, as their files are gone.
+    pub removed: usize,
     /// Documents that could not be ingested, and folders that could not be read.
     pub failed: usize,
     /// What folders hold beside documents with text.
@@ -91,6 +136,8 @@ pub struct IngestReport {
     pub chunks_cached: usize,
     /// Chunks that were computed and stored.
     pub chunks_computed: usize,
+    /// Chunks that are left to their first use.
+    pub chunks_left: usize,
     /// Chunks that had to leave the store meanwhile, for its byte budget.
     pub chunks_evicted: u64,
     /// Tokens of all chunks.
@@ -107,15 +154,38 @@ impl IngestReport {
     pub fn check(&self) -> Result<()> {
         match self.failed {
             0 => Ok(()),
-            failed => {
-                Err(QuireError::DocumentsFailed { failed, total: failed + self.new + self.changed + self.unchanged })
-            }
+            failed => Err(QuireError::DocumentsFailed { failed, total: failed + self.documents() }),
         }
+    }
+
+    /// Documents that are in the collection now.
+    #[must_use]
+    pub fn documents(&self) -> usize {
+        self.new + self.changed + self.unchanged + self.renamed + self.copies
+    }
+
+    fn count(&mut self, state: DocumentState) {
+        *match state {
+            DocumentState::New => &mut self.new,
+            DocumentState::Changed => &mut self.changed,
+            DocumentState::Unchanged => &mut self.unchanged,
+            DocumentState::Renamed => &mut self.renamed,
+            DocumentState::Copy => &mut self.copies,
+        } += 1;
     }
 }
 
+/// Documents that are prepared at a time: they are held in memory.
+const GROUP: usize = 128;
+/// Documents that are committed together at most.
+const BATCH: usize = 1000;
+/// Bytes of texts that are committed together, about.
+const BATCH_BYTES: usize = 16 << 20;
+/// How long a document waits for others to be committed with it, about.
+const BATCH_TIME: Duration = Duration::from_secs(2);
+
 impl Service {
-    /// Ingests the documents at `paths`. What cannot be read is reported and left out; see
+    /// Ingests the documents at `paths` as the settings say. What cannot be read is reported and left out; see
     /// [`IngestReport::check`].
     ///
     /// # Errors
@@ -127,112 +197,205 @@ impl Service {
         paths: &[PathBuf],
         on_event: &mut dyn FnMut(&IngestEvent<'_>),
     ) -> Result<IngestReport> {
+        self.ingest_with(collection, paths, &IngestOptions::default(), on_event)
+    }
+
+    /// As [`ingest`](Self::ingest), with options.
+    ///
+    /// # Errors
+    /// As [`ingest`](Self::ingest).
+    pub fn ingest_with(
+        &self,
+        collection: &str,
+        paths: &[PathBuf],
+        options: &IngestOptions,
+        on_event: &mut dyn FnMut(&IngestEvent<'_>),
+    ) -> Result<IngestReport> {
         let started = Instant::now();
         let mut found = discover(paths);
-        if let ([], 1) = (&found.documents[..], found.problems.len())
+        if let ([], 1, false) = (&found.documents[..], found.problems.len(), options.sync)
             && let Some((_, error)) = found.problems.pop()
         {
             return Err(error.into());
         }
-        let documents = found.documents;
-        let collection_name = collection;
-        let collection = self.library().collection_or_new(collection_name)?;
-        let mut writer = collection.writer()?;
+        let name = collection;
+        let collection = self.library.collection_or_new_in(name, options.language.clone())?;
         let evicted = self.store.evicted()?;
-        let mut report =
-            IngestReport { collection: collection_name.into(), skipped: found.skipped, ..IngestReport::default() };
+        let mut run = Run {
+            service: self,
+            writer: collection.writer()?,
+            lazy: options.lazy,
+            total: found.documents.len(),
+            waiting: Vec::new(),
+            bytes: 0,
+            since: Instant::now(),
+            report: IngestReport { collection: name.into(), skipped: found.skipped, ..IngestReport::default() },
+            on_event,
+        };
         for (path, error) in &found.problems {
-            report.failed += 1;
-            on_event(&IngestEvent::Failed { path, error });
+            run.failed(path, error);
         }
-        for (index, path) in documents.iter().enumerate() {
-            let progress = (index + 1, documents.len());
-            let document = match read_document(path) {
-                Ok(document) => document,
-                // One that had text keeps it in the collection, which must be told.
-                Err(DocumentsError::EmptyDocument { .. })
-                    if found.named.binary_search(path).is_err() && collection.document(path)?.is_none() =>
-                {
-                    report.skipped.empty += 1;
-                    continue;
-                }
-                Err(error) => {
-                    report.failed += 1;
-                    on_event(&IngestEvent::Failed { path, error: &error });
-                    continue;
-                }
-            };
-            self.ingest_one(&collection, &mut writer, &document, progress, &mut report, on_event)?;
+        let preparation = Preparation { service: self, collection: &collection, named: &found.named };
+        for group in found.documents.chunks(GROUP) {
+            for (path, prepared) in group.iter().zip(preparation.all(group)?) {
+                run.take(path, prepared)?;
+            }
         }
-        writer.finish()?;
+        run.commit()?;
+        if options.sync {
+            run.remove_gone(&collection, paths)?;
+        }
+        let mut report = run.report;
         report.chunks_evicted = self.store.evicted()? - evicted;
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }
 
-    fn ingest_one(
-        &self,
-        collection: &Collection,
-        writer: &mut CollectionWriter<'_>,
-        document: &Document,
-        (done, total): (usize, usize),
-        report: &mut IngestReport,
-        on_event: &mut dyn FnMut(&IngestEvent<'_>),
-    ) -> Result<()> {
-        let fingerprint = self.fingerprint(document);
-        let stored = collection.document(&document.path)?;
-        let state = match &stored {
-            None => DocumentState::New,
-            Some(stored) if stored.fingerprint != fingerprint => DocumentState::Changed,
-            Some(_) => DocumentState::Unchanged,
+    /// Identifies everything that decides how a text of this format is split.
+    fn split_fingerprint(&self, format: Format) -> String {
+        let mut hasher = blake3::Hasher::new_derive_key("quire split 2");
+        hasher.update(&self.engine.tokenizer_fingerprint());
+        for number in [self.limits.tokens, self.limits.overlap, usize::from(format == Format::Markdown)] {
+            hasher.update(&(number as u64).to_le_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// An ingest while it goes on.
+struct Run<'a> {
+    service: &'a Service,
+    writer: CollectionWriter<'a>,
+    lazy: bool,
+    /// Documents in all.
+    total: usize,
+    /// Documents whose chunks are on disk and that are not committed.
+    waiting: Vec<Waiting<'a>>,
+    /// Bytes of their texts.
+    bytes: usize,
+    /// Since when the first of them waits.
+    since: Instant,
+    report: IngestReport,
+    on_event: &'a mut dyn FnMut(&IngestEvent<'_>),
+}
+
+/// A document that waits to be committed.
+struct Waiting<'a> {
+    path: &'a Path,
+    /// `None` if the collection has it exactly so.
+    document: Option<NewDocument>,
+    chunks: usize,
+    computed: usize,
+}
+
+impl<'a> Run<'a> {
+    fn failed(&mut self, path: &Path, error: &DocumentsError) {
+        self.report.failed += 1;
+        (self.on_event)(&IngestEvent::Failed { path, error });
+    }
+
+    fn take(&mut self, path: &'a Path, prepared: Prepared) -> Result<()> {
+        let (document, passages) = match prepared {
+            Prepared::Empty => {
+                self.report.skipped.empty += 1;
+                return Ok(());
+            }
+            Prepared::Failed(error) => {
+                self.failed(path, &error);
+                return Ok(());
+            }
+            Prepared::Unchanged(passages) => (None, passages),
+            Prepared::New(mut document) => {
+                let passages = std::mem::take(&mut document.passages);
+                (Some(document), passages)
+            }
         };
-        let spans = match stored.filter(|_| state == DocumentState::Unchanged) {
-            Some(stored) => stored.chunks,
-            None => split(&document.text, document.format, self.limits, &|text| {
-                self.engine.tokenizer().encode_plain(text).map(|tokens| tokens.len())
-            })?,
-        };
+        let computed = self.store(path, &passages)?;
+        let chunks = passages.len();
+        let document = document.map(|document| NewDocument { passages, ..*document });
+        if self.waiting.is_empty() {
+            self.since = Instant::now();
+        }
+        self.bytes += document.as_ref().map_or(0, |document| document.text.len());
+        self.waiting.push(Waiting { path, document, chunks, computed });
+        let full = self.waiting.len() >= BATCH || self.bytes >= BATCH_BYTES || self.since.elapsed() >= BATCH_TIME;
+        if full { self.commit() } else { Ok(()) }
+    }
+
+    /// Stores the chunks of a document, unless that is left to their first use; says how many had to be computed.
+    fn store(&mut self, path: &Path, passages: &[NewPassage]) -> Result<usize> {
         let mut computed = 0;
-        for (index, span) in spans.iter().enumerate() {
-            let tokens = self.chunk_tokens(&document.text[span.bytes.clone()])?;
-            let (key, origin) = self.store.ensure(&self.chunk_prefix, &tokens)?;
-            self.metrics.chunk(origin == Origin::Cached);
+        for (index, passage) in passages.iter().enumerate() {
+            let tokens = self.service.with_suffix(&passage.tokens);
+            self.report.tokens += tokens.len();
+            if self.lazy {
+                continue;
+            }
+            let (key, origin) = self.service.store.ensure(&self.service.chunk_prefix, &tokens)?;
+            self.service.metrics.chunk(origin == Origin::Cached);
             computed += usize::from(origin == Origin::Computed);
-            report.tokens += tokens.len();
-            on_event(&IngestEvent::Chunk {
+            (self.on_event)(&IngestEvent::Chunk {
                 key,
-                path: &document.path,
-                span: span.chars,
+                path,
+                span: passage.place.chars,
                 tokens: tokens.len(),
                 origin,
                 done: index + 1,
-                total: spans.len(),
+                total: passages.len(),
             });
         }
-        if state != DocumentState::Unchanged {
-            writer.replace(document, &fingerprint, &spans)?;
+        if self.lazy {
+            self.report.chunks_left += passages.len();
+        } else {
+            self.report.chunks_computed += computed;
+            self.report.chunks_cached += passages.len() - computed;
         }
-        match state {
-            DocumentState::New => report.new += 1,
-            DocumentState::Changed => report.changed += 1,
-            DocumentState::Unchanged => report.unchanged += 1,
+        Ok(computed)
+    }
+
+    /// Commits all documents that wait, and reports them.
+    fn commit(&mut self) -> Result<()> {
+        let waiting = std::mem::take(&mut self.waiting);
+        self.bytes = 0;
+        let new = || waiting.iter().filter_map(|waiting| waiting.document.as_ref());
+        let mut states = Vec::new();
+        if new().next().is_some() {
+            let (put, orphans) = self.writer.change(|transaction, collection| {
+                new().map(|document| Ok(transaction.put(collection, document)?.kind.into())).collect()
+            })?;
+            states = put;
+            self.service.release_chunks(&orphans);
         }
-        report.chunks_computed += computed;
-        report.chunks_cached += spans.len() - computed;
-        let path = &document.path;
-        on_event(&IngestEvent::Document { path, state, chunks: spans.len(), computed, done, total });
+        let mut states = states.into_iter();
+        for Waiting { path, document, chunks, computed } in waiting {
+            let state = document.and_then(|_| states.next()).unwrap_or(DocumentState::Unchanged);
+            self.report.count(state);
+            let done = self.report.documents() + self.report.failed + self.report.skipped.empty;
+            let total = self.total.max(done);
+            (self.on_event)(&IngestEvent::Document { path, state, chunks, computed, done, total });
+        }
         Ok(())
     }
 
-    /// Identifies a text and everything that decides how it is split.
-    fn fingerprint(&self, document: &Document) -> String {
-        let mut hasher = blake3::Hasher::new_derive_key("quire document 1");
-        hasher.update(&self.engine.tokenizer_fingerprint());
-        for number in [self.limits.tokens, self.limits.overlap, usize::from(document.format == Format::Markdown)] {
-            hasher.update(&(number as u64).to_le_bytes());
+    /// Removes documents whose files were below `paths` and are gone. A path that is itself gone removes nothing: it may
+    /// be a disk that is not there.
+    fn remove_gone(&mut self, collection: &Collection, paths: &[PathBuf]) -> Result<()> {
+        let roots: Vec<PathBuf> = paths.iter().filter_map(|path| path.canonicalize().ok()).collect();
+        let names = collection.catalog().names(collection.info().id, None, usize::MAX)?;
+        let below = |name: &str| roots.iter().any(|root| Path::new(name).starts_with(root));
+        let gone: Vec<String> =
+            names.into_iter().map(|(name, _)| name).filter(|name| below(name) && prepare::is_gone(name)).collect();
+        for some in gone.chunks(BATCH) {
+            let ((), orphans) = self.writer.change(|transaction, collection| {
+                some.iter().try_for_each(|name| transaction.remove_name(collection, name).map(|_| ()))
+            })?;
+            self.service.release_chunks(&orphans);
+            self.report.removed += some.len();
+            for name in some {
+                (self.on_event)(&IngestEvent::Removed { path: Path::new(name) });
+            }
         }
-        hasher.update(document.text.as_bytes());
-        hasher.finalize().to_hex().to_string()
+        Ok(())
     }
 }
 

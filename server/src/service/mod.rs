@@ -13,7 +13,7 @@ mod passages;
 pub use answer::{Answer, Answering, Citation, Piece, Stats};
 pub use context::{ContextChunk, Passage, Passages, Question, Search};
 pub use conversation::Conversation;
-pub use ingest::{DocumentState, IngestEvent, IngestReport};
+pub use ingest::{DocumentState, IngestEvent, IngestOptions, IngestReport};
 pub use passages::{GivenChunk, GivenPassage};
 
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
@@ -137,10 +137,14 @@ impl Service {
         let chunk_suffix = engine.tokenizer().encode(engine.chat().chunk_suffix())?;
         let tokens = settings.chunk_tokens.saturating_sub(chunk_suffix.len()).max(1);
         settings.blending().validate(engine.spec().layers)?;
+        let library = Library::new(&settings.data_dir);
+        if purpose == Purpose::Serve {
+            open_documents(&library)?;
+        }
         Ok(Service {
             limits: Limits { tokens, overlap: settings.chunk_overlap.min(tokens / 2) },
             chunk_prefix: engine.tokenizer().bos().into_iter().collect(),
-            library: Library::new(&settings.data_dir),
+            library,
             metrics: std::sync::Arc::new(Metrics::new(&settings.metrics_prefix, &model)),
             chunk_suffix,
             options,
@@ -191,9 +195,34 @@ impl Service {
     /// # Errors
     /// What the tokenizer refuses.
     pub fn chunk_tokens(&self, passage: &str) -> Result<Vec<u32>> {
-        let mut tokens = self.engine.tokenizer().encode_plain(passage)?;
-        tokens.extend_from_slice(&self.chunk_suffix);
-        Ok(tokens)
+        Ok(self.with_suffix(&self.engine.tokenizer().encode_plain(passage)?))
+    }
+
+    /// The tokens of a found passage as a chunk of a prompt: those that were made when it was ingested, unless that was
+    /// for another tokenizer.
+    ///
+    /// # Errors
+    /// What the tokenizer refuses.
+    pub fn tokens_of(&self, found: &Found) -> Result<Vec<u32>> {
+        match &found.tokens {
+            Some(known) if known.tokenizer == self.engine.tokenizer_fingerprint() => {
+                Ok(self.with_suffix(&known.tokens))
+            }
+            _ => self.chunk_tokens(&found.passage),
+        }
+    }
+
+    /// Tokens of a passage with what stands behind every chunk.
+    fn with_suffix(&self, tokens: &[u32]) -> Vec<u32> {
+        [tokens, &self.chunk_suffix].concat()
+    }
+
+    /// Chunks that no document needs any more, by the tokens of their passages: these make way first.
+    fn release_chunks(&self, passages: &[Vec<u32>]) {
+        for tokens in passages {
+            let key = self.store.key(&self.chunk_prefix, &self.with_suffix(tokens));
+            tracing::debug!(%key, "no document needs this chunk any more");
+        }
     }
 
     /// The passages of a collection that fit `query` best, best first, none of them twice.
@@ -241,6 +270,17 @@ pub fn generate(
     let notes = room.clip(0, options.max_tokens).into_iter().collect();
     let stream = engine.submit(options.request(prompt))?;
     Ok(Answering::new(stream, started, std::sync::Arc::clone(metrics), options).with_notes(notes))
+}
+
+/// Who serves owns the documents; where they cannot be written, they are read.
+fn open_documents(library: &Library) -> Result<()> {
+    match library.writable() {
+        Err(error @ (DocumentsError::DataDir { .. } | DocumentsError::CatalogInUse { .. })) => {
+            tracing::warn!(%error, "documents are only read");
+            Ok(())
+        }
+        outcome => Ok(outcome.map(|_| ())?),
+    }
 }
 
 /// Only who ingests or serves decides how large the store may become.

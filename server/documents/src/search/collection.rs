@@ -1,90 +1,203 @@
-//! A collection: the texts of its documents and a full-text index over their chunks, ranked by BM25.
+//! An open collection: its documents in the catalog, and an index over their passages, ranked by BM25.
 //!
-//! A document is one record with the whole text, and one record per chunk with its place in that text; both are
-//! replaced in one commit, so that a reader never sees half a document. Passages are cut out of the stored text: a
-//! citation holds even when the source file is gone, and its hash is compared before it is given out.
+//! Passages are cut out of the catalog's texts: a citation holds even when the source file is gone, and its hash is compared
+//! before it is given out. What is acknowledged is in the catalog, synced; the index follows in the same call, and is
+//! caught up when the collection is opened where it could not.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use serde::Serialize;
-use tantivy::collector::TopDocs;
-use tantivy::query::TermQuery;
-use tantivy::schema::IndexRecordOption;
-use tantivy::{IndexWriter, Searcher, TantivyDocument, Term};
+use tantivy::{IndexWriter, Searcher};
 
-use super::index::{self, OpenIndex, WRITER_BYTES, bytes_of, damaged, guarded, text_of};
+use super::index::{Derivation, Fields, OpenIndex, guarded};
 use super::query;
-use super::record::{Record, parse_place};
+use crate::catalog::{Access, Catalog, CollectionInfo, DocumentId, DocumentInfo, LogEntry, Passage, Transaction};
+use crate::collections::remove_folder;
 use crate::error::{DocumentsError, Result};
-use crate::ingest::Document;
 use crate::split::{ChunkSpan, Span};
 
-/// A chunk that a query found.
+/// A passage that a query found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Found {
-    /// The document.
+    /// The name of its document; the first one, where it has several.
     pub path: PathBuf,
+    /// The id of its document.
+    pub id: DocumentId,
+    /// Which of the document's passages it is, from 0.
+    pub number: u32,
     /// Where in the document.
     pub span: Span,
     /// The line that it begins in, from 1.
     pub line: usize,
+    /// The page that it begins on, from 1, of documents that have pages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page: Option<u32>,
     /// The text there.
     pub passage: String,
     /// BM25 score; higher is better.
     pub score: f32,
+    /// Its tokens, as they were made when the document was ingested.
+    #[serde(skip)]
+    pub tokens: Option<PassageTokens>,
+}
+
+/// Tokens of a passage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassageTokens {
+    /// Fingerprint of the tokenizer that they are of.
+    pub tokenizer: [u8; 32],
+    /// The tokens.
+    pub tokens: Vec<u32>,
 }
 
 /// A document as a collection keeps it.
 #[derive(Clone, Debug)]
 pub struct StoredDocument {
-    /// Its name.
-    pub path: PathBuf,
-    /// Identifies its text and how it was split.
-    pub fingerprint: String,
+    /// What the catalog keeps of it.
+    pub info: DocumentInfo,
     /// Its whole text.
     pub text: String,
-    /// Its chunks, in order.
-    pub chunks: Vec<ChunkSpan>,
+    /// Its passages, in order.
+    pub passages: Vec<Passage>,
 }
 
-/// An open collection, for reading.
+impl StoredDocument {
+    /// Where its passages lie.
+    #[must_use]
+    pub fn chunks(&self) -> Vec<ChunkSpan> {
+        self.passages.iter().map(|passage| passage.place.clone()).collect()
+    }
+}
+
+/// An open collection.
 pub struct Collection {
-    dir: PathBuf,
-    open: OpenIndex,
+    catalog: Arc<Catalog>,
+    info: CollectionInfo,
+    index: RwLock<OpenIndex>,
+    /// The index writer, while anybody writes, and how many do.
+    writing: Mutex<Writing>,
+    /// Whether its index is written on disk.
+    on_disk: bool,
+}
+
+#[derive(Default)]
+struct Writing {
+    sessions: usize,
+    writer: Option<IndexWriter>,
+}
+
+/// Where the index of a collection lies.
+pub(crate) fn index_dir(data_dir: &Path, collection: u32) -> PathBuf {
+    data_dir.join("index").join(collection.to_string())
 }
 
 impl Collection {
-    /// Opens the collection in `dir`; `None` if there is none. One that was written for another version of the
-    /// analyzer is built again from its texts.
+    /// Opens a collection of a catalog whose index lies below `data_dir` and lacks nothing; `None` for any other.
     ///
     /// # Errors
-    /// [`DocumentsError::NewerCollection`] for one of a later version, [`DocumentsError::Index`] for a damaged one.
-    pub fn open(dir: &Path) -> Result<Option<Collection>> {
-        Ok(index::open(dir)?.map(|open| Collection { dir: dir.into(), open }))
-    }
-
-    /// Opens the collection in `dir`, making an empty one where there is none.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open), and [`DocumentsError::DataDir`] where nothing can be written.
-    pub fn open_or_create(dir: &Path) -> Result<Collection> {
-        if let Some(collection) = Collection::open(dir)? {
-            return Ok(collection);
+    /// [`DocumentsError::Catalog`], [`DocumentsError::DataDir`].
+    pub(crate) fn open_ready(
+        catalog: &Arc<Catalog>,
+        info: &CollectionInfo,
+        data_dir: &Path,
+    ) -> Result<Option<Collection>> {
+        let wanted = Derivation::new(&info.language, catalog.sequence());
+        let on_disk = catalog.access() == Access::Write;
+        let Some(index) = found(&index_dir(data_dir, info.id), &wanted, on_disk)? else { return Ok(None) };
+        if !catalog.changes(info.id, index.derivation.sequence)?.is_empty() {
+            return Ok(None);
         }
-        Ok(Collection { dir: dir.into(), open: index::create(dir)? })
+        Ok(Some(Collection::with_index(catalog, info, index, on_disk)))
     }
 
-    /// A writer; there can be one at a time over all processes.
+    /// Opens a collection of a catalog. Its index is caught up, or built again where it has to be: below `data_dir` where the
+    /// catalog can be written, else in memory. With `lags`, somebody else is at work there, and what there is will do.
     ///
     /// # Errors
-    /// [`DocumentsError::Index`] when another one is at work, [`DocumentsError::DataDir`] when the folder cannot be written.
+    /// [`DocumentsError::Index`], [`DocumentsError::Catalog`], [`DocumentsError::DataDir`].
+    pub(crate) fn open(
+        catalog: &Arc<Catalog>,
+        info: &CollectionInfo,
+        data_dir: Option<&Path>,
+        lags: bool,
+    ) -> Result<Collection> {
+        let wanted = Derivation::new(&info.language, catalog.sequence());
+        let on_disk = data_dir.is_some() && catalog.access() == Access::Write;
+        let dir = data_dir.map(|data_dir| index_dir(data_dir, info.id));
+        let there = match dir.as_ref().filter(|_| on_disk || lags) {
+            Some(dir) => found(dir, &wanted, on_disk)?,
+            None => None,
+        };
+        let index = match (there, &dir) {
+            (Some(index), _) => index,
+            (None, Some(dir)) if on_disk => build_on_disk(catalog, info, dir, &wanted)?,
+            (None, _) => build_in_memory(catalog, info, &wanted)?,
+        };
+        let collection = Collection::with_index(catalog, info, index, on_disk);
+        if on_disk {
+            collection.writer()?.catch_up()?;
+        }
+        Ok(collection)
+    }
+
+    fn with_index(catalog: &Arc<Catalog>, info: &CollectionInfo, index: OpenIndex, on_disk: bool) -> Collection {
+        let (catalog, info) = (Arc::clone(catalog), info.clone());
+        Collection { catalog, info, index: RwLock::new(index), writing: Mutex::default(), on_disk }
+    }
+
+    /// What the catalog keeps of the collection as a whole.
+    #[must_use]
+    pub fn info(&self) -> &CollectionInfo {
+        &self.info
+    }
+
+    /// The catalog that it is in.
+    #[must_use]
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    /// Begins to write; others may at the same time. Index writers take memory, so this is held only while
+    /// documents come in.
+    ///
+    /// # Errors
+    /// [`DocumentsError::DataDir`] where nothing can be written.
     pub fn writer(&self) -> Result<CollectionWriter<'_>> {
-        if !self.open.on_disk {
-            return Err(DocumentsError::writing(&self.dir, std::io::ErrorKind::PermissionDenied.into()));
+        if !self.on_disk {
+            let path = self.index.read().unwrap_or_else(PoisonError::into_inner).dir.clone();
+            return Err(DocumentsError::writing(path, std::io::ErrorKind::PermissionDenied.into()));
         }
-        let writer = guarded(&self.dir, || self.open.index.writer_with_num_threads(1, WRITER_BYTES))?;
-        index::remove_earlier(&self.dir);
-        Ok(CollectionWriter { collection: self, writer })
+        self.writing().sessions += 1;
+        Ok(CollectionWriter { collection: self })
+    }
+
+    fn writing(&self) -> MutexGuard<'_, Writing> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings everything that has changed in the catalog into the index.
+    fn catch_up(&self) -> Result<()> {
+        let mut writing = self.writing();
+        let reached = self.index.read().unwrap_or_else(PoisonError::into_inner).derivation.sequence;
+        // In this order: what changes in between is brought in, and brought in again.
+        let sequence = self.catalog.sequence();
+        let changes = self.catalog.changes(self.info.id, reached)?;
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let entries: Vec<LogEntry> = changes.into_iter().map(|(_, entry)| entry).collect();
+        if writing.writer.is_none() {
+            writing.writer = Some(self.index.read().unwrap_or_else(PoisonError::into_inner).writer()?);
+        }
+        let Some(writer) = &mut writing.writer else { return Ok(()) };
+        let brought = bring_in(&self.index, writer, &self.catalog, &entries, sequence);
+        if brought.is_err() {
+            // A writer that has failed once may have lost its threads.
+            writing.writer = None;
+        }
+        brought?;
+        self.catalog.trim_log(self.info.id, sequence)
     }
 
     /// The passages that fit `query` best: at most `limit`, best first, none that repeats a better one. Empty only
@@ -93,94 +206,231 @@ impl Collection {
     /// `wanted` is asked between the steps.
     ///
     /// # Errors
-    /// [`DocumentsError::Index`]; [`DocumentsError::Cancelled`] once `wanted` says no.
+    /// [`DocumentsError::Index`]; [`DocumentsError::DamagedDocument`] if nothing but damaged passages was found;
+    /// [`DocumentsError::Cancelled`] once `wanted` says no.
     pub fn search(&self, query: &str, limit: usize, wanted: &dyn Fn() -> bool) -> Result<Vec<Found>> {
-        let found = guarded(&self.dir, || {
-            self.open.reader.reload()?;
-            query::search(self, &self.open.reader.searcher(), query, limit, wanted)
-        })?;
-        found.ok_or_else(|| DocumentsError::Cancelled)
+        self.search_where(query, limit, &|_| true, wanted)
     }
 
-    pub(super) fn open_index(&self) -> &OpenIndex {
-        &self.open
-    }
-
-    /// A document by its name; `None` if the collection does not have it.
+    /// As [`search`](Self::search), over the documents that `admits` admits.
     ///
     /// # Errors
-    /// [`DocumentsError::Index`], also when what is stored of it is not what was written.
-    pub fn document(&self, path: &Path) -> Result<Option<StoredDocument>> {
-        let name = path.to_string_lossy();
-        guarded(&self.dir, || {
-            self.open.reader.reload()?;
-            let fields = &self.open.fields;
-            let Some(stored) = self.record(&self.open.reader.searcher(), &name)? else { return Ok(None) };
-            let changed = || damaged(&format!("what is stored of {name} is not what was written"));
-            let (fingerprint, text) = (text_of(&stored, fields.fingerprint), text_of(&stored, fields.body));
-            let (Some(fingerprint), Some(text)) = (fingerprint, text) else { return Err(changed()) };
-            let places = text_of(&stored, fields.place).unwrap_or_default();
-            let chunks: Vec<ChunkSpan> = places.lines().map(parse_place).collect::<Option<_>>().ok_or_else(changed)?;
-            let record = Record { name: &name, fingerprint, text, chunks: &chunks };
-            if bytes_of(&stored, fields.seal) != Some(record.seal().as_slice()) {
-                return Err(changed());
+    /// As [`search`](Self::search).
+    pub fn search_where(
+        &self,
+        query: &str,
+        limit: usize,
+        admits: &dyn Fn(&DocumentInfo) -> bool,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<Vec<Found>> {
+        let (searcher, fields, dir) = self.searcher();
+        let mut failed = None;
+        let found = guarded(&dir, || {
+            let scope = query::Scope { catalog: &self.catalog, searcher: &searcher, fields, admits };
+            match query::search(&scope, query, limit, wanted) {
+                Err(query::QueryError::Index(error)) => Err(error),
+                Err(query::QueryError::Documents(error)) => {
+                    failed = Some(error);
+                    Ok(None)
+                }
+                Ok(found) => Ok(found),
             }
-            let (fingerprint, text) = (fingerprint.to_string(), text.to_string());
-            Ok(Some(StoredDocument { path: path.into(), fingerprint, text, chunks }))
-        })
+        })?;
+        match failed {
+            Some(error) => Err(error),
+            None => found.ok_or(DocumentsError::Cancelled),
+        }
     }
 
-    /// The record of a document that carries its text.
-    pub(super) fn record(&self, searcher: &Searcher, name: &str) -> tantivy::Result<Option<TantivyDocument>> {
-        let term = Term::from_field_text(self.open.fields.document, name);
-        let query = TermQuery::new(term, IndexRecordOption::Basic);
-        let hits = searcher.search(&query, &TopDocs::with_limit(1).order_by_score())?;
-        hits.first().map(|(_, address)| searcher.doc(*address)).transpose()
+    fn searcher(&self) -> (Searcher, Fields, PathBuf) {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        (index.reader.searcher(), index.fields, index.dir.clone())
     }
 
-    /// Records of the index: documents and chunks together.
+    /// A document by a name of it; `None` if the collection does not have it.
+    ///
+    /// # Errors
+    /// [`DocumentsError::DamagedDocument`] when what is stored of it is not what was written.
+    pub fn document(&self, path: &Path) -> Result<Option<StoredDocument>> {
+        let Some(info) = self.document_info(&path.to_string_lossy())? else { return Ok(None) };
+        let (text, passages) = (self.catalog.text(&info)?, self.catalog.passages(&info)?);
+        Ok(Some(StoredDocument { info, text, passages }))
+    }
+
+    /// What the catalog keeps of a document, by a name of it.
+    ///
+    /// # Errors
+    /// As [`document`](Self::document).
+    pub fn document_info(&self, name: &str) -> Result<Option<DocumentInfo>> {
+        let Some(id) = self.catalog.named(self.info.id, name)? else { return Ok(None) };
+        let info = self.catalog.document(&id)?;
+        Ok(Some(info.ok_or_else(|| DocumentsError::DamagedDocument {
+            what: format!("document {name}"),
+            problem: format!("the row of {id} is missing"),
+        })?))
+    }
+
+    /// Passages that can be found.
     ///
     /// # Errors
     /// [`DocumentsError::Index`].
-    pub fn records(&self) -> Result<u64> {
-        guarded(&self.dir, || {
-            self.open.reader.reload()?;
-            Ok(self.open.reader.searcher().num_docs())
-        })
+    pub fn indexed_passages(&self) -> Result<u64> {
+        Ok(self.searcher().0.num_docs())
     }
 }
 
-/// Writes documents into a collection.
+/// The index that lies in `dir`, if it can be used; one that is damaged counts as none.
+fn found(dir: &Path, wanted: &Derivation, writable: bool) -> Result<Option<OpenIndex>> {
+    if writable {
+        finish_swap(dir)?;
+    }
+    match OpenIndex::open(dir, wanted) {
+        Err(DocumentsError::Index { source, .. }) => {
+            tracing::warn!(index = %dir.display(), problem = %source, "the index is damaged: it is built again");
+            Ok(None)
+        }
+        outcome => outcome,
+    }
+}
+
+/// The place of an index that is being built, and of one that is whole and takes the place of another.
+fn beside(dir: &Path, ending: &str) -> PathBuf {
+    dir.with_extension(ending)
+}
+
+/// Builds the index in `dir` again from the catalog. What lies there stays until the new one is whole.
+fn build_on_disk(catalog: &Catalog, info: &CollectionInfo, dir: &Path, wanted: &Derivation) -> Result<OpenIndex> {
+    if dir.exists() {
+        tracing::warn!(collection = info.name, "the search index is built again from the catalog");
+    }
+    let (partial, whole) = (beside(dir, "partial"), beside(dir, "whole"));
+    fill(OpenIndex::create(&partial, wanted.clone())?, catalog, info, wanted)?;
+    std::fs::rename(&partial, &whole).map_err(|e| DocumentsError::writing(&whole, e))?;
+    finish_swap(dir)?;
+    let index = OpenIndex::open(dir, wanted)?;
+    index.ok_or_else(|| DocumentsError::Internal("an index that was just built is another one".into()))
+}
+
+fn finish_swap(dir: &Path) -> Result<()> {
+    let whole = beside(dir, "whole");
+    if whole.exists() {
+        remove_folder(dir)?;
+        std::fs::rename(&whole, dir).map_err(|e| DocumentsError::writing(dir, e))?;
+        let parent = dir.parent().unwrap_or(dir);
+        let synced = std::fs::File::open(parent).and_then(|folder| folder.sync_all());
+        synced.map_err(|e| DocumentsError::writing(parent, e))?;
+    }
+    Ok(())
+}
+
+fn build_in_memory(catalog: &Catalog, info: &CollectionInfo, wanted: &Derivation) -> Result<OpenIndex> {
+    tracing::info!(collection = info.name, "the search index is made in memory, as it cannot be written");
+    fill(OpenIndex::in_memory(wanted.clone())?, catalog, info, wanted)
+}
+
+/// Brings all documents of a collection into an empty index.
+fn fill(mut index: OpenIndex, catalog: &Catalog, info: &CollectionInfo, wanted: &Derivation) -> Result<OpenIndex> {
+    let mut ids: Vec<DocumentId> = catalog.names(info.id, None, usize::MAX)?.into_iter().map(|(_, id)| id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let entries: Vec<LogEntry> = ids.into_iter().map(LogEntry::Put).collect();
+    let mut writer = index.writer()?;
+    index.add(&writer, catalog, &entries)?;
+    index.commit(&mut writer, wanted.sequence)?;
+    let dir = index.dir.clone();
+    guarded(&dir, || writer.wait_merging_threads())?;
+    Ok(index)
+}
+
+fn bring_in(
+    index: &RwLock<OpenIndex>,
+    writer: &mut IndexWriter,
+    catalog: &Catalog,
+    entries: &[LogEntry],
+    sequence: u64,
+) -> Result<()> {
+    let prepared = {
+        let index = index.read().unwrap_or_else(PoisonError::into_inner);
+        index.add(writer, catalog, entries)
+    };
+    let outcome = prepared.and_then(|()| {
+        let mut index = index.write().unwrap_or_else(PoisonError::into_inner);
+        index.commit(writer, sequence)
+    });
+    if outcome.is_err() {
+        let _ = writer.rollback();
+    }
+    outcome
+}
+
+/// Changes the documents of a collection. Several may be at work at the same time.
 pub struct CollectionWriter<'a> {
     collection: &'a Collection,
-    writer: IndexWriter,
 }
 
 impl CollectionWriter<'_> {
-    /// Puts a document in the place of the one with its name, if there is one. When this returns, the document is on
-    /// disk and can be found.
+    /// Makes changes, all or none. When this returns, they are on disk and can be found. Returns what `make` does, and
+    /// the tokens of chunks that no document needs any more.
+    ///
+    /// Where the index cannot follow, as on a full disk, that is logged, and it is caught up later: what the catalog has is
+    /// not lost.
     ///
     /// # Errors
-    /// [`DocumentsError::Index`]; the collection is then as it was.
-    pub fn replace(&mut self, document: &Document, fingerprint: &str, chunks: &[ChunkSpan]) -> Result<()> {
-        let name = document.path.to_string_lossy();
-        let record = Record { name: &name, fingerprint, text: &document.text, chunks };
-        let outcome = guarded(&self.collection.dir, || {
-            self.collection.open.put(&self.writer, &record)?;
-            self.writer.commit().map(|_| ())
-        });
-        if outcome.is_err() {
-            let _ = self.writer.rollback();
+    /// As [`Catalog::change`].
+    pub fn change<T>(
+        &self,
+        make: impl FnOnce(&mut Transaction<'_>, &CollectionInfo) -> Result<T>,
+    ) -> Result<(T, Vec<Vec<u32>>)> {
+        let collection = self.collection;
+        let changed = collection.catalog.change(|transaction| make(transaction, &collection.info))?;
+        if let Err(problem) = self.catch_up() {
+            tracing::warn!(%problem, "the search index is behind the documents: it is caught up with the next change");
         }
-        outcome
+        Ok((changed.value, changed.orphans))
     }
 
-    /// Waits for merges of the index to end.
+    /// Brings what has changed in the catalog into the index.
     ///
     /// # Errors
-    /// [`DocumentsError::Index`].
-    pub fn finish(self) -> Result<()> {
-        let CollectionWriter { collection, writer } = self;
-        guarded(&collection.dir, || writer.wait_merging_threads())
+    /// [`DocumentsError::Index`], [`DocumentsError::DataDir`].
+    pub fn catch_up(&self) -> Result<()> {
+        self.collection.catch_up()
+    }
+
+    /// Rewrites the index without what was removed, so that no file of it has a word of that any more.
+    ///
+    /// # Errors
+    /// [`DocumentsError::Index`], [`DocumentsError::DataDir`].
+    pub fn erase(&self) -> Result<()> {
+        self.catch_up()?;
+        let collection = self.collection;
+        let mut writing = collection.writing();
+        let index = collection.index.read().unwrap_or_else(PoisonError::into_inner);
+        if writing.writer.is_none() {
+            writing.writer = Some(index.writer()?);
+        }
+        let Some(mut writer) = writing.writer.take() else { return Ok(()) };
+        guarded(&index.dir, || {
+            let segments = index.index.searchable_segment_ids()?;
+            if !segments.is_empty() {
+                writer.merge(&segments).wait()?;
+            }
+            index.reader.reload()?;
+            writer.garbage_collect_files().wait()?;
+            writer.wait_merging_threads()
+        })
+    }
+}
+
+impl Drop for CollectionWriter<'_> {
+    fn drop(&mut self) {
+        let mut writing = self.collection.writing();
+        writing.sessions -= 1;
+        if writing.sessions == 0
+            && let Some(writer) = writing.writer.take()
+            && let Err(problem) = guarded(Path::new("index"), || writer.wait_merging_threads())
+        {
+            tracing::warn!(%problem, "the search index could not be tidied up");
+        }
     }
 }

@@ -3,6 +3,9 @@
 use tantivy::tokenizer::Language;
 use whatlang::{Detector, Lang};
 
+use crate::catalog::LanguageSetting;
+use crate::error::{DocumentsError, Result};
+
 /// Languages whose endings are known: the name that an index keeps, and what both libraries call them.
 const KNOWN: [(&str, Language, Lang); 18] = [
     ("ar", Language::Arabic, Lang::Ara),
@@ -49,4 +52,21 @@ pub(super) fn detect(text: &str) -> Option<&'static str> {
 /// The language of a name.
 pub(super) fn by_name(name: &str) -> Option<Language> {
     KNOWN.iter().find(|(known, ..)| *known == name).map(|(_, language, _)| *language)
+}
+
+/// A language setting from its name: `auto`, or a language whose endings are known.
+///
+/// # Errors
+/// [`DocumentsError::UnknownLanguage`].
+pub fn parse_language(text: &str) -> Result<LanguageSetting> {
+    if text == "auto" {
+        return Ok(LanguageSetting::Auto);
+    }
+    match by_name(text) {
+        Some(_) => Ok(LanguageSetting::Fixed(text.into())),
+        None => {
+            let known = KNOWN.iter().map(|(name, ..)| *name).collect();
+            Err(DocumentsError::UnknownLanguage { found: text.into(), known })
+        }
+    }
 }

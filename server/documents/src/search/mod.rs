@@ -1,17 +1,18 @@
 //! Collections of documents, and finding passages in them.
 //!
-//! `analyzer` turns texts into terms, `language` tells in which language, `record` says what is kept of a document and
-//! seals it, `index` holds the tantivy index with its version, `query` ranks, `collection` is what others see.
+//! `analyzer` turns texts into terms, `language` tells in which language, `index` holds the tantivy index that is derived from
+//! the catalog, `query` ranks, `collection` is what others see, `legacy` reads what was kept before there was a catalog.
 
 mod analyzer;
 mod collection;
 mod index;
 mod language;
+pub(crate) mod legacy;
 mod query;
-mod record;
 #[cfg(test)]
 mod tests;
 
 pub use analyzer::comparable;
-pub use collection::{Collection, CollectionWriter, Found, StoredDocument};
-pub(super) use index::has_index;
+pub(crate) use collection::index_dir;
+pub use collection::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument};
+pub use language::parse_language;

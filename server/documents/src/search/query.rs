@@ -5,6 +5,7 @@
 //! more, as one rare word would (the ordered pairs of the sequential dependence model: Metzler and Croft, "A Markov
 //! random field model for term dependencies", 2005). Of a long query, the rarest words are taken.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
@@ -14,13 +15,14 @@ use tantivy::query::{
 };
 use tantivy::schema::{Field, IndexRecordOption};
 use tantivy::tokenizer::Language;
-use tantivy::{DocAddress, Searcher, TantivyDocument, Term};
+use tantivy::{DocAddress, Searcher, TantivyError, Term};
 
 use super::analyzer::{Analyzer, QueryWord};
-use super::collection::{Collection, Found};
-use super::index::{DIGEST, bytes_of, damaged, text_of};
+use super::collection::{Found, PassageTokens};
+use super::index::{DIGEST, DOCUMENT, Fields, NUMBER, passage_digest};
 use super::language;
-use super::record::{parse_place, passage_seal};
+use crate::catalog::{Catalog, DocumentId, DocumentInfo};
+use crate::error::DocumentsError;
 
 /// Words of a query that are looked for at a time: the rarest ones. Every one costs a list of the passages that have it.
 const WORDS: usize = 64;
@@ -28,30 +30,60 @@ const WORDS: usize = 64;
 const OTHER_FORMS: f32 = 0.1;
 /// Weight of a pair of neighbours beside that of a word.
 const PAIR: f32 = 0.3;
+/// Passages of a collection in which pairs of the most frequent words are looked for too.
+const FEW: u64 = 64;
 /// Over what a passage's length is measured, as a share of the mean length. tantivy's BM25 has k1 = 1.2 and b = 0.75; over
 /// half of the mean length these are the same as k1 = 2.1 and b = 0.86: a word that comes often in a short passage counts
 /// more.
 const LENGTH: f64 = 0.5;
-/// Bytes of documents that are kept at hand while passages are cut out of them.
-const TEXTS: usize = 64 << 20;
+
+/// Where is searched.
+pub(super) struct Scope<'a> {
+    /// What texts and names are taken from.
+    pub(super) catalog: &'a Catalog,
+    /// The index, as of one commit.
+    pub(super) searcher: &'a Searcher,
+    /// Its fields.
+    pub(super) fields: Fields,
+    /// Which documents may be found.
+    pub(super) admits: &'a dyn Fn(&DocumentInfo) -> bool,
+}
+
+/// What keeps a search from ending.
+pub(super) enum QueryError {
+    /// The index.
+    Index(TantivyError),
+    /// The catalog.
+    Documents(DocumentsError),
+}
+
+impl From<TantivyError> for QueryError {
+    fn from(error: TantivyError) -> QueryError {
+        QueryError::Index(error)
+    }
+}
+
+impl From<DocumentsError> for QueryError {
+    fn from(error: DocumentsError) -> QueryError {
+        QueryError::Documents(error)
+    }
+}
 
 /// The passages that fit `query` best; `None` once nobody waits.
 pub(super) fn search(
-    collection: &Collection,
-    searcher: &Searcher,
+    scope: &Scope<'_>,
     query: &str,
     limit: usize,
     wanted: &dyn Fn() -> bool,
-) -> tantivy::Result<Option<Vec<Found>>> {
-    let mut analyzer = Analyzer::new(&languages(collection, searcher)?);
+) -> Result<Option<Vec<Found>>, QueryError> {
+    let mut analyzer = Analyzer::new(&languages(scope)?);
     let Some(words) = analyzer.query(query, wanted) else { return Ok(None) };
-    let text = Terms { searcher, collection };
+    let text = Terms { searcher: scope.searcher, field: scope.fields.text };
     let Some(ranked) = text.ranked(&words, wanted)? else { return Ok(None) };
     // More than one round only where all passages with the rarest words have been replaced meanwhile.
     for rarest in ranked.chunks(WORDS) {
         let query = text.query(&words, rarest)?;
-        let (kept, seen, texts) = (Vec::new(), HashSet::new(), Texts::default());
-        let mut distinct = Distinct { collection, searcher, limit: limit.max(1), kept, seen, texts };
+        let mut distinct = Distinct::new(scope, limit.max(1));
         match distinct.take(&query, wanted)? {
             Some(found) if found.is_empty() => {}
             found => return Ok(found),
@@ -78,10 +110,10 @@ impl Bm25StatisticsProvider for Statistics<'_> {
 }
 
 /// The languages of a collection's documents.
-fn languages(collection: &Collection, searcher: &Searcher) -> tantivy::Result<Vec<Language>> {
+fn languages(scope: &Scope<'_>) -> tantivy::Result<Vec<Language>> {
     let mut names = Vec::new();
-    for segment in searcher.segment_readers() {
-        let index = segment.inverted_index(collection.open_index().fields.language)?;
+    for segment in scope.searcher.segment_readers() {
+        let index = segment.inverted_index(scope.fields.language)?;
         let mut terms = index.terms().stream()?;
         while terms.advance() {
             names.extend(std::str::from_utf8(terms.key()).ok().map(str::to_string));
@@ -95,12 +127,12 @@ fn languages(collection: &Collection, searcher: &Searcher) -> tantivy::Result<Ve
 /// The terms of an index.
 struct Terms<'a> {
     searcher: &'a Searcher,
-    collection: &'a Collection,
+    field: Field,
 }
 
 impl Terms<'_> {
     fn term(&self, text: &str) -> Term {
-        Term::from_field_text(self.collection.open_index().fields.text, text)
+        Term::from_field_text(self.field, text)
     }
 
     fn passages_with(&self, text: &str) -> tantivy::Result<u64> {
@@ -108,10 +140,10 @@ impl Terms<'_> {
     }
 
     /// Whether both words are in some passages, and not both in more than half of them: such a pair tells little, and
-    /// would cost a look at every place of the most frequent words there are.
+    /// would cost a look at every place of the most frequent words there are. Among few passages it costs nothing.
     fn tell_passages_apart(&self, first: &str, second: &str) -> tantivy::Result<bool> {
         let rarer = self.passages_with(first)?.min(self.passages_with(second)?);
-        Ok(rarer > 0 && rarer * 2 <= self.searcher.num_docs().max(2))
+        Ok(rarer > 0 && rarer * 2 <= self.searcher.num_docs().max(FEW))
     }
 
     /// The distinct words that some passage has, the rarest first; `None` once nobody waits.
@@ -191,25 +223,33 @@ fn best_of(mut forms: Vec<Box<dyn Query>>) -> Box<dyn Query> {
 
 /// Takes the best passages that do not repeat each other.
 struct Distinct<'a> {
-    collection: &'a Collection,
-    searcher: &'a Searcher,
+    scope: &'a Scope<'a>,
     limit: usize,
     kept: Vec<Found>,
     seen: HashSet<u64>,
-    texts: Texts,
+    /// Documents that passages were found in; `None` for those that are gone, or not admitted.
+    documents: HashMap<DocumentId, Option<DocumentInfo>>,
+    /// What is wrong with the first damaged passage.
+    damage: Option<DocumentsError>,
 }
 
-impl Distinct<'_> {
+impl<'a> Distinct<'a> {
+    fn new(scope: &'a Scope<'a>, limit: usize) -> Distinct<'a> {
+        let (seen, documents) = (HashSet::new(), HashMap::new());
+        Distinct { scope, limit, kept: Vec::new(), seen, documents, damage: None }
+    }
+
     /// Fetches more passages than asked for, and ever more until enough of them are distinct or there are no more.
-    fn take(&mut self, query: &BooleanQuery, wanted: &dyn Fn() -> bool) -> tantivy::Result<Option<Vec<Found>>> {
-        let most = usize::try_from(self.searcher.num_docs()).unwrap_or(usize::MAX).max(1);
+    fn take(&mut self, query: &BooleanQuery, wanted: &dyn Fn() -> bool) -> Result<Option<Vec<Found>>, QueryError> {
+        let searcher = self.scope.searcher;
+        let most = usize::try_from(searcher.num_docs()).unwrap_or(usize::MAX).max(1);
         let (mut fetched, mut done) = (self.limit.saturating_mul(2).max(32), 0);
         loop {
             if !wanted() {
                 return Ok(None);
             }
             let top = TopDocs::with_limit(fetched.min(most)).order_by_score();
-            let hits = self.searcher.search_with_statistics_provider(query, &top, &Statistics(self.searcher))?;
+            let hits = searcher.search_with_statistics_provider(query, &top, &Statistics(searcher))?;
             for (score, address) in &hits[done.min(hits.len())..] {
                 if self.kept.len() == self.limit {
                     break;
@@ -217,23 +257,36 @@ impl Distinct<'_> {
                 self.consider(*score, *address)?;
             }
             if self.kept.len() == self.limit || hits.len() < fetched {
-                return Ok(Some(std::mem::take(&mut self.kept)));
+                return match self.damage.take().filter(|_| self.kept.is_empty()) {
+                    Some(damage) => Err(damage.into()),
+                    None => Ok(Some(std::mem::take(&mut self.kept))),
+                };
             }
             done = hits.len();
             fetched = fetched.saturating_mul(4);
         }
     }
 
-    /// Keeps a passage unless a better one has the same text, or mostly covers it.
-    fn consider(&mut self, score: f32, address: DocAddress) -> tantivy::Result<()> {
-        let digests = self.searcher.segment_reader(address.segment_ord).fast_fields().u64(DIGEST)?;
-        if digests.first(address.doc_id).is_some_and(|digest| !self.seen.insert(digest)) {
+    /// Keeps a passage unless a better one has the same text, or mostly covers it. One that cannot be read intact is left
+    /// out, with a warning: the others are no worse for it.
+    fn consider(&mut self, score: f32, address: DocAddress) -> Result<(), QueryError> {
+        let Some(hit) = self.hit(address)? else { return Ok(()) };
+        if self.seen.contains(&hit.digest) {
             return Ok(());
         }
-        let found = self.passage(score, address)?;
+        let found = match self.passage(score, &hit) {
+            Err(damage @ DocumentsError::DamagedDocument { .. }) => {
+                tracing::warn!(%damage, "a passage is left out of a search");
+                self.damage.get_or_insert(damage);
+                return Ok(());
+            }
+            found => found?,
+        };
+        let Some(found) = found else { return Ok(()) };
+        self.seen.insert(hit.digest);
         let covered = |better: &Found| {
             let shorter = better.span.len().min(found.span.len());
-            better.path == found.path && better.span.overlap(&found.span) * 2 > shorter
+            better.id == found.id && better.span.overlap(&found.span) * 2 > shorter
         };
         if !self.kept.iter().any(covered) {
             self.kept.push(found);
@@ -241,44 +294,56 @@ impl Distinct<'_> {
         Ok(())
     }
 
-    /// A passage, cut out of its document and compared with the hash that was written with it.
-    fn passage(&mut self, score: f32, address: DocAddress) -> tantivy::Result<Found> {
-        let fields = &self.collection.open_index().fields;
-        let record: TantivyDocument = self.searcher.doc(address)?;
-        let name = text_of(&record, fields.path).unwrap_or_default();
-        let changed = || damaged(&format!("what is stored of {name} is not what was written"));
-        let place = text_of(&record, fields.place).and_then(parse_place).ok_or_else(changed)?;
-        let text = self.texts.get(name, || {
-            let whole = self.collection.record(self.searcher, name)?;
-            Ok(whole.and_then(|whole| text_of(&whole, fields.body).map(str::to_string)))
-        })?;
-        let passage = text.get(place.bytes.clone()).ok_or_else(changed)?;
-        if bytes_of(&record, fields.seal) != Some(passage_seal(name, &place, passage).as_slice()) {
-            return Err(changed());
+    /// What the index knows of a passage.
+    fn hit(&self, address: DocAddress) -> tantivy::Result<Option<Hit>> {
+        let columns = self.scope.searcher.segment_reader(address.segment_ord).fast_fields();
+        let number = columns.u64(NUMBER)?.first(address.doc_id).and_then(|number| u32::try_from(number).ok());
+        let digest = columns.u64(DIGEST)?.first(address.doc_id);
+        let Some(documents) = columns.bytes(DOCUMENT)? else { return Ok(None) };
+        let mut id = Vec::new();
+        if let Some(ordinal) = documents.term_ords(address.doc_id).next() {
+            documents.ord_to_bytes(ordinal, &mut id)?;
         }
-        let line = 1 + text.as_bytes()[..place.bytes.start].iter().filter(|byte| **byte == b'\n').count();
-        Ok(Found { path: PathBuf::from(name), span: place.chars, line, passage: passage.into(), score })
+        let (Some(document), Some(number), Some(digest)) = (DocumentId::from_bytes(&id), number, digest) else {
+            return Ok(None);
+        };
+        Ok(Some(Hit { document, number, digest }))
     }
-}
 
-/// Texts of documents that several passages are cut out of.
-#[derive(Default)]
-struct Texts {
-    known: HashMap<String, String>,
-    bytes: usize,
-}
-
-impl Texts {
-    /// The text of a document; empty where there is none.
-    fn get(&mut self, name: &str, read: impl FnOnce() -> tantivy::Result<Option<String>>) -> tantivy::Result<&str> {
-        if !self.known.contains_key(name) {
-            let text = read()?.unwrap_or_default();
-            if self.bytes + text.len() > TEXTS {
-                *self = Texts::default();
+    /// A passage, cut out of its document and compared with its hash. `None` if the document may not be found, or was
+    /// removed or replaced since the index was written.
+    fn passage(&mut self, score: f32, hit: &Hit) -> Result<Option<Found>, DocumentsError> {
+        let Scope { catalog, admits, .. } = self.scope;
+        let info = match self.documents.entry(hit.document) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let info = catalog.document(&hit.document)?;
+                unknown.insert(info.filter(|info| info.removed.is_none() && admits(info)))
             }
-            self.bytes += text.len();
-            self.known.insert(name.into(), text);
+        };
+        let Some(info) = info else { return Ok(None) };
+        let Some(passage) = catalog.passage(&info.id, hit.number)? else { return Ok(None) };
+        let text = catalog.passage_text(info, &passage)?;
+        if passage_digest(&text) != hit.digest {
+            return Ok(None);
         }
-        Ok(self.known.get(name).map_or("", String::as_str))
+        Ok(Some(Found {
+            path: PathBuf::from(info.names.first().map_or("", String::as_str)),
+            id: info.id,
+            number: hit.number,
+            span: passage.place.chars,
+            line: passage.line,
+            page: passage.page,
+            passage: text,
+            score,
+            tokens: info.tokenizer.map(|tokenizer| PassageTokens { tokenizer, tokens: passage.tokens }),
+        }))
     }
+}
+
+/// A passage that a query found, as the index knows it.
+struct Hit {
+    document: DocumentId,
+    number: u32,
+    digest: u64,
 }

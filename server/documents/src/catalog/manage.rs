@@ -1,0 +1,237 @@
+//! Collections as a whole, and getting rid of what was removed.
+
+use super::batch::{Batch, read};
+use super::error::CatalogError;
+use super::rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, from_json, to_json, unseal};
+use super::store::Family;
+use super::transaction::{Transaction, now};
+use super::{Catalog, Changed, DocumentId, IMPORTED, NEXT_COLLECTION, keys};
+use crate::error::{DocumentsError, Result};
+
+/// What was removed for good.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reclaimed {
+    /// Collections that are gone, by number.
+    pub collections: Vec<u32>,
+    /// Documents that are gone.
+    pub documents: usize,
+}
+
+impl Catalog {
+    /// All collections, by name.
+    ///
+    /// # Errors
+    /// [`DocumentsError::DamagedDocument`], [`DocumentsError::Catalog`].
+    pub fn collections(&self) -> Result<Vec<CollectionInfo>> {
+        self.collections_in(&[0])
+    }
+
+    fn collections_in(&self, prefix: &[u8]) -> Result<Vec<CollectionInfo>> {
+        let rows = self.store.scan(Family::Collections, prefix, prefix);
+        let info = |row: Result<(Vec<u8>, Vec<u8>), CatalogError>| {
+            let (key, row) = row?;
+            Ok(from_json(unseal(Family::Collections, &key, &row)?)?)
+        };
+        Ok(rows.map(info).collect::<Result<_, CatalogError>>()?)
+    }
+
+    /// A collection by its name.
+    ///
+    /// # Errors
+    /// As [`collections`](Self::collections).
+    pub fn collection(&self, name: &str) -> Result<Option<CollectionInfo>> {
+        let content = read(&self.store, Family::Collections, &keys::collection(name));
+        let info = content.and_then(|content| Ok(content.map(|content| from_json(&content)).transpose()?));
+        info.map_err(|error: CatalogError| error.of(|| format!("collection {name}")))
+    }
+
+    /// The collection of this name, made where there is none.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn create_collection(&self, name: &str, language: LanguageSetting) -> Result<CollectionInfo> {
+        let made = self.change(|transaction| {
+            let batch = transaction.batch();
+            if let Some(content) = batch.get(Family::Collections, &keys::collection(name))? {
+                return Ok(from_json(&content).map_err(CatalogError::from)?);
+            }
+            let id = next_collection(batch)?;
+            let attributes = Attributes::new();
+            let info = CollectionInfo { name: name.into(), id, language, created: now(), removed: None, attributes };
+            batch.put(Family::Collections, keys::collection(name), to_json(&info));
+            Ok(info)
+        })?;
+        Ok(made.value)
+    }
+
+    /// Changes a collection's settings and attributes: `change` is given them as they are. A new name is one that no other
+    /// collection has.
+    ///
+    /// # Errors
+    /// [`DocumentsError::NameTaken`], and as [`change`](Self::change).
+    pub fn update_collection(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut CollectionInfo),
+    ) -> Result<Option<CollectionInfo>> {
+        let updated = self.change(|transaction| {
+            let batch = transaction.batch();
+            let Some(content) = batch.get(Family::Collections, &keys::collection(name))? else { return Ok(None) };
+            let mut info: CollectionInfo = from_json(&content).map_err(CatalogError::from)?;
+            change(&mut info);
+            if info.name != name {
+                if batch.get(Family::Collections, &keys::collection(&info.name))?.is_some() {
+                    return Err(DocumentsError::NameTaken { name: info.name });
+                }
+                batch.delete(Family::Collections, keys::collection(name));
+            }
+            batch.put(Family::Collections, keys::collection(&info.name), to_json(&info));
+            Ok(Some(info))
+        })?;
+        Ok(updated.value)
+    }
+
+    /// Removes a collection, so that it can be restored until space is reclaimed. Its documents stay as they are.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn remove_collection(&self, name: &str) -> Result<Option<CollectionInfo>> {
+        let removed = self.change(|transaction| {
+            let batch = transaction.batch();
+            let Some(content) = batch.get(Family::Collections, &keys::collection(name))? else { return Ok(None) };
+            let mut info: CollectionInfo = from_json(&content).map_err(CatalogError::from)?;
+            info.removed = Some(now());
+            batch.delete(Family::Collections, keys::collection(name));
+            batch.put(Family::Collections, keys::removed_collection(info.id), to_json(&info));
+            Ok(Some(info))
+        })?;
+        Ok(removed.value)
+    }
+
+    /// Brings back the collection that was removed last under this name; `None` where none was.
+    ///
+    /// # Errors
+    /// [`DocumentsError::NameTaken`], and as [`change`](Self::change).
+    pub fn restore_collection(&self, name: &str) -> Result<Option<CollectionInfo>> {
+        let removed = self.collections_in(&[1])?;
+        let Some(mut info) = removed.into_iter().filter(|info| info.name == name).max_by_key(|info| info.id) else {
+            return Ok(None);
+        };
+        let restored = self.change(|transaction| {
+            let batch = transaction.batch();
+            if batch.get(Family::Collections, &keys::collection(name))?.is_some() {
+                return Err(DocumentsError::NameTaken { name: name.into() });
+            }
+            batch.delete(Family::Collections, keys::removed_collection(info.id));
+            info.removed = None;
+            batch.put(Family::Collections, keys::collection(name), to_json(&info));
+            Ok(info)
+        })?;
+        Ok(Some(restored.value))
+    }
+
+    /// All documents that are there, or were removed and can be restored. One that is damaged is left out, with a warning.
+    fn all_documents(&self) -> Result<Vec<DocumentInfo>> {
+        let mut documents = Vec::new();
+        for row in self.store.scan(Family::Documents, b"", b"") {
+            let (key, row) = row?;
+            match unseal(Family::Documents, &key, &row).and_then(from_json) {
+                Ok(info) => documents.push(info),
+                Err(problem) => tracing::warn!(?problem, "a document is damaged: it cannot be removed for good"),
+            }
+        }
+        Ok(documents)
+    }
+
+    /// Removes for good what was removed before: all documents and collections that could still be restored. The rows are gone when this
+    /// returns; [`erase`](Self::erase) takes their bytes off the disk.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn reclaim(&self) -> Result<Changed<Reclaimed>> {
+        let collections: Vec<u32> = self.collections_in(&[1])?.iter().map(|info| info.id).collect();
+        let documents = self.all_documents()?;
+        let gone = |info: &&DocumentInfo| info.removed.is_some() || collections.contains(&info.collection);
+        let ids: Vec<DocumentId> = documents.iter().filter(gone).map(|info| info.id).collect();
+        let mut orphans = Vec::new();
+        // A transaction is held in memory.
+        for some in ids.chunks(1000) {
+            orphans.extend(self.purge(some)?.orphans);
+        }
+        self.change(|transaction| {
+            for id in &collections {
+                transaction.batch().delete(Family::Collections, keys::removed_collection(*id));
+                forget_collection(transaction, *id)?;
+            }
+            Ok(())
+        })?;
+        Ok(Changed { value: Reclaimed { collections, documents: ids.len() }, orphans })
+    }
+
+    /// Removes a collection for good, with all that is in it.
+    pub(crate) fn purge_collection(&self, name: &str) -> Result<()> {
+        let Some(info) = self.collection(name)? else { return Ok(()) };
+        let ids: Vec<DocumentId> = self.names(info.id, None, usize::MAX)?.into_iter().map(|(_, id)| id).collect();
+        self.purge(&ids)?;
+        self.change(|transaction| {
+            transaction.batch().delete(Family::Collections, keys::collection(name));
+            Ok(forget_collection(transaction, info.id)?)
+        })?;
+        Ok(())
+    }
+
+    /// Collections of an earlier version that are in the catalog by now.
+    pub(crate) fn imported(&self) -> Result<Vec<String>> {
+        let content = read(&self.store, Family::Meta, IMPORTED)?;
+        let names = content.map(|content| from_json(&content)).transpose().map_err(CatalogError::from)?;
+        Ok(names.unwrap_or_default())
+    }
+
+    pub(crate) fn set_imported(&self, names: &[String]) -> Result<()> {
+        self.change(|transaction| {
+            transaction.batch().put(Family::Meta, IMPORTED.to_vec(), to_json(&names));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Removes documents for good, whether they were removed before or not. See [`reclaim`](Self::reclaim).
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn purge(&self, ids: &[DocumentId]) -> Result<Changed<()>> {
+        self.change(|transaction| {
+            for id in ids {
+                transaction.purge(id).map_err(|error| error.of(|| format!("document {id}")))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes the bytes of everything that was removed for good off the disk. Takes as long as reading and writing the
+    /// whole catalog.
+    ///
+    /// # Errors
+    /// [`DocumentsError::DataDir`], [`DocumentsError::Catalog`].
+    pub fn erase(&self) -> Result<()> {
+        Ok(self.store.purge()?)
+    }
+}
+
+fn next_collection(batch: &mut Batch<'_>) -> Result<u32, CatalogError> {
+    let last = batch.get(Family::Meta, NEXT_COLLECTION)?;
+    let last = last.and_then(|content| content.try_into().ok()).map_or(0, u64::from_be_bytes);
+    batch.put(Family::Meta, NEXT_COLLECTION.to_vec(), (last + 1).to_be_bytes().to_vec());
+    u32::try_from(last + 1).map_err(|_| DocumentsError::Internal("no number is left for a collection".into()).into())
+}
+
+/// Removes what a collection without documents has left: names that could be restored, and its log.
+fn forget_collection(transaction: &mut Transaction<'_>, id: u32) -> Result<(), CatalogError> {
+    let batch = transaction.batch();
+    for family in [Family::Names, Family::Contents, Family::Log] {
+        for key in batch.keys(family, &id.to_be_bytes())? {
+            batch.delete(family, key);
+        }
+    }
+    Ok(())
+}

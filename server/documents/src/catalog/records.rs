@@ -1,0 +1,121 @@
+//! Files that were uploaded and jobs that go on in the background: rows that survive a restart. What they mean is up to
+//! whoever writes them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Catalog;
+use super::batch::{Batch, read};
+use super::error::CatalogError;
+use super::rows::{from_json, to_json, unseal};
+use super::store::Family;
+use crate::error::Result;
+
+/// Which list a record is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordKind {
+    /// Uploaded files.
+    File,
+    /// Work in the background.
+    Job,
+}
+
+impl RecordKind {
+    fn family(self) -> Family {
+        match self {
+            RecordKind::File => Family::Files,
+            RecordKind::Job => Family::Jobs,
+        }
+    }
+}
+
+/// A file or a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// Its name; records are listed in the order of these.
+    pub id: String,
+    /// What it is, in the words of whoever wrote it.
+    pub kind: String,
+    /// How it stands, in the words of whoever wrote it.
+    pub state: String,
+    /// When it was made, in seconds since 1970.
+    pub created: u64,
+    /// When it is to be removed, in seconds since 1970.
+    #[serde(default)]
+    pub expires: Option<u64>,
+    /// Steps that are done.
+    #[serde(default)]
+    pub done: u64,
+    /// Steps in all.
+    #[serde(default)]
+    pub total: u64,
+    /// Why it failed.
+    #[serde(default)]
+    pub last_error: Option<JobError>,
+    /// Everything else.
+    #[serde(default)]
+    pub detail: Value,
+}
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobError {
+    /// For programs.
+    pub code: String,
+    /// For people.
+    pub message: String,
+}
+
+impl Catalog {
+    /// Writes a record, in the place of the one with its id. When this returns, it is on disk.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn put_record(&self, kind: RecordKind, record: &JobRecord) -> Result<()> {
+        self.change(|transaction| {
+            transaction.batch().put(kind.family(), record.id.clone().into_bytes(), to_json(record));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Removes a record; says whether there was one.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn remove_record(&self, kind: RecordKind, id: &str) -> Result<bool> {
+        let removed = self.change(|transaction| {
+            let batch: &mut Batch<'_> = transaction.batch();
+            let there = batch.get(kind.family(), id.as_bytes()).map_or(true, |found| found.is_some());
+            batch.delete(kind.family(), id.as_bytes().to_vec());
+            Ok(there)
+        })?;
+        Ok(removed.value)
+    }
+
+    /// A record by its id.
+    ///
+    /// # Errors
+    /// [`crate::DocumentsError::DamagedDocument`], [`crate::DocumentsError::Catalog`].
+    pub fn record(&self, kind: RecordKind, id: &str) -> Result<Option<JobRecord>> {
+        let content = read(&self.store, kind.family(), id.as_bytes());
+        let found = content.and_then(|content| Ok(content.map(|content| from_json(&content)).transpose()?));
+        found.map_err(|error: CatalogError| error.of(|| id.to_string()))
+    }
+
+    /// All records of a kind, in the order of their ids. One that is damaged is left out, with a warning.
+    ///
+    /// # Errors
+    /// [`crate::DocumentsError::Catalog`].
+    pub fn records(&self, kind: RecordKind) -> Result<Vec<JobRecord>> {
+        let mut records = Vec::new();
+        for row in self.store.scan(kind.family(), b"", b"") {
+            let (key, row) = row?;
+            match unseal(kind.family(), &key, &row).and_then(from_json) {
+                Ok(record) => records.push(record),
+                Err(problem) => tracing::warn!(?problem, id = %String::from_utf8_lossy(&key), "a record is damaged"),
+            }
+        }
+        Ok(records)
+    }
+}

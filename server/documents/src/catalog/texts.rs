@@ -1,0 +1,85 @@
+//! Texts of documents: once each, in pieces, so that a passage can be cut out without reading the whole and no row is large.
+
+use std::ops::Range;
+
+use super::batch::{Batch, read};
+use super::error::CatalogError;
+use super::id::DocumentId;
+use super::keys;
+use super::rows::{DamagedRow, TextHash, unseal};
+use super::store::{Family, Store};
+
+/// Bytes of a piece.
+const PIECE: usize = 64 << 10;
+
+/// Keeps a text for a document; one that is there already is not written again.
+pub(super) fn keep(batch: &mut Batch<'_>, hash: &TextHash, text: &str, id: &DocumentId) -> Result<(), CatalogError> {
+    if !batch.any(Family::TextRefs, hash)? {
+        write(batch, hash, text);
+    }
+    batch.put(Family::TextRefs, keys::reference(hash, id), Vec::new());
+    Ok(())
+}
+
+/// Writes the pieces of a text.
+pub(super) fn write(batch: &mut Batch<'_>, hash: &TextHash, text: &str) {
+    for (number, piece) in (0u32..).zip(text.as_bytes().chunks(PIECE)) {
+        batch.put(Family::Texts, keys::piece(hash, number), piece.to_vec());
+    }
+}
+
+/// Whether a text is on disk for some document, whole or not.
+pub(super) fn is_kept(store: &Store, hash: &TextHash) -> Result<bool, CatalogError> {
+    Ok(store.scan(Family::TextRefs, hash, hash).next().transpose()?.is_some())
+}
+
+/// Lets a document's text go, and removes it if no other document has it.
+pub(super) fn release(batch: &mut Batch<'_>, hash: &TextHash, id: &DocumentId) -> Result<(), CatalogError> {
+    batch.delete(Family::TextRefs, keys::reference(hash, id));
+    if batch.any(Family::TextRefs, hash)? {
+        return Ok(());
+    }
+    for piece in batch.keys(Family::Texts, hash)? {
+        batch.delete(Family::Texts, piece);
+    }
+    Ok(())
+}
+
+/// A whole text, compared with its hash.
+pub(super) fn whole(store: &Store, hash: &TextHash) -> Result<String, CatalogError> {
+    let mut bytes = Vec::new();
+    for row in store.scan(Family::Texts, hash, hash) {
+        let (key, row) = row?;
+        bytes.extend_from_slice(unseal(Family::Texts, &key, &row)?);
+    }
+    check(bytes, hash)
+}
+
+/// A part of a text, compared with the part's own hash.
+pub(super) fn part(
+    store: &Store,
+    text: &TextHash,
+    range: &Range<usize>,
+    hash: &TextHash,
+) -> Result<String, CatalogError> {
+    let mut bytes = Vec::with_capacity(range.len());
+    for number in range.start / PIECE..=range.end.saturating_sub(1) / PIECE {
+        let number = u32::try_from(number).map_err(|_| lost(number))?;
+        let piece = read(store, Family::Texts, &keys::piece(text, number))?.ok_or_else(|| lost(number as usize))?;
+        let start = number as usize * PIECE;
+        let within = range.start.max(start) - start..range.end.min(start + piece.len()).saturating_sub(start);
+        bytes.extend_from_slice(piece.get(within).unwrap_or_default());
+    }
+    check(bytes, hash)
+}
+
+fn lost(piece: usize) -> DamagedRow {
+    DamagedRow(format!("piece {piece} of its text is missing"))
+}
+
+fn check(bytes: Vec<u8>, hash: &TextHash) -> Result<String, CatalogError> {
+    if blake3::hash(&bytes).as_bytes() != hash {
+        return Err(DamagedRow(format!("{} bytes of text do not have the hash that was written", bytes.len())).into());
+    }
+    Ok(String::from_utf8(bytes).map_err(|_| DamagedRow("its text is no UTF-8".into()))?)
+}

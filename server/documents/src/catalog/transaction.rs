@@ -1,0 +1,504 @@
+//! What can be changed in the catalog, all of it together: documents come, change, are renamed, removed and restored.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::SystemTime;
+
+use super::batch::Batch;
+use super::error::CatalogError;
+use super::id::DocumentId;
+use super::rows::{
+    Attributes, CollectionInfo, DamagedRow, DocumentInfo, LogEntry, Passage, TextHash, from_json, to_json, tokens_hash,
+};
+use super::store::{Family, Store};
+use super::{keys, texts};
+use crate::error::{DocumentsError, Result};
+use crate::split::{ChunkSpan, Format};
+
+/// A document as it comes in.
+#[derive(Clone, Debug)]
+pub struct NewDocument {
+    /// What it is to be known by.
+    pub name: String,
+    /// Its whole text.
+    pub text: String,
+    /// How it is written.
+    pub format: Format,
+    /// Identifies how it was split, tokenizer and limits included.
+    pub fingerprint: String,
+    /// Fingerprint of the tokenizer that the passages' tokens are of.
+    pub tokenizer: Option<[u8; 32]>,
+    /// Its passages, in order.
+    pub passages: Vec<NewPassage>,
+    /// What clients keep there; `None` leaves what there is.
+    pub attributes: Option<Attributes>,
+    /// Names that are gone from where they came from: a document with this text is no longer known by them.
+    pub instead_of: Vec<String>,
+}
+
+/// A passage as it comes in.
+#[derive(Clone, Debug)]
+pub struct NewPassage {
+    /// Where it lies.
+    pub place: ChunkSpan,
+    /// The page that it begins on, from 1, of documents that have pages.
+    pub page: Option<u32>,
+    /// Its tokens; empty without a tokenizer.
+    pub tokens: Vec<u32>,
+}
+
+/// How a document that came in stood to the collection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutKind {
+    /// The collection had neither the name nor the text.
+    New,
+    /// The name had another text, or the text other passages.
+    Changed,
+    /// All was there.
+    Unchanged,
+    /// The text was there under names that are gone.
+    Renamed,
+    /// The text is there under another name too.
+    AnotherName,
+}
+
+/// What became of a document that came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PutOutcome {
+    /// The document that has the name now.
+    pub id: DocumentId,
+    /// How it stood to the collection.
+    pub kind: PutKind,
+}
+
+/// Changes to the catalog that become visible and durable together. Dropped, nothing of it happened.
+pub struct Transaction<'a> {
+    batch: Batch<'a>,
+    log: Vec<(u32, LogEntry)>,
+    /// Chunks that lost a document: hash of their tokens, and these.
+    released: HashMap<[u8; 32], Vec<u32>>,
+    now: u64,
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+impl<'a> Transaction<'a> {
+    pub(super) fn new(store: &'a Store) -> Transaction<'a> {
+        Transaction { batch: Batch::new(store), log: Vec::new(), released: HashMap::new(), now: now() }
+    }
+
+    pub(super) fn batch(&mut self) -> &mut Batch<'a> {
+        &mut self.batch
+    }
+
+    /// Takes a document in: a new one, another text for a name, or another name for a text. A name that loses its
+    /// text to another document takes the old document with it if that has no further name.
+    ///
+    /// # Errors
+    /// [`DocumentsError::DamagedDocument`], [`DocumentsError::Catalog`].
+    pub fn put(&mut self, collection: &CollectionInfo, new: &NewDocument) -> Result<PutOutcome> {
+        self.try_put(collection, new).map_err(|error| error.of(|| format!("document {}", new.name)))
+    }
+
+    fn try_put(&mut self, collection: &CollectionInfo, new: &NewDocument) -> Result<PutOutcome, CatalogError> {
+        let content: TextHash = blake3::hash(new.text.as_bytes()).into();
+        if let Some(outcome) = self.try_name(collection, &new.name, new.format, &content, &new.instead_of)? {
+            let mut info = self.known(&outcome.id)?;
+            let whole =
+                texts::whole(self.batch.store(), &content).is_ok() || !texts::is_kept(self.batch.store(), &content)?;
+            if !whole {
+                texts::write(&mut self.batch, &content, &new.text);
+            }
+            let split_alike = info.fingerprint == new.fingerprint && info.tokenizer == new.tokenizer;
+            if split_alike && whole && self.passages(&info).is_ok() {
+                if let Some(attributes) = new.attributes.as_ref().filter(|found| **found != info.attributes) {
+                    info.attributes = attributes.clone();
+                    self.write_info(&info);
+                }
+                return Ok(outcome);
+            }
+            self.rewrite(&mut info, new)?;
+            let kind = if outcome.kind == PutKind::Unchanged { PutKind::Changed } else { outcome.kind };
+            return Ok(PutOutcome { kind, ..outcome });
+        }
+        let current = self.named(collection.id, &new.name)?;
+        let kind = if current.is_some() { PutKind::Changed } else { PutKind::New };
+        let mut info = match current {
+            // No other name holds the old text.
+            Some(info) if info.names.len() == 1 => {
+                self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
+                texts::release(&mut self.batch, &info.content, &info.id)?;
+                info
+            }
+            current => {
+                if let Some(shared) = current {
+                    self.detach(shared, &new.name)?;
+                }
+                self.fresh(collection, &new.name)
+            }
+        };
+        (info.content, info.format, info.bytes) = (content, new.format, new.text.len() as u64);
+        texts::keep(&mut self.batch, &content, &new.text, &info.id)?;
+        self.batch.put(Family::Names, keys::name(info.collection, false, &new.name), info.id.bytes().to_vec());
+        self.batch.put(
+            Family::Contents,
+            keys::content(info.collection, info.format, &content),
+            info.id.bytes().to_vec(),
+        );
+        self.rewrite(&mut info, new)?;
+        Ok(PutOutcome { id: info.id, kind })
+    }
+
+    /// Gives a text that is there another name, in the place of `instead_of`; `None` where the text is not there, and
+    /// nothing is changed.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn name(
+        &mut self,
+        collection: &CollectionInfo,
+        name: &str,
+        format: Format,
+        content: &TextHash,
+        instead_of: &[String],
+    ) -> Result<Option<PutOutcome>> {
+        self.try_name(collection, name, format, content, instead_of).map_err(|e| e.of(|| format!("document {name}")))
+    }
+
+    fn try_name(
+        &mut self,
+        collection: &CollectionInfo,
+        name: &str,
+        format: Format,
+        content: &TextHash,
+        instead_of: &[String],
+    ) -> Result<Option<PutOutcome>, CatalogError> {
+        let Some(id) = self.id_at(Family::Contents, &keys::content(collection.id, format, content))? else {
+            return Ok(None);
+        };
+        let Some(mut info) = self.sound(collection.id, &id)? else { return Ok(None) };
+        if info.names.iter().any(|known| known == name) {
+            return Ok(Some(PutOutcome { id, kind: PutKind::Unchanged }));
+        }
+        let current = self.named(collection.id, name)?;
+        let kind = if current.is_some() { PutKind::Changed } else { PutKind::AnotherName };
+        if let Some(other) = current {
+            self.detach(other, name)?;
+        }
+        let (gone, mut names): (Vec<_>, Vec<_>) = info.names.drain(..).partition(|known| instead_of.contains(known));
+        for gone in &gone {
+            self.batch.delete(Family::Names, keys::name(collection.id, false, gone));
+        }
+        names.push(name.into());
+        names.sort();
+        info.names = names;
+        self.batch.put(Family::Names, keys::name(collection.id, false, name), id.bytes().to_vec());
+        self.write_info(&info);
+        let renamed = kind == PutKind::AnotherName && !gone.is_empty();
+        Ok(Some(PutOutcome { id, kind: if renamed { PutKind::Renamed } else { kind } }))
+    }
+
+    /// Removes a document by a name of it, so that it can be restored until space is reclaimed. A document with further names
+    /// stays, without this one. Says whether there was one.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<bool> {
+        let removed = self.try_remove_name(collection, name);
+        removed.map_err(|error| error.of(|| format!("document {name}")))
+    }
+
+    fn try_remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<bool, CatalogError> {
+        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, false, name))? else { return Ok(false) };
+        let mut info = self.known(&id)?;
+        if info.names.len() < 2 {
+            self.hide(info)?;
+            return Ok(true);
+        }
+        info.names.retain(|known| known != name);
+        self.batch.delete(Family::Names, keys::name(collection.id, false, name));
+        self.batch.put(Family::Names, keys::name(collection.id, true, name), id.bytes().to_vec());
+        self.write_info(&info);
+        Ok(true)
+    }
+
+    /// Removes a document with all of its names, so that it can be restored until space is reclaimed. Says whether there
+    /// was one.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn remove(&mut self, id: &DocumentId) -> Result<bool> {
+        let mut removed = || match self.info(id)?.filter(|info| info.removed.is_none()) {
+            Some(info) => self.hide(info).map(|()| true),
+            None => Ok(false),
+        };
+        removed().map_err(|error: CatalogError| error.of(|| format!("document {id}")))
+    }
+
+    /// Brings back what was removed under a name; `None` where nothing was.
+    ///
+    /// # Errors
+    /// [`DocumentsError::NameTaken`] where another document has the name by now, and as [`put`](Self::put).
+    pub fn restore(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>> {
+        if self.id_at(Family::Names, &keys::name(collection.id, false, name))?.is_some() {
+            return Err(DocumentsError::NameTaken { name: name.into() });
+        }
+        self.try_restore(collection, name).map_err(|error| error.of(|| format!("document {name}")))
+    }
+
+    fn try_restore(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>, CatalogError> {
+        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, true, name))? else { return Ok(None) };
+        let mut info = self.known(&id)?;
+        self.batch.delete(Family::Names, keys::name(collection.id, true, name));
+        if info.removed.is_none() {
+            info.names.push(name.into());
+            info.names.sort();
+            self.batch.put(Family::Names, keys::name(collection.id, false, name), id.bytes().to_vec());
+            self.write_info(&info);
+            return Ok(Some(id));
+        }
+        // The same text may have come in again: then the name is one more for that document.
+        if let Some(outcome) = self.try_name(collection, name, info.format, &info.content, &[])? {
+            self.purge(&id)?;
+            return Ok(Some(outcome.id));
+        }
+        for known in std::mem::take(&mut info.names) {
+            let taken = self.id_at(Family::Names, &keys::name(collection.id, false, &known))?.is_some();
+            self.batch.delete(Family::Names, keys::name(collection.id, true, &known));
+            if !taken {
+                self.batch.put(Family::Names, keys::name(collection.id, false, &known), id.bytes().to_vec());
+                info.names.push(known);
+            }
+        }
+        info.removed = None;
+        self.batch.put(Family::Contents, keys::content(collection.id, info.format, &info.content), id.bytes().to_vec());
+        for passage in self.passages(&info)? {
+            self.refer(&passage, &id);
+        }
+        self.write_info(&info);
+        self.log.push((collection.id, LogEntry::Put(id)));
+        Ok(Some(id))
+    }
+
+    /// Removes a document for good: text, passages, tokens. The bytes are gone from the disk once space is reclaimed.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub(super) fn purge(&mut self, id: &DocumentId) -> Result<(), CatalogError> {
+        let Some(info) = self.info(id)? else { return Ok(()) };
+        self.drop_passages(&info)?;
+        texts::release(&mut self.batch, &info.content, id)?;
+        let removed = info.removed.is_some();
+        for name in &info.names {
+            let key = keys::name(info.collection, removed, name);
+            if self.id_at(Family::Names, &key)? == Some(*id) {
+                self.batch.delete(Family::Names, key);
+            }
+        }
+        if !removed {
+            self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
+            self.log.push((info.collection, LogEntry::Removed(*id)));
+        }
+        self.batch.delete(Family::Documents, id.bytes().to_vec());
+        Ok(())
+    }
+
+    /// Replaces what clients keep at a document; says whether there is one.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn set_attributes(&mut self, id: &DocumentId, attributes: Attributes) -> Result<bool> {
+        let Some(mut info) = self.info(id).map_err(|error| error.of(|| format!("document {id}")))? else {
+            return Ok(false);
+        };
+        info.attributes = attributes;
+        self.write_info(&info);
+        Ok(true)
+    }
+
+    fn fresh(&self, collection: &CollectionInfo, name: &str) -> DocumentInfo {
+        DocumentInfo {
+            id: DocumentId::random(),
+            collection: collection.id,
+            names: vec![name.into()],
+            content: [0; 32],
+            format: Format::Text,
+            bytes: 0,
+            fingerprint: String::new(),
+            tokenizer: None,
+            passages: 0,
+            tokens: 0,
+            created: self.now,
+            updated: self.now,
+            removed: None,
+            attributes: Attributes::new(),
+        }
+    }
+
+    /// Takes a document out of sight; its text and passages stay.
+    fn hide(&mut self, mut info: DocumentInfo) -> Result<(), CatalogError> {
+        for name in &info.names {
+            self.batch.delete(Family::Names, keys::name(info.collection, false, name));
+            self.batch.put(Family::Names, keys::name(info.collection, true, name), info.id.bytes().to_vec());
+        }
+        self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
+        for passage in self.passages(&info)? {
+            self.release(&passage, &info.id);
+        }
+        info.removed = Some(self.now);
+        self.write_info(&info);
+        self.log.push((info.collection, LogEntry::Removed(info.id)));
+        Ok(())
+    }
+
+    /// Takes a name from a document that loses it to another text.
+    fn detach(&mut self, mut info: DocumentInfo, name: &str) -> Result<(), CatalogError> {
+        if info.names.len() < 2 {
+            return self.purge(&info.id);
+        }
+        info.names.retain(|known| known != name);
+        self.batch.delete(Family::Names, keys::name(info.collection, false, name));
+        self.write_info(&info);
+        Ok(())
+    }
+
+    /// Replaces the passages of a document whose text is kept.
+    fn rewrite(&mut self, info: &mut DocumentInfo, new: &NewDocument) -> Result<(), CatalogError> {
+        self.drop_passages(info)?;
+        let (mut line, mut at) = (1, 0);
+        for (number, found) in (0u32..).zip(&new.passages) {
+            let range = found.place.bytes.clone();
+            let Some(text) = new.text.get(range.clone()) else {
+                return Err(DamagedRow(format!("passage {number} lies at bytes {range:?}, outside of its text")).into());
+            };
+            // Passages begin behind one another, so that lines are counted once.
+            let skipped = new.text.as_bytes().get(at..range.start).unwrap_or_default();
+            line += skipped.iter().filter(|byte| **byte == b'\n').count();
+            at = at.max(range.start);
+            let (hash, tokens) = (blake3::hash(text.as_bytes()).into(), found.tokens.clone());
+            let passage = Passage { place: found.place.clone(), line, page: found.page, hash, tokens };
+            self.refer(&passage, &info.id);
+            self.batch.put(Family::Passages, keys::passage(&info.id, number), passage.encode());
+        }
+        info.passages = u32::try_from(new.passages.len()).map_err(|_| DamagedRow("too many passages".into()))?;
+        info.tokens = new.passages.iter().map(|passage| passage.tokens.len() as u64).sum();
+        (info.fingerprint, info.tokenizer, info.updated) = (new.fingerprint.clone(), new.tokenizer, self.now);
+        if let Some(attributes) = &new.attributes {
+            info.attributes = attributes.clone();
+        }
+        self.write_info(info);
+        self.log.push((info.collection, LogEntry::Put(info.id)));
+        Ok(())
+    }
+
+    fn drop_passages(&mut self, info: &DocumentInfo) -> Result<(), CatalogError> {
+        // What cannot be read is dropped all the same: this is how a damaged document is mended.
+        for key in self.batch.keys(Family::Passages, info.id.bytes())? {
+            let content = self.batch.get(Family::Passages, &key);
+            if let Ok(Some(passage)) = content.and_then(|c| Ok(c.map(|c| Passage::decode(&c)).transpose()?)) {
+                self.release(&passage, &info.id);
+            }
+            self.batch.delete(Family::Passages, key);
+        }
+        Ok(())
+    }
+
+    fn passages(&self, info: &DocumentInfo) -> Result<Vec<Passage>, CatalogError> {
+        let lost = |number| DamagedRow(format!("passage {number} is missing"));
+        let passage = |number| {
+            let content = self.batch.get(Family::Passages, &keys::passage(&info.id, number))?;
+            Ok(Passage::decode(&content.ok_or_else(|| lost(number))?)?)
+        };
+        (0..info.passages).map(passage).collect()
+    }
+
+    fn refer(&mut self, passage: &Passage, id: &DocumentId) {
+        if !passage.tokens.is_empty() {
+            self.batch.put(Family::ChunkRefs, keys::reference(&tokens_hash(&passage.tokens), id), Vec::new());
+        }
+    }
+
+    fn release(&mut self, passage: &Passage, id: &DocumentId) {
+        if !passage.tokens.is_empty() {
+            let hash = tokens_hash(&passage.tokens);
+            self.batch.delete(Family::ChunkRefs, keys::reference(&hash, id));
+            self.released.entry(hash).or_insert_with(|| passage.tokens.clone());
+        }
+    }
+
+    fn id_at(&self, family: Family, key: &[u8]) -> Result<Option<DocumentId>, CatalogError> {
+        let Some(content) = self.batch.get(family, key)? else { return Ok(None) };
+        let id =
+            DocumentId::from_bytes(&content).ok_or_else(|| DamagedRow("a document's id is not as expected".into()))?;
+        Ok(Some(id))
+    }
+
+    fn info(&self, id: &DocumentId) -> Result<Option<DocumentInfo>, CatalogError> {
+        let content = self.batch.get(Family::Documents, id.bytes())?;
+        Ok(content.map(|content| from_json(&content)).transpose()?)
+    }
+
+    /// A document that another row names.
+    fn known(&self, id: &DocumentId) -> Result<DocumentInfo, CatalogError> {
+        Ok(self.info(id)?.ok_or_else(|| DamagedRow(format!("the row of {id} is missing")))?)
+    }
+
+    fn named(&mut self, collection: u32, name: &str) -> Result<Option<DocumentInfo>, CatalogError> {
+        let id = self.id_at(Family::Names, &keys::name(collection, false, name))?;
+        Ok(id.map(|id| self.sound(collection, &id)).transpose()?.flatten())
+    }
+
+    /// A document that another row names; one whose own row is lost is cleared away, so that it can come in again.
+    fn sound(&mut self, collection: u32, id: &DocumentId) -> Result<Option<DocumentInfo>, CatalogError> {
+        match self.known(id) {
+            Err(CatalogError::Row(DamagedRow(problem))) => {
+                tracing::warn!(%id, problem, "a document is lost: it is taken in anew");
+                for key in self.batch.keys(Family::Passages, id.bytes())? {
+                    self.batch.delete(Family::Passages, key);
+                }
+                self.batch.delete(Family::Documents, id.bytes().to_vec());
+                self.log.push((collection, LogEntry::Removed(*id)));
+                Ok(None)
+            }
+            outcome => outcome.map(Some),
+        }
+    }
+
+    fn write_info(&mut self, info: &DocumentInfo) {
+        self.batch.put(Family::Documents, info.id.bytes().to_vec(), to_json(info));
+    }
+
+    /// Has everything on disk, with the changes logged from `sequence` on, which then is the next one. Returns the tokens
+    /// of chunks that no document needs any more.
+    pub(super) fn commit(mut self, sequence: &mut u64) -> Result<Vec<Vec<u32>>, CatalogError> {
+        let orphans = self.orphans()?;
+        let mut last = BTreeMap::new();
+        for (collection, entry) in &self.log {
+            let (LogEntry::Put(id) | LogEntry::Removed(id)) = entry;
+            last.insert((*collection, *id), *entry);
+        }
+        let mut next = *sequence;
+        for ((collection, _), entry) in last {
+            self.batch.put(Family::Log, keys::log(collection, next), to_json(&entry));
+            next += 1;
+        }
+        if next != *sequence {
+            self.batch.put(Family::Meta, super::NEXT_SEQUENCE.to_vec(), next.to_be_bytes().to_vec());
+        }
+        self.batch.commit()?;
+        *sequence = next;
+        Ok(orphans)
+    }
+
+    fn orphans(&mut self) -> Result<Vec<Vec<u32>>, CatalogError> {
+        let mut orphans = Vec::new();
+        for (hash, tokens) in std::mem::take(&mut self.released) {
+            if !self.batch.any(Family::ChunkRefs, &hash)? {
+                orphans.push(tokens);
+            }
+        }
+        Ok(orphans)
+    }
+}
