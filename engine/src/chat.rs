@@ -6,6 +6,7 @@
 mod json;
 mod marks;
 mod python;
+mod respell;
 pub(crate) mod source;
 mod template;
 
@@ -235,6 +236,9 @@ pub(crate) fn template_source(dir: &Path) -> Result<Option<String>> {
     })
 }
 
+#[cfg(test)]
+#[path = "chat/expression_tests.rs"]
+mod expression_tests;
 #[cfg(test)]
 #[path = "chat/tests.rs"]
 mod tests;

@@ -3,6 +3,9 @@
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
 
+use super::python::numbers::float_text;
+use super::python::objects::Range;
+
 type Result<T> = std::result::Result<T, Error>;
 
 /// Levels of lists and mappings inside each other.
@@ -60,6 +63,9 @@ impl Writer<'_, '_, '_> {
             ValueKind::Number => self.out.push_str(&number(value)?),
             ValueKind::String => self.text(value.as_str().unwrap_or_default()),
             ValueKind::Map => self.map(value, depth)?,
+            ValueKind::Seq if value.downcast_object_ref::<Range>().is_some() => {
+                return Err(failed("expected what JSON can say, found a range: use `list` before"));
+            }
             ValueKind::Seq | ValueKind::Iterable => {
                 let items = value.try_iter()?.map(|item| (None, item)).collect();
                 self.items(['[', ']'], items, depth)?;
@@ -152,17 +158,10 @@ fn number(value: &Value) -> Result<String> {
     if value.is_integer() {
         return Ok(value.to_string());
     }
-    let number = f64::try_from(value.clone())?;
-    Ok(match number {
+    Ok(match f64::try_from(value.clone())? {
         n if n.is_nan() => "NaN".into(),
         n if n.is_infinite() => if n > 0.0 { "Infinity" } else { "-Infinity" }.into(),
-        n if n != 0.0 && !(1e-4..1e16).contains(&n.abs()) => {
-            let text = format!("{n:e}");
-            let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-            let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
-            format!("{digits}e{sign}{exponent:0>2}")
-        }
-        n => format!("{n:?}"),
+        n => float_text(n),
     })
 }
 

@@ -1,7 +1,15 @@
 //! A chat template as text: what is spelt for Jinja2 respelt for minijinja, and the literals that it can write.
 
+use super::respell::{mentions, respelled};
+
 /// The function that refuses what Python does not iterate over.
 pub(super) const ITERATED: &str = "_iterated";
+/// The function that `%` stands for where it may fill a text.
+pub(super) const REMAINDER: &str = "_remainder";
+/// The filter that finds methods beside attributes.
+pub(super) const ATTRIBUTE: &str = "_attribute";
+/// The function that makes a macro take whatever it is given.
+pub(super) const VARIADIC: &str = "_variadic";
 
 /// A template before it is compiled.
 #[derive(Debug, Default)]
@@ -11,6 +19,18 @@ pub(crate) struct Source {
     /// Everything that the template can write by itself: the text between its tags and the string constants within
     /// them, apart by NUL so that no word runs across two of them.
     pub(crate) literals: String,
+    /// The macros around the place that is read.
+    macros: Vec<Macro>,
+}
+
+/// A macro whose end is still to come.
+#[derive(Debug)]
+struct Macro {
+    name: String,
+    /// Where its parameters end in the text.
+    parameters_end: usize,
+    /// It speaks of `varargs` or `kwargs`, which hold what it is given beyond its parameters.
+    variadic: bool,
 }
 
 impl Source {
@@ -18,7 +38,9 @@ impl Source {
     ///
     /// Every kind of line end counts as `\n`. `{% generation %}` marks what the assistant said, for training; it has a
     /// scope of its own and renders as what it encloses, so that `{% with %}` says the same. A loop over none is an error
-    /// in Python, and empty to minijinja: what loops run over passes [`ITERATED`].
+    /// in Python, and empty to minijinja: what loops run over passes [`ITERATED`]. Macros that speak of `varargs` or
+    /// `kwargs` get these as parameters and pass [`VARIADIC`]. Expressions are respelt where minijinja has no hook
+    /// (`respell.rs`).
     pub(crate) fn new(raw: &str) -> Source {
         let raw = raw.replace("\r\n", "\n").replace('\r', "\n");
         let mut source = Source::default();
@@ -51,8 +73,11 @@ impl Source {
         self.text.push_str(&body[..start]);
         self.text.push_str(respelt);
         let body = &body[start + name.len()..];
-        if name == "for" {
-            return self.loop_head(body);
+        match name {
+            "for" => return self.loop_head(body),
+            "macro" => return self.macro_head(body),
+            "endmacro" => self.macro_end(),
+            _ => {}
         }
         let rest = self.expression(body, "%}");
         if name != "raw" {
@@ -62,6 +87,23 @@ impl Source {
         let end = rest.match_indices("{%").map(|(at, _)| at).find(is_end).unwrap_or(rest.len());
         self.literal(&rest[..end]);
         self.copy(rest, end)
+    }
+
+    /// Takes the head of a macro from behind `macro`; gives what follows it.
+    fn macro_head<'a>(&mut self, body: &'a str) -> &'a str {
+        let rest = self.expression(body, "%}");
+        let name = tag_name(body).to_string();
+        let parameters_end = self.text.rfind(')').unwrap_or(self.text.len());
+        self.macros.push(Macro { name, parameters_end, variadic: false });
+        rest
+    }
+
+    /// At the end of a macro, before the tag closes: one that is variadic gets its parameters, and is replaced by what fills them.
+    fn macro_end(&mut self) {
+        let Some(ended) = self.macros.pop().filter(|ended| ended.variadic) else { return };
+        let more = if self.text[..ended.parameters_end].trim_end().ends_with('(') { "" } else { ", " };
+        self.text.insert_str(ended.parameters_end, &format!("{more}varargs=none, kwargs=none"));
+        self.text.push_str(&format!(" %}}{{% set {0} = {VARIADIC}({0}) ", ended.name));
     }
 
     /// Takes the head of a loop from behind `for`; gives what follows it.
@@ -76,9 +118,10 @@ impl Source {
         let to = to.unwrap_or(head.len());
         if let Some(from) = from.filter(|from| !body[*from..to].trim().is_empty()) {
             // Twice in brackets, since `in a, b` is a tuple.
-            let iterated = format!("{} {ITERATED}(({})) ", &body[..from], &body[from..to]);
-            self.text.push_str(&iterated);
-            self.copy(&body[to..], end - to);
+            let head = format!("{} {ITERATED}(({})) ", &body[..from], self.respell(&body[from..to]));
+            self.text.push_str(&head);
+            let rest = self.respell(&body[to..end]);
+            self.text.push_str(&rest);
         } else {
             self.copy(body, end);
         }
@@ -88,7 +131,21 @@ impl Source {
     /// Takes an expression up to and with `close`; gives what follows it.
     fn expression<'a>(&mut self, body: &'a str, close: &str) -> &'a str {
         let end = self.scan(body, close, |_, _| {});
-        self.copy(body, (end + close.len()).min(body.len()))
+        let expression = self.respell(&body[..end]);
+        self.text.push_str(&expression);
+        self.copy(&body[end..], close.len().min(body.len() - end))
+    }
+
+    /// What minijinja takes for an expression, which may end with the mark that trims white space.
+    fn respell(&mut self, expression: &str) -> String {
+        if ["varargs", "kwargs"].iter().any(|name| mentions(expression, name)) {
+            self.macros.iter_mut().for_each(|outer| outer.variadic = true);
+        }
+        let (expression, mark) = match expression.char_indices().next_back() {
+            Some((at, '-' | '+')) => expression.split_at(at),
+            _ => (expression, ""),
+        };
+        respelled(expression) + mark
     }
 
     /// Where `close` stands behind an expression, whose string constants are noted; `word` is told the names and
@@ -146,7 +203,7 @@ fn tag_name(body: &str) -> &str {
 }
 
 /// Bytes of a string constant, from behind its opening quote to its closing one.
-fn constant(text: &str, quote: u8) -> usize {
+pub(super) fn constant(text: &str, quote: u8) -> usize {
     let mut bytes = text.bytes().enumerate();
     while let Some((at, byte)) = bytes.next() {
         if byte == quote {

@@ -38,7 +38,7 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|e| failed(&e))?;
         environment.set_syntax(syntax);
         python::install(&mut environment);
-        let Source { text, literals } = Source::new(source);
+        let Source { text, literals, .. } = Source::new(source);
         environment.add_template_owned(NAME, text).map_err(|e| failed(&e))?;
         Ok(ChatTemplate { environment, tokens, literals })
     }
