@@ -47,6 +47,7 @@ pub use config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, EngineCo
 pub use engine::{Engine, EngineLoad, Model};
 pub use error::{EngineError, Result};
 pub use kv::{KvDtype, KvShape};
+pub use memory::limit as memory_limit;
 pub use model::generation::GenerationConfig;
 pub use model::rope::{Rope, RopeScaling, RopeTable};
 pub use model::spec::{Family, ModelSpec};

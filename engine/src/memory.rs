@@ -7,8 +7,10 @@
 
 use std::path::{Path, PathBuf};
 
-/// Bytes that this process may use; `None` where the system does not say.
-pub(crate) fn limit() -> Option<u64> {
+/// Bytes of memory that this process may use: the machine's, or less where a control group limits it. `None` where the system
+/// does not say.
+#[must_use]
+pub fn limit() -> Option<u64> {
     limit_below(Path::new("/"))
 }
 

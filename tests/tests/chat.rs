@@ -95,6 +95,16 @@ fn texts_of_several_lines_and_commands() {
 }
 
 #[test]
+fn a_line_of_a_pipe_that_begins_with_a_slash_and_is_no_command_is_a_question() {
+    let dir = tempfile::tempdir().unwrap();
+    let (turns, stderr) =
+        turns(&dir.path().join("data"), &["--max-tokens", "4"], "/etc/hosts is what?\n/exit now\nx\n");
+    let asked: Vec<&str> = turns.iter().map(|turn| turn["question"].as_str().unwrap()).collect();
+    assert_eq!(asked, ["/etc/hosts is what?", "/exit now", "x"]);
+    assert!(stderr.contains("`/etc/hosts` is no command") && stderr.contains("`/exit` is no command"), "{stderr}");
+}
+
+#[test]
 fn the_oldest_turns_make_way_once_the_context_is_full() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
@@ -147,7 +157,6 @@ fn without_instructions(dir: &Path) -> String {
 fn what_is_typed_wrong_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
-    fails(&data, &[], b"/hepl\nx\n", 2, &["/hepl", "/clear", "a space in front"]);
     fails(&data, &[], b"a\xff\n", 2, &["standard input", "UTF-8", "offset 1"]);
     // A model that knows no instructions: found before anybody has typed anything.
     let model = without_instructions(dir.path());

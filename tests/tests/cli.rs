@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use support::{binary, example, fail, ingested, quire, succeed, texts};
+use support::{binary, clean, example, fail, ingested, quire, succeed, texts};
 
 /// Output of a command that must succeed: stdout, stderr.
 fn both(command: &mut Command) -> (String, String) {
@@ -36,6 +36,39 @@ fn the_answer_is_on_stdout_and_what_it_cost_on_stderr_when_asked_for() {
     assert!(costs.contains("first token after") && costs.contains("reused"), "{costs}");
     let (_, quiet) = both(quire(&data).args(["ask", "-q", &example.question]));
     assert_eq!(quiet, "");
+}
+
+#[test]
+fn a_result_that_has_nowhere_to_go_is_a_failure() {
+    let dir = ingested();
+    let data = dir.path().join("data");
+    let question = example().question;
+    for words in [&["ask", &question][..], &["search", "river"], &["cache", "stats", "--json"], &["config", "show"]] {
+        let inner = quire(&data);
+        let mut command = Command::new("sh");
+        clean(&mut command, &data);
+        command.args(["-c", "exec \"$@\" >&-", "sh"]).arg(inner.get_program()).args(inner.get_args()).args(words);
+        fail(&mut command, 1, &["could not be written to standard output", "closed"]);
+    }
+}
+
+#[test]
+fn the_doctor_says_what_is_wrong_with_a_data_folder_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let told = |part: &str| {
+        let (stdout, _) = texts(&quire(&data).arg("doctor").output().unwrap());
+        assert!(stdout.contains(part), "{stdout}");
+        stdout.lines().any(|line| line.starts_with("BAD   data"))
+    };
+    assert!(!told("not there yet"));
+    write(&data, "a file");
+    assert!(told("is no folder"));
+    std::fs::remove_file(&data).unwrap();
+    write(&data.join("quire-data.json"), "torn");
+    assert!(told("remove that file if this quire wrote the folder"));
+    write(&data.join("quire-data.json"), "{\"format\": 9}");
+    assert!(told("use a newer quire"));
 }
 
 #[test]

@@ -101,7 +101,11 @@ fn a_model_arrives_whole_in_the_layout_of_the_hubs_tools() {
             b.files.insert(other.into(), b"not needed".to_vec());
         }
     });
-    let printed = succeed(place.quire(&["pull", "test/model"]).env("HF_TOKEN", "hf_secret"));
+    let output = place.quire(&["pull", "test/model"]).env("HF_TOKEN", "hf_secret").output().unwrap();
+    let (printed, progress) = texts(&output);
+    assert!(output.status.success(), "{printed}\n{progress}");
+    assert!(progress.contains("fetching") && progress.contains("complete, "), "{progress}");
+    assert!(!printed.contains("fetching") && !printed.contains("complete, "), "progress is no result: {printed}");
     let folder = place.snapshot();
     assert!(printed.contains(&folder.display().to_string()), "{printed}");
     assert!(printed.contains("--model test/model") && printed.contains(COMMIT), "{printed}");

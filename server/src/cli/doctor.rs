@@ -1,15 +1,14 @@
 //! `quire doctor`: what was found here, and what to do.
 
 use chunk_cache::{Access, ChunkStore};
-use engine::{DeviceChoice, Engine, Isa, ModelSpec, Tokenizer, find_gpu, missing_cuda_libraries};
+use engine::{DeviceChoice, Engine, Isa, ModelSpec, Tokenizer, find_gpu, memory_limit, missing_cuda_libraries};
 use serde::Serialize;
 
 use super::output::{Out, bytes, count};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::store::{store_dir, store_shape};
-use documents::collection_names;
-use documents::data_dir;
+use documents::{DocumentsError, collection_names, data_dir};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -83,15 +82,27 @@ fn memory() -> Check {
         let line = text.lines().find(|line| line.starts_with(name))?;
         line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
     };
-    match (field("MemAvailable:"), field("MemTotal:")) {
-        (Some(free), Some(total)) if free < 1 << 30 => Check::note(
-            "memory",
-            format!("{} free of {}", bytes(free), bytes(total)),
-            "less than 1 GiB is free: close other programs, or lower --kv-budget-bytes",
-        ),
-        (Some(free), Some(total)) => Check::good("memory", format!("{} free of {}", bytes(free), bytes(total))),
-        _ => Check::note("memory", "unknown".into(), "/proc/meminfo cannot be read here"),
+    memory_check(field("MemAvailable:"), field("MemTotal:"), memory_limit())
+}
+
+/// `limit`: what this process may use; less than `total` where a control group says so.
+fn memory_check(free: Option<u64>, total: Option<u64>, limit: Option<u64>) -> Check {
+    let (Some(free), Some(total)) = (free, total) else {
+        return Check::note("memory", "unknown".into(), "/proc/meminfo cannot be read here");
+    };
+    let group = limit.filter(|limit| *limit < total);
+    let mut found = format!("{} free of {}", bytes(free), bytes(total));
+    if let Some(limit) = group {
+        found += &format!(", a control group allows {}", bytes(limit));
     }
+    if group.is_some_and(|limit| limit < 1 << 30) {
+        return Check::note("memory", found, "less than 1 GiB is allowed: give the container or service more");
+    }
+    if free < 1 << 30 {
+        let advice = "less than 1 GiB is free: close other programs, or lower --kv-budget-bytes";
+        return Check::note("memory", found, advice);
+    }
+    Check::good("memory", found)
 }
 
 /// The libraries that a GPU needs, and the GPU itself. Only what was asked for and is missing is bad.
@@ -174,7 +185,7 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
     let mut checks = Vec::new();
     if dir.is_dir() {
         checks.push(match (data_dir::check(dir), data_dir::check_writable(dir)) {
-            (Err(error), _) => Check::bad("data", error.to_string(), "use a newer quire, or another --data-dir".into()),
+            (Err(error), _) => Check::bad("data", error.to_string(), advice_on_folder(&error).into()),
             (_, Ok(())) => Check::good("data", dir.display().to_string()),
             (_, Err(error)) => Check::bad(
                 "data",
@@ -184,6 +195,10 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
                     .into(),
             ),
         });
+    } else if std::fs::symlink_metadata(dir).is_ok() {
+        let found = format!("{} is no folder", dir.display());
+        checks.push(Check::bad("data", found, "choose a folder, or a name that is free, with --data-dir".into()));
+        return checks;
     } else {
         let found = format!("{} (not there yet)", dir.display());
         checks.push(Check::note("data", found, "`quire ingest PATH` makes it"));
@@ -211,6 +226,16 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
         None => checks.push(Check::note("disk", "unknown".into(), "the free space cannot be read here")),
     }
     checks
+}
+
+fn advice_on_folder(error: &DocumentsError) -> &'static str {
+    match error {
+        DocumentsError::NewerDataDir { .. } => "use a newer quire, or another --data-dir",
+        DocumentsError::DataDirMarker { .. } => {
+            "remove that file if this quire wrote the folder, else use another --data-dir"
+        }
+        _ => "make the folder readable for this user, or choose another with --data-dir",
+    }
 }
 
 /// Looks into the store as one that reads only, so that nothing changes and a running server goes on.
@@ -242,5 +267,22 @@ fn chunks(
     match store {
         Ok(store) => store.map(|store| look(&store).unwrap_or_else(|error| bad(error.to_string()))),
         Err(error) => Some(bad(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_what_a_control_group_leaves_of_the_machines() {
+        let gib = |n: u64| Some(n << 30);
+        let found = |check: Check| (check.verdict, check.found);
+        assert_eq!(found(memory_check(gib(8), gib(16), gib(16))), (Verdict::Good, "8.0 GiB free of 16.0 GiB".into()));
+        let limited = "8.0 GiB free of 16.0 GiB, a control group allows 4.0 GiB";
+        assert_eq!(found(memory_check(gib(8), gib(16), gib(4))), (Verdict::Good, limited.into()));
+        assert_eq!(memory_check(gib(8), gib(16), Some(512 << 20)).verdict, Verdict::Note);
+        assert_eq!(memory_check(Some(512 << 20), gib(16), gib(16)).verdict, Verdict::Note);
+        assert_eq!(memory_check(None, None, None).verdict, Verdict::Note);
     }
 }

@@ -82,11 +82,16 @@ fn print_json(event: &IngestEvent<'_>, out: &Out) {
     });
 }
 
+/// Whether a document in which `done` chunks of `total` are stored is spoken of again, so long after the last time.
+fn is_due(since: Duration, done: usize, total: usize) -> bool {
+    since >= LINES && done < total
+}
+
 /// `told`: when a document was last spoken of.
 fn print_line(event: &IngestEvent<'_>, told: &mut Instant, out: &Out) {
     match event {
         IngestEvent::Chunk { path, done, total, .. } => {
-            if told.elapsed() >= LINES && done < total {
+            if is_due(told.elapsed(), *done, *total) {
                 *told = Instant::now();
                 out.note(&inside(path, *done, *total));
             }
@@ -171,6 +176,14 @@ fn skipped(skipped: &Skipped) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_document_is_spoken_of_every_ten_seconds_until_its_last_chunk() {
+        assert!(!is_due(Duration::from_millis(9_999), 1, 9));
+        assert!(is_due(Duration::from_secs(10), 1, 9) && is_due(Duration::from_secs(11), 8, 9));
+        assert!(!is_due(Duration::from_secs(60), 9, 9), "the document's own line follows");
+        assert_eq!(inside(Path::new("/a/long.md"), 1200, 3400), "/a/long.md: 1200 of 3,400 chunks");
+    }
 
     #[test]
     fn the_summary_counts_what_was_left_out_and_why() {

@@ -39,7 +39,7 @@ pub fn run(cli: Cli) -> ExitCode {
     let out = Out::new(cli.json, cli.verbose, cli.quiet);
     match dispatch(cli, &out) {
         Ok(()) if out.is_lost() => {
-            out.failed("the result could not be written to standard output: is the disk full?");
+            out.failed("the result could not be written to standard output: is it closed, or the disk full?");
             ExitCode::FAILURE
         }
         Ok(()) => ExitCode::SUCCESS,

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::terminal::{safe, safe_json};
 use crate::error::QuireError;
+use crate::process::stdout_was_closed;
 use documents::Span;
 
 /// Where a command prints.
@@ -54,6 +55,7 @@ impl Out {
 
     fn written(&self, result: std::io::Result<()>) {
         match result {
+            Ok(()) if stdout_was_closed() => self.lost.set(true),
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => self.gone.set(true),
             Err(_) => self.lost.set(true),

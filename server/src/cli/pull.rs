@@ -33,7 +33,7 @@ pub(super) fn run(id: &ModelId, out: &Out) -> Result<()> {
     Ok(())
 }
 
-/// A bar a file on a terminal, lines elsewhere.
+/// A bar a file on a terminal, lines elsewhere; both on stderr, beside the result.
 struct View<'a> {
     out: &'a Out,
     bar: Option<ProgressBar>,
@@ -53,16 +53,16 @@ impl View<'_> {
                     bar.set_position(*done);
                     bar.reset_eta();
                 } else if *done > 0 {
-                    self.out.line(format!("{name}: going on behind {} of {}", bytes(*done), bytes(*size)));
+                    self.out.note(&format!("{name}: going on behind {} of {}", bytes(*done), bytes(*size)));
                 } else {
-                    self.out.line(format!("{name}: fetching {}", bytes(*size)));
+                    self.out.note(&format!("{name}: fetching {}", bytes(*size)));
                 }
             }
             PullEvent::Progress { name, size, done } => match &self.bar {
                 Some(bar) => bar.set_position(*done),
                 None if self.told.elapsed() >= LINES => {
                     self.told = Instant::now();
-                    self.out.line(format!("{name}: {} of {}", bytes(*done), bytes(*size)));
+                    self.out.note(&format!("{name}: {} of {}", bytes(*done), bytes(*size)));
                 }
                 None => {}
             },
@@ -73,9 +73,9 @@ impl View<'_> {
             PullEvent::File(file) => {
                 self.clear();
                 if file.state == FileState::Cached {
-                    self.out.line(format!("{}: in the cache, {}", file.name, bytes(file.bytes)));
+                    self.out.note(&format!("{}: in the cache, {}", file.name, bytes(file.bytes)));
                 } else {
-                    self.out.line(format!("{}: complete, {}", file.name, bytes(file.bytes)));
+                    self.out.note(&format!("{}: complete, {}", file.name, bytes(file.bytes)));
                 }
             }
         }

@@ -56,13 +56,7 @@ pub async fn serve(
     };
     let (stop, stopped) = watch::channel(false);
     let server = tokio::spawn(connections::serve(listener, routes(app.clone()), limits, stopped));
-    let upkeep = tokio::spawn(async move {
-        let mut rounds = tokio::time::interval(UPKEEP);
-        loop {
-            rounds.tick().await;
-            recorder.run_upkeep();
-        }
-    });
+    let upkeep = tokio::spawn(every(UPKEEP, move || recorder.run_upkeep()));
 
     let to_load = settings.clone();
     let mut loading = tokio::task::spawn_blocking(move || Service::open(&to_load, Purpose::Serve));
@@ -96,6 +90,15 @@ pub async fn serve(
     }
     upkeep.abort();
     Ok(app.loaded().map(Arc::clone))
+}
+
+/// Does something at once and then again and again, until it is dropped.
+async fn every(period: Duration, round: impl Fn()) {
+    let mut rounds = tokio::time::interval(period);
+    loop {
+        rounds.tick().await;
+        round();
+    }
 }
 
 /// Ends the engine, whose requests nobody waits for any more, and closes the store. False: something did not end in time, and
@@ -152,6 +155,19 @@ async fn listen(host: &str, port: u16) -> Result<TcpListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_histograms_gather_is_summed_up_again_and_again() {
+        let rounds = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counted = rounds.clone();
+        let upkeep = tokio::spawn(every(Duration::from_millis(1), move || {
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }));
+        while rounds.load(std::sync::atomic::Ordering::Relaxed) < 3 {
+            tokio::task::yield_now().await;
+        }
+        upkeep.abort();
+    }
 
     #[test]
     fn connections_leave_files_for_everything_else() {

@@ -65,8 +65,12 @@ fn routes(app: App) -> NormalizePath<Router> {
     if let Some(cors) = origin::cors(&app.settings().cors_origins.0) {
         all = all.layer(cors);
     }
-    let all = all.layer(CatchPanicLayer::custom(panicked)).layer(from_fn(observe::observe)).with_state(app);
-    NormalizePathLayer::trim_trailing_slash().layer(all)
+    NormalizePathLayer::trim_trailing_slash().layer(watched(all).with_state(app))
+}
+
+/// With what holds for every route: a panic is an answer, and every request is told of in the log.
+fn watched<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
+    routes.layer(CatchPanicLayer::custom(panicked)).layer(from_fn(observe::observe))
 }
 
 async fn not_found(method: Method, uri: Uri) -> ApiError {
@@ -81,4 +85,30 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
     tracing::error!("a handler panicked; what it said stands above");
     ApiError::internal().into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use axum::body::Body;
+    use axum::http::{Request, StatusCode};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_in_a_handler_is_an_answer_to_its_own_request() {
+        let defect = get(|| async { if true { panic!("a defect") } else { "never" } });
+        let routes: Router = watched(Router::new().route("/defect", defect).route("/well", get(|| async { "well" })));
+        for _ in 0..2 {
+            let ask = |path: &str| routes.clone().oneshot(Request::get(path).body(Body::empty()).unwrap());
+            let answer = ask("/defect").await.unwrap();
+            assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+            assert!(answer.headers().contains_key("x-request-id"));
+            let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert!(body["error"]["message"].is_string() && !body.to_string().contains("a defect"), "{body}");
+            assert_eq!(ask("/well").await.unwrap().status(), StatusCode::OK);
+        }
+    }
 }

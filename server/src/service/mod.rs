@@ -63,13 +63,6 @@ impl Options {
         })
     }
 
-    /// Tokens of a context of `limit` that a conversation leaves for the answer: those that it may have, at most half of the
-    /// context; without a bound, an eighth.
-    #[must_use]
-    pub fn answer_room(&self, limit: usize) -> usize {
-        self.max_tokens.map_or(limit / 8, |most| most.min(limit / 2))
-    }
-
     fn request(&self, prompt: Prompt) -> Request {
         Request {
             prompt,

@@ -116,10 +116,13 @@ impl Speaker {
 
     /// Tokens that the conversation may take: the context without the answer, and over documents half of that.
     fn room(&self) -> usize {
-        let limit = self.engine().max_context();
         match self {
-            Speaker::Model { options, .. } => limit - options.answer_room(limit),
-            Speaker::Documents { options, .. } => (limit - options.answer_room(limit)) / 2,
+            Speaker::Model { engine, options, .. } => {
+                conversation_room(engine.max_context(), options.max_tokens, false)
+            }
+            Speaker::Documents { service, options, .. } => {
+                conversation_room(service.engine().max_context(), options.max_tokens, true)
+            }
         }
     }
 
@@ -138,6 +141,18 @@ impl Speaker {
             }),
         }
     }
+}
+
+/// Tokens of a context of `limit` that a conversation leaves for the answer: those that it may have, at most half of the
+/// context; without a bound, an eighth.
+fn answer_room(limit: usize, max_tokens: Option<usize>) -> usize {
+    max_tokens.map_or(limit / 8, |most| most.min(limit / 2))
+}
+
+/// What is left of a context of `limit` tokens beside the answer; over documents half of that, as passages need the rest.
+fn conversation_room(limit: usize, max_tokens: Option<usize>, documents: bool) -> usize {
+    let left = limit - answer_room(limit, max_tokens);
+    if documents { left / 2 } else { left }
 }
 
 struct Chat<'a> {
@@ -229,6 +244,12 @@ impl Chat<'_> {
                 self.conversation = changed;
             }
             Entry::Exit => {}
+            // Nobody is there to type it again, and lines of files may well begin with a path.
+            Entry::Unknown(text) if !self.interactive => {
+                let command = text.split_whitespace().next().unwrap_or_default();
+                self.out.note(&format!("(`{command}` is no command: taken as a question)"));
+                return self.turn(text).await;
+            }
             Entry::Unknown(text) => {
                 let command = text.split_whitespace().next().unwrap_or_default();
                 let problem = format!(
@@ -326,4 +347,22 @@ fn stats_line(answer: &Answer, turns: usize) -> String {
         count(stats.completion_tokens, "token"),
         seconds(stats.ttft_seconds),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conversation_has_room_however_long_its_answers_may_be() {
+        for limit in [64, 4096, 32_768] {
+            for max_tokens in [None, Some(1), Some(limit / 2), Some(limit), Some(usize::MAX)] {
+                let (alone, over) =
+                    (conversation_room(limit, max_tokens, false), conversation_room(limit, max_tokens, true));
+                assert!(alone >= limit / 2 && over >= limit / 4, "{limit}, {max_tokens:?}: {alone}, {over}");
+                assert!(over + answer_room(limit, max_tokens) <= limit / 2 + limit / 4 + 1, "passages have a quarter");
+            }
+        }
+        assert_eq!((conversation_room(800, None, false), conversation_room(800, Some(100), true)), (700, 350));
+    }
 }
