@@ -1,28 +1,29 @@
-//! What the store knows in memory: visible chunks, damaged ones, pins, writes under way.
+//! What the store knows in memory: visible chunks, damaged ones, those still being written, pins, payload files.
 //!
-//! Everything is decided under one short lock, and no disk is touched while it is held. A key is
-//! *busy* while its rows are being written or deleted; whoever wants to write or delete them waits.
+//! Everything is decided under one short lock, and no disk is touched while it is held. Only the writer's thread makes
+//! chunks visible, moves and removes them; readers may declare one damaged.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::eviction::{self, Candidate, Plan};
+use crate::eviction::{self, Candidate, Plan, SegmentBytes, Space};
 use crate::key::ChunkKey;
-use crate::records::{Manifest, Usage};
+use crate::pending::PendingPut;
+use crate::records::{ModelInfo, Usage};
 
 /// A visible chunk.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Entry {
-    pub(crate) manifest: Arc<Manifest>,
+    /// Where its payload lies. Never used twice, so that it tells this appearance of a key from an earlier or later one.
+    pub(crate) number: u64,
+    pub(crate) tokens: u32,
+    /// Bytes of keys and values as stored.
+    pub(crate) bytes: u64,
+    pub(crate) created_unix: u64,
+    /// Index of its model.
+    pub(crate) model: u32,
+    pub(crate) codec: u16,
     pub(crate) usage: Usage,
-    /// Tells this appearance of a key from an earlier or later one.
-    pub(crate) generation: u64,
-}
-
-impl Entry {
-    pub(crate) fn bytes(&self) -> u64 {
-        self.manifest.payload_bytes()
-    }
 }
 
 /// What is wrong with a chunk.
@@ -30,7 +31,7 @@ impl Entry {
 pub struct DamagedChunk {
     /// The chunk.
     pub key: ChunkKey,
-    /// The layer whose payload is at fault; `None` for the manifest.
+    /// The layer whose payload is at fault; `None` for the chunk's row.
     pub layer: Option<u32>,
     /// What should have been there.
     pub expected: String,
@@ -38,21 +39,34 @@ pub struct DamagedChunk {
     pub found: String,
 }
 
+/// A payload file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// Last chunk number that it may hold.
+    pub(crate) last: u64,
+    pub(crate) bytes: SegmentBytes,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) entries: HashMap<ChunkKey, Entry>,
+    /// The visible chunks by where they lie.
+    numbers: BTreeMap<u64, ChunkKey>,
+    /// Payload files by their first chunk number.
+    pub(crate) segments: BTreeMap<u64, Segment>,
     pub(crate) damaged: HashMap<ChunkKey, DamagedChunk>,
-    pub(crate) busy: HashSet<ChunkKey>,
+    /// Chunks that were handed over and are not yet on disk.
+    pub(crate) pending: HashMap<ChunkKey, Arc<PendingPut>>,
+    pub(crate) pending_bytes: u64,
     pub(crate) pins: HashMap<ChunkKey, usize>,
-    /// Most bytes of visible chunks and those being written.
+    pub(crate) models: Vec<ModelInfo>,
+    /// Most bytes of visible chunks.
     pub(crate) budget: u64,
     /// Bytes of the visible chunks.
     pub(crate) used: u64,
-    /// Bytes of the chunks being written.
-    pub(crate) reserved: u64,
     /// Chunks evicted since the store was opened.
     pub(crate) evicted: u64,
-    generation: u64,
+    pub(crate) next_number: u64,
     clock: u64,
 }
 
@@ -63,48 +77,88 @@ impl State {
         self.clock
     }
 
-    pub(crate) fn insert(&mut self, key: ChunkKey, manifest: Arc<Manifest>, usage: Usage) {
-        self.generation += 1;
-        self.clock = self.clock.max(usage.last_used_micros);
-        let entry = Entry { manifest, usage, generation: self.generation };
-        self.restore(key, entry);
+    /// The first of so many chunk numbers that were never used.
+    pub(crate) fn take_numbers(&mut self, count: usize) -> u64 {
+        let first = self.next_number;
+        self.next_number += count as u64;
+        first
     }
 
-    /// Puts back an entry that was taken out, as it was.
-    pub(crate) fn restore(&mut self, key: ChunkKey, entry: Entry) {
-        self.used += entry.bytes();
-        if let Some(old) = self.entries.insert(key, entry) {
-            self.used -= old.bytes();
+    pub(crate) fn segment_of(&self, number: u64) -> Option<u64> {
+        let (first, segment) = self.segments.range(..=number).next_back()?;
+        (number <= segment.last).then_some(*first)
+    }
+
+    /// Makes a chunk visible, in place of an earlier appearance.
+    pub(crate) fn insert(&mut self, key: ChunkKey, entry: Entry) {
+        self.take(&key);
+        self.damaged.remove(&key);
+        self.clock = self.clock.max(entry.usage.last_used_micros);
+        self.next_number = self.next_number.max(entry.number + 1);
+        self.used += entry.bytes;
+        self.numbers.insert(entry.number, key);
+        if let Some(first) = self.segment_of(entry.number)
+            && let Some(segment) = self.segments.get_mut(&first)
+        {
+            segment.bytes.live += entry.bytes;
+            segment.bytes.total = segment.bytes.total.max(segment.bytes.live);
         }
+        self.entries.insert(key, entry);
     }
 
     pub(crate) fn take(&mut self, key: &ChunkKey) -> Option<Entry> {
         let entry = self.entries.remove(key)?;
-        self.used -= entry.bytes();
+        self.used -= entry.bytes;
+        self.numbers.remove(&entry.number);
+        if let Some(first) = self.segment_of(entry.number)
+            && let Some(segment) = self.segments.get_mut(&first)
+        {
+            segment.bytes.live -= entry.bytes;
+        }
         Some(entry)
     }
 
     /// Declares a chunk damaged, unless it is no longer the one that was looked at.
-    pub(crate) fn condemn(&mut self, generation: u64, damage: DamagedChunk) -> bool {
-        let key = damage.key;
-        let same = |entry: &Entry| entry.generation == generation;
-        if self.busy.contains(&key) || !self.entries.get(&key).is_some_and(same) {
+    pub(crate) fn condemn(&mut self, number: u64, damage: DamagedChunk) -> bool {
+        if self.entries.get(&damage.key).is_none_or(|entry| entry.number != number) {
             return false;
         }
-        self.take(&key);
-        self.damaged.insert(key, damage);
+        self.take(&damage.key);
+        self.damaged.insert(damage.key, damage);
         true
     }
 
-    /// Asks the policy which chunks must go so that `needed` more bytes fit.
-    pub(crate) fn plan(&self, needed: u64, budget: u64) -> Plan {
-        let candidates = self.entries.iter().map(|(key, entry)| Candidate {
+    /// The visible chunks of a payload file, in the order of the file.
+    pub(crate) fn chunks_of(&self, first: u64) -> Vec<(u64, ChunkKey)> {
+        let Some(segment) = self.segments.get(&first) else { return Vec::new() };
+        self.numbers.range(first..=segment.last).map(|(number, key)| (*number, *key)).collect()
+    }
+
+    /// Bytes of keys and values in payload files, those of removed chunks included.
+    pub(crate) fn stored_bytes(&self) -> u64 {
+        self.segments.values().map(|segment| segment.bytes.total).sum()
+    }
+
+    /// The visible chunks as the policy of eviction sees them.
+    pub(crate) fn candidates(&self) -> impl Iterator<Item = Candidate> {
+        self.entries.iter().map(|(key, entry)| Candidate {
             key: *key,
-            bytes: entry.bytes(),
+            bytes: entry.bytes,
+            segment: self.segment_of(entry.number).unwrap_or(u64::MAX),
+            demoted: entry.usage.demoted,
             last_used: entry.usage.last_used_micros,
             pinned: self.pins.contains_key(key),
-        });
-        eviction::plan(candidates, self.used + self.reserved, needed, budget)
+        })
+    }
+
+    /// Asks the policy which chunks must go so that `needed` more bytes fit.
+    pub(crate) fn plan(&self, needed: u64) -> Plan {
+        // The lists are made only where something may have to go.
+        if self.used + needed <= self.budget && self.stored_bytes() + needed <= eviction::disk_limit(self.budget) {
+            return Plan::Evict(Vec::new());
+        }
+        let segments = self.segments.iter().map(|(first, segment)| (*first, segment.bytes)).collect();
+        eviction::plan(self.candidates(), Space { budget: self.budget, needed, segments })
     }
 }
 
@@ -125,62 +179,13 @@ impl Catalogue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until some key stops being busy or some reservation ends.
+    /// Waits until something that was pending is written or given up.
     pub(crate) fn wait<'a>(&self, guard: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn lock_when_idle(&self, key: &ChunkKey) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        while state.busy.contains(key) {
-            state = self.wait(state);
-        }
-        state
-    }
-
-    /// Claims a key and some of the budget; dropping the claim frees both, whatever happened.
-    pub(crate) fn claim(&self, state: &mut State, keys: Vec<ChunkKey>, reserved: u64) -> Claim<'_> {
-        state.busy.extend(keys.iter().copied());
-        state.reserved += reserved;
-        Claim { catalogue: self, keys, reserved }
-    }
-}
-
-/// Busy keys and reserved bytes, given back on drop.
-#[derive(Debug)]
-pub(crate) struct Claim<'a> {
-    catalogue: &'a Catalogue,
-    keys: Vec<ChunkKey>,
-    reserved: u64,
-}
-
-impl Claim<'_> {
-    /// Applies a change in the same moment in which the claim ends.
-    pub(crate) fn finish<T>(mut self, change: impl FnOnce(&mut State) -> T) -> T {
-        let catalogue = self.catalogue;
-        let mut state = catalogue.lock();
-        let outcome = change(&mut state);
-        self.release(&mut state);
-        outcome
-    }
-
-    fn release(&mut self, state: &mut State) {
-        for key in self.keys.drain(..) {
-            state.busy.remove(&key);
-        }
-        state.reserved -= std::mem::take(&mut self.reserved);
-        self.catalogue.changed.notify_all();
-    }
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        if self.keys.is_empty() && self.reserved == 0 {
-            return;
-        }
-        let catalogue = self.catalogue;
-        let mut state = catalogue.lock();
-        self.release(&mut state);
+    pub(crate) fn notify(&self) {
+        self.changed.notify_all();
     }
 }
 

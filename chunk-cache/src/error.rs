@@ -2,22 +2,24 @@
 
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
+
 use crate::key::ChunkKey;
 
 /// The remedy for a directory that RocksDB cannot use.
-const REMEDY: &str = "remove the directory: everything in it can be recomputed";
+const REMEDY: &str = "`quire cache evict --all` empties it: everything in it can be computed again";
 
 /// Errors of the chunk store.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
-    /// The directory holds something else, or chunks of another model or layout.
+    /// The directory holds something else.
     #[error(
         "the chunk store at {} belongs to another {what}: expected {expected}, found {found}; \
-         use another directory, or remove this one (everything in it can be recomputed)",
+         use another directory",
         path.display()
     )]
     ForeignStore {
-        /// What differs: "model", "KV layout", "program".
+        /// What differs: "program".
         what: &'static str,
         /// What this process wants.
         expected: String,
@@ -121,6 +123,24 @@ pub enum StoreError {
         /// Bytes held by pinned chunks.
         pinned: u64,
     },
+    /// The database could not be opened anew after a failure.
+    #[error("the chunk store at {} is closed after a failure; the next write tries to open it again", path.display())]
+    Closed {
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// The database must be opened anew, and chunks of it are in use.
+    #[error("the chunk store at {} recovers from a failed write when chunks that are in use are let go; retry then", path.display())]
+    Busy {
+        /// The store's directory.
+        path: PathBuf,
+    },
+    /// The thread that writes has ended.
+    #[error("the chunk store at {} takes nothing any more: its writer has ended; open it again", path.display())]
+    Stopped {
+        /// The store's directory.
+        path: PathBuf,
+    },
     /// Data handed in does not have the store's layout.
     #[error("{what} does not fit the store: expected {expected}, found {found}")]
     ShapeMismatch {
@@ -139,7 +159,7 @@ pub enum StoreError {
         /// The file or directory.
         path: PathBuf,
         /// The system's error.
-        source: std::io::Error,
+        source: Arc<std::io::Error>,
     },
     /// RocksDB failed in a way that is none of the above.
     #[error("the chunk store at {} failed while {action}: {source}", path.display())]
@@ -183,6 +203,11 @@ pub(crate) fn classify(kind: &rocksdb::ErrorKind, message: &str) -> Fault {
 }
 
 impl StoreError {
+    /// Whether what was read is damaged or gone, rather than the device or the process at fault.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(self, StoreError::Damaged { .. })
+    }
+
     /// Turns a RocksDB error into the store error that fits.
     pub(crate) fn from_rocksdb(source: rocksdb::Error, action: &'static str, path: &Path) -> Self {
         let path = path.to_path_buf();
@@ -204,7 +229,7 @@ impl StoreError {
         match source.kind() {
             K::PermissionDenied | K::ReadOnlyFilesystem => StoreError::ReadOnly { path, detail },
             K::StorageFull | K::QuotaExceeded => StoreError::OutOfSpace { path, detail },
-            _ => StoreError::Io { action, path, source },
+            _ => StoreError::Io { action, path, source: Arc::new(source) },
         }
     }
 }

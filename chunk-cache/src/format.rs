@@ -1,58 +1,62 @@
 //! How values lie on disk: one self-describing header before every payload.
 //!
-//! Every value of every column family carries the same 76-byte header, little-endian:
+//! Every value of every column family carries the same 92-byte header, little-endian:
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
 //! | 0 | 4 | magic `QKV` 0x1A |
 //! | 4 | 2 | format version |
 //! | 6 | 1 | kind of value |
-//! | 7 | 1 | element type (1 = f32, 2 = bf16) |
-//! | 8 | 32 | chunk key (zero in the identity) |
-//! | 40 | 4 | layer (zero unless the kind is a layer) |
-//! | 44 | 12 | layers, kv heads, head dim of the store |
-//! | 56 | 4 | tokens of the chunk (zero where it means nothing) |
-//! | 60 | 8 | payload length |
-//! | 68 | 4 | crc32c of the payload |
-//! | 72 | 4 | crc32c of bytes 0..72 |
+//! | 7 | 1 | element type (1 = f32, 2 = bf16; 0 where the value has no layout) |
+//! | 8 | 48 | chunk key (zero where the value belongs to no chunk) |
+//! | 56 | 4 | layer (zero unless the kind is a layer) |
+//! | 60 | 12 | layers, kv heads, head dim of the layout (zero without one) |
+//! | 72 | 4 | tokens of the chunk (zero where it means nothing) |
+//! | 76 | 8 | payload length |
+//! | 84 | 4 | crc32c of the payload |
+//! | 88 | 4 | crc32c of bytes 0..88 |
 //!
 //! The header names the chunk and layer it belongs to, so that a value that turns up under a wrong
 //! key is caught as surely as a flipped byte. These are disk types; the domain types are elsewhere.
 
-use crate::key::ChunkKey;
+use crate::key::{ChunkKey, KEY_LEN};
 use crate::shape::{KvDtype, KvShape};
 
-/// Newest format version this build writes and reads.
-pub(crate) const VERSION: u16 = 1;
+/// Newest format version this build writes and reads. Version 1 kept payloads in blob files, under a header of 76 bytes.
+pub(crate) const VERSION: u16 = 2;
 /// Bytes before the payload.
-pub(crate) const HEADER_LEN: usize = 76;
+pub(crate) const HEADER_LEN: usize = 92;
 const MAGIC: [u8; 4] = *b"QKV\x1a";
+const NO_KEY: [u8; KEY_LEN] = [0; KEY_LEN];
 
-/// What a value holds.
+/// What a value holds. Numbers that are missing were used by version 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// What the whole store belongs to.
-    Identity,
-    /// Makes a chunk visible.
-    Manifest,
-    /// First payload row of a chunk; empty. Lets the sweep see a chunk without reading its layers.
-    Head,
+    /// Marks the database as a chunk store of this format.
+    Store,
     /// One layer's keys and values.
     Layer,
     /// When the chunk was last used, and how often.
     Usage,
     /// How many bytes of keys and values the store may hold.
     Budget,
+    /// A model whose chunks are stored.
+    Model,
+    /// Makes a chunk visible.
+    Chunk,
+    /// What a payload file held when it was written.
+    Segment,
 }
 
 impl Kind {
-    const ALL: [(Kind, u8); 6] = [
-        (Kind::Identity, 1),
-        (Kind::Manifest, 2),
-        (Kind::Head, 3),
+    const ALL: [(Kind, u8); 7] = [
+        (Kind::Store, 1),
         (Kind::Layer, 4),
         (Kind::Usage, 5),
         (Kind::Budget, 6),
+        (Kind::Model, 7),
+        (Kind::Chunk, 8),
+        (Kind::Segment, 9),
     ];
 
     fn code(self) -> u8 {
@@ -68,10 +72,17 @@ impl Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) kind: Kind,
-    pub(crate) key: ChunkKey,
+    pub(crate) key: Option<ChunkKey>,
     pub(crate) layer: u32,
-    pub(crate) shape: KvShape,
+    pub(crate) shape: Option<KvShape>,
     pub(crate) tokens: u32,
+}
+
+impl Header {
+    /// Of a value that belongs to no chunk and has no layout.
+    pub(crate) fn plain(kind: Kind) -> Header {
+        Header { kind, key: None, layer: 0, shape: None, tokens: 0 }
+    }
 }
 
 /// A value whose checksums hold.
@@ -99,27 +110,36 @@ impl FormatError {
 
 /// Writes header and payload; the payload is given in parts that are joined.
 pub(crate) fn encode(header: &Header, parts: &[&[u8]]) -> Vec<u8> {
+    let mut out = Vec::new();
+    encode_into(header, parts, crc_of(parts), &mut out);
+    out
+}
+
+/// As [`encode`], into a buffer whose contents are replaced; `payload_crc` is [`crc_of`] of the parts.
+pub(crate) fn encode_into(header: &Header, parts: &[&[u8]], payload_crc: u32, out: &mut Vec<u8>) {
     let payload_len: usize = parts.iter().map(|part| part.len()).sum();
-    let mut out = Vec::with_capacity(HEADER_LEN + payload_len);
+    out.clear();
+    out.reserve(HEADER_LEN + payload_len);
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());
     out.push(header.kind.code());
-    out.push(match header.shape.dtype {
-        KvDtype::F32 => 1,
-        KvDtype::Bf16 => 2,
+    out.push(match header.shape.map(|shape| shape.dtype) {
+        None => 0,
+        Some(KvDtype::F32) => 1,
+        Some(KvDtype::Bf16) => 2,
     });
-    out.extend_from_slice(&header.key.0);
-    for number in [header.layer, header.shape.layers, header.shape.kv_heads, header.shape.head_dim, header.tokens] {
+    out.extend_from_slice(&header.key.map_or(NO_KEY, |key| key.to_bytes()));
+    let (layers, kv_heads, head_dim) = header.shape.map_or((0, 0, 0), |s| (s.layers, s.kv_heads, s.head_dim));
+    for number in [header.layer, layers, kv_heads, head_dim, header.tokens] {
         out.extend_from_slice(&number.to_le_bytes());
     }
     out.extend_from_slice(&(payload_len as u64).to_le_bytes());
-    out.extend_from_slice(&crc_of(parts).to_le_bytes());
-    let header_crc = crc32c::crc32c(&out);
+    out.extend_from_slice(&payload_crc.to_le_bytes());
+    let header_crc = crc32c::crc32c(out);
     out.extend_from_slice(&header_crc.to_le_bytes());
     for part in parts {
         out.extend_from_slice(part);
     }
-    out
 }
 
 /// crc32c of the parts joined.
@@ -129,6 +149,13 @@ pub(crate) fn crc_of(parts: &[&[u8]]) -> u32 {
 
 /// Reads a value and checks everything that can be checked without knowing what was asked for.
 pub(crate) fn decode(bytes: &[u8]) -> Result<Value<'_>, FormatError> {
+    let value = decode_header(bytes)?;
+    check_crc("payload", value.payload, value.payload_crc)?;
+    Ok(value)
+}
+
+/// As [`decode`], but the payload's own checksum is not computed: for bytes that another checksum has just covered.
+pub(crate) fn decode_header(bytes: &[u8]) -> Result<Value<'_>, FormatError> {
     let mut fields = Reader { rest: bytes };
     let (Some(head), Some(payload)) = (bytes.get(..HEADER_LEN), bytes.get(HEADER_LEN..)) else {
         return Err(FormatError::new(format!("a header of {HEADER_LEN} bytes"), format!("{} bytes", bytes.len())));
@@ -147,7 +174,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Value<'_>, FormatError> {
     check_crc("header", &head[..HEADER_LEN - 4], u32_at_end(head))?;
     let [kind] = fields.take::<1>()?;
     let [dtype] = fields.take::<1>()?;
-    let key = ChunkKey(fields.take()?);
+    let key = fields.take::<KEY_LEN>()?;
     let layer = fields.u32()?;
     let (layers, kv_heads, head_dim) = (fields.u32()?, fields.u32()?, fields.u32()?);
     let tokens = fields.u32()?;
@@ -155,28 +182,37 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Value<'_>, FormatError> {
     let payload_crc = fields.u32()?;
     let kind =
         Kind::from_code(kind).ok_or_else(|| FormatError::new("a known kind of value", format!("kind {kind}")))?;
-    let dtype = match dtype {
-        1 => KvDtype::F32,
-        2 => KvDtype::Bf16,
+    let shape = |dtype| Some(KvShape { layers, kv_heads, head_dim, dtype });
+    let shape = match dtype {
+        0 => None,
+        1 => shape(KvDtype::F32),
+        2 => shape(KvDtype::Bf16),
         other => {
-            return Err(FormatError::new("element type 1 or 2", format!("element type {other}")));
+            return Err(FormatError::new("element type 0, 1 or 2", format!("element type {other}")));
         }
     };
     if payload_len != payload.len() as u64 {
         return Err(FormatError::new(format!("a payload of {payload_len} bytes"), format!("{} bytes", payload.len())));
     }
-    check_crc("payload", payload, payload_crc)?;
-    let shape = KvShape { layers, kv_heads, head_dim, dtype };
+    let key = if key == NO_KEY { None } else { ChunkKey::from_bytes(&key) };
     Ok(Value { header: Header { kind, key, layer, shape, tokens }, payload, payload_crc })
 }
 
 /// Reads a value and checks that it is the one `wanted`.
 pub(crate) fn decode_as<'a>(bytes: &'a [u8], wanted: &Header) -> Result<Value<'a>, FormatError> {
     let value = decode(bytes)?;
-    if value.header != *wanted {
-        return Err(FormatError::new(format!("{wanted:?}"), format!("{:?}", value.header)));
-    }
+    value.check(wanted)?;
     Ok(value)
+}
+
+impl Value<'_> {
+    /// Refuses a value that belongs elsewhere.
+    pub(crate) fn check(&self, wanted: &Header) -> Result<(), FormatError> {
+        if self.header == *wanted {
+            return Ok(());
+        }
+        Err(FormatError::new(format!("{wanted:?}"), format!("{:?}", self.header)))
+    }
 }
 
 fn u32_at_end(bytes: &[u8]) -> u32 {
@@ -196,13 +232,25 @@ pub(crate) struct Reader<'a> {
     pub(crate) rest: &'a [u8],
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
     pub(crate) fn take<const N: usize>(&mut self) -> Result<[u8; N], FormatError> {
         let Some((front, rest)) = self.rest.split_first_chunk() else {
             return Err(FormatError::new(format!("{N} more bytes"), format!("{} bytes", self.rest.len())));
         };
         self.rest = rest;
         Ok(*front)
+    }
+
+    pub(crate) fn bytes(&mut self, count: usize) -> Result<&'a [u8], FormatError> {
+        let Some((front, rest)) = self.rest.split_at_checked(count) else {
+            return Err(FormatError::new(format!("{count} more bytes"), format!("{} bytes", self.rest.len())));
+        };
+        self.rest = rest;
+        Ok(front)
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16, FormatError> {
+        Ok(u16::from_le_bytes(self.take()?))
     }
 
     pub(crate) fn u32(&mut self) -> Result<u32, FormatError> {
@@ -215,20 +263,28 @@ impl Reader<'_> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::key::{ChunkId, VariantId};
     use proptest::prelude::*;
 
-    pub(crate) fn any_header() -> impl Strategy<Value = Header> {
+    fn chunk_key(bytes: [u8; 32]) -> ChunkKey {
+        ChunkKey { chunk: ChunkId(bytes), variant: VariantId([bytes[0]; 16]) }
+    }
+
+    fn any_header() -> impl Strategy<Value = Header> {
         let kinds = prop::sample::select(Kind::ALL.map(|(kind, _)| kind).to_vec());
-        (kinds, any::<([u8; 32], u32, u32, u32, u32, u32, bool)>()).prop_map(
+        (kinds, any::<([u8; 32], u32, u32, u32, u32, u32, Option<bool>)>()).prop_map(
             |(kind, (key, layer, layers, kv_heads, head_dim, tokens, wide))| Header {
                 kind,
-                key: ChunkKey(key),
+                key: (key != [0; 32]).then_some(chunk_key(key)),
                 layer,
-                shape: KvShape { layers, kv_heads, head_dim, dtype: if wide { KvDtype::F32 } else { KvDtype::Bf16 } },
+                shape: wide.map(|wide| {
+                    let dtype = if wide { KvDtype::F32 } else { KvDtype::Bf16 };
+                    KvShape { layers, kv_heads, head_dim, dtype }
+                }),
                 tokens,
             },
         )
@@ -278,30 +334,30 @@ pub(crate) mod tests {
         }
     }
 
+    const SHAPE: KvShape = KvShape { layers: 24, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 };
+
     fn header() -> Header {
-        Header {
-            kind: Kind::Layer,
-            key: ChunkKey([7; 32]),
-            layer: 3,
-            shape: KvShape { layers: 24, kv_heads: 2, head_dim: 64, dtype: KvDtype::Bf16 },
-            tokens: 0x0102_0304,
-        }
+        Header { kind: Kind::Layer, key: Some(chunk_key([7; 32])), layer: 3, shape: Some(SHAPE), tokens: 0x0102_0304 }
     }
 
     #[test]
     fn a_value_that_differs_from_what_is_wanted_in_one_field_is_refused() {
         let wanted = header();
-        let mut last = wanted.key;
-        last.0[31] = 8;
+        let (mut chunk, mut variant) = (chunk_key([7; 32]), chunk_key([7; 32]));
+        chunk.chunk.0[31] = 8;
+        variant.variant.0[15] = 8;
         let others = [
-            Header { kind: Kind::Head, ..wanted },
-            Header { key: last, ..wanted },
+            Header { kind: Kind::Chunk, ..wanted },
+            Header { key: Some(chunk), ..wanted },
+            Header { key: Some(variant), ..wanted },
+            Header { key: None, ..wanted },
             Header { layer: 4, ..wanted },
             Header { tokens: wanted.tokens + 1, ..wanted },
-            Header { shape: KvShape { layers: 25, ..wanted.shape }, ..wanted },
-            Header { shape: KvShape { kv_heads: 64, head_dim: 2, ..wanted.shape }, ..wanted },
-            Header { shape: KvShape { head_dim: 65, ..wanted.shape }, ..wanted },
-            Header { shape: KvShape { dtype: KvDtype::F32, ..wanted.shape }, ..wanted },
+            Header { shape: None, ..wanted },
+            Header { shape: Some(KvShape { layers: 25, ..SHAPE }), ..wanted },
+            Header { shape: Some(KvShape { kv_heads: 64, head_dim: 2, ..SHAPE }), ..wanted },
+            Header { shape: Some(KvShape { head_dim: 65, ..SHAPE }), ..wanted },
+            Header { shape: Some(KvShape { dtype: KvDtype::F32, ..SHAPE }), ..wanted },
         ];
         assert!(decode_as(&encode(&wanted, &[b"x"]), &wanted).is_ok());
         for other in others {
@@ -313,8 +369,8 @@ pub(crate) mod tests {
     #[test]
     fn the_bytes_of_a_value_are_frozen() {
         // As the table at the top of this file has them: stores of earlier builds are read only while this holds.
-        let mut wanted = b"QKV\x1a\x01\x00\x04\x02".to_vec();
-        wanted.extend([7; 32]);
+        let mut wanted = b"QKV\x1a\x02\x00\x04\x02".to_vec();
+        wanted.extend([7; 48]);
         for number in [3u32, 24, 2, 64, 0x0102_0304] {
             wanted.extend(number.to_le_bytes());
         }
@@ -328,15 +384,22 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_header_alone_vouches_for_all_but_the_payloads_bytes() {
+        let mut bytes = encode(&header(), &[b"ab"]);
+        bytes[HEADER_LEN] ^= 1;
+        assert!(decode(&bytes).is_err());
+        assert_eq!(decode_header(&bytes).unwrap().header, header());
+        for at in 0..HEADER_LEN {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 4;
+            assert!(decode_header(&flipped).is_err(), "byte {at}");
+        }
+        assert!(decode_header(&bytes[..bytes.len() - 1]).is_err());
+    }
+
+    #[test]
     fn a_newer_version_is_named() {
-        let header = Header {
-            kind: Kind::Identity,
-            key: ChunkKey([0; 32]),
-            layer: 0,
-            shape: KvShape { layers: 1, kv_heads: 1, head_dim: 1, dtype: KvDtype::F32 },
-            tokens: 0,
-        };
-        let mut bytes = encode(&header, &[]);
+        let mut bytes = encode(&Header::plain(Kind::Store), &[]);
         bytes[4] = 7;
         assert_eq!(decode(&bytes).unwrap_err().newer, Some(7));
     }

@@ -1,21 +1,22 @@
-//! Opening a store: is the directory usable, whose is it, what did the last process leave behind.
+//! Opening a store: is the directory usable, what did the last process leave behind.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Access, Backend, Family, HEAD_ROW, Mode, Sync, row_key, split_row_key};
-use crate::catalogue::{DamagedChunk, State};
-use crate::error::{Fault, StoreError, classify};
+use crate::backend::{Access, Backend, Change, Family, Sync};
+use crate::catalogue::{DamagedChunk, Entry, Segment, State};
+use crate::disk::RESERVE_FILE;
+use crate::error::StoreError;
+use crate::eviction::SegmentBytes;
 use crate::format::{FormatError, VERSION};
 use crate::key::ChunkKey;
-use crate::records::{Budget, Identity, Manifest, Usage};
-use crate::shape::KvShape;
+use crate::records::{Budget, ChunkRow, ModelInfo, SegmentRow, Usage, decode_store, encode_store};
+use crate::writer::INCOMING;
 
-const IDENTITY_ROW: &[u8] = b"identity";
-const BUDGET_ROW: &[u8] = b"budget";
+const STORE_ROW: &[u8] = b"identity";
+pub(crate) const BUDGET_ROW: &[u8] = b"budget";
 
 /// What opening a store found and did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,12 +24,16 @@ pub struct OpenReport {
     /// Set when the directory was damaged and what could be saved was saved: what RocksDB objected to.
     /// Chunks may be missing; those that are present are whole.
     pub salvaged: Option<String>,
-    /// Payloads without a manifest: writes or removals that were cut short. Opening for writing deletes them.
+    /// Payload files without a row: writes that were cut short. Opening for writing drops them.
     pub orphans: u64,
-    /// Chunks whose manifest or payload is damaged. They count as absent until stored anew.
+    /// Chunks whose payload file is gone or cut. They are absent; opening for writing removes their rows.
+    pub lost: u64,
+    /// Chunks whose row is damaged. They count as absent until stored anew.
     pub damaged: Vec<DamagedChunk>,
-    /// Parts of the directory that could not be read, in RocksDB's words.
+    /// Parts of the catalogue that could not be read, in RocksDB's words. Opening for writing writes it anew.
     pub unreadable: Vec<String>,
+    /// A sentence for the user when the directory held a store of an earlier layout, whose chunks were dropped.
+    pub dropped: Option<String>,
 }
 
 /// Creates the directory where needed and finds out whether it can be written, before RocksDB does, so
@@ -57,7 +62,7 @@ pub(crate) fn prepare_directory(path: &Path) -> Result<(), StoreError> {
 pub(crate) fn holds_store(path: &Path) -> Result<bool, StoreError> {
     let fail = |error| StoreError::from_io(error, "cannot list the directory", path);
     if path.join("CURRENT").exists() {
-        return Ok(true);
+        return refuse_foreign_database(path).map(|()| true);
     }
     for entry in fs::read_dir(path).map_err(fail)? {
         let name = entry.map_err(fail)?.file_name();
@@ -68,7 +73,8 @@ pub(crate) fn holds_store(path: &Path) -> Result<bool, StoreError> {
                 detail: format!("the file CURRENT is missing beside {name}"),
             });
         }
-        let harmless = ["LOCK", "LOG", "IDENTITY", "MANIFEST-", "OPTIONS-"].iter().any(|start| name.starts_with(start));
+        let ours = ["LOCK", "LOG", "IDENTITY", "MANIFEST-", "OPTIONS-", INCOMING, RESERVE_FILE];
+        let harmless = ours.iter().any(|start| name.starts_with(start));
         if !harmless && !name.ends_with("tmp") {
             return Err(StoreError::ForeignStore {
                 what: "program",
@@ -95,57 +101,53 @@ pub(crate) fn is_in_use(path: &Path) -> Result<bool, StoreError> {
     Ok(holder.is_some_and(|lock| lock.typ != FlockType::Unlocked))
 }
 
-/// Opens the database, saving what can be saved when it is damaged.
-pub(crate) fn open_backend(path: &Path, access: Access) -> Result<(Backend, Option<String>), StoreError> {
-    let first = match Backend::open(path, Mode::Strict, access) {
-        Ok(backend) => return Ok((backend, None)),
-        Err(error) => error,
-    };
-    if classify(&first.kind(), first.as_ref()) != Fault::Damage {
-        return Err(StoreError::from_rocksdb(first, "opening", path));
+/// A RocksDB database with other families than a store's is some other program's.
+fn refuse_foreign_database(path: &Path) -> Result<(), StoreError> {
+    let found = Backend::families(path);
+    let ours = |name: &String| name == Family::Payload.name() || name == crate::legacy::FAMILY;
+    if found.iter().any(ours) || found.iter().all(|name| name == "default") {
+        return Ok(());
     }
-    match Backend::open(path, Mode::Salvage, access) {
-        Ok(backend) => {
-            let detail = first.to_string();
-            tracing::warn!(path = %path.display(), detail, "damaged chunk store: kept what is readable");
-            Ok((backend, Some(detail)))
-        }
-        Err(second) => Err(StoreError::from_rocksdb(second, "opening", path)),
-    }
+    Err(StoreError::ForeignStore {
+        what: "program",
+        expected: "a chunk store or an empty directory".to_owned(),
+        found: format!("a database with the families {}", found.join(", ")),
+        path: path.to_path_buf(),
+    })
 }
 
-/// What the store says that it belongs to; `None` for a fresh one.
-pub(crate) fn read_identity(backend: &Backend) -> Result<Option<Identity>, StoreError> {
+/// Refuses a store of a newer format, and marks a fresh one. A mark that cannot be read is written again.
+pub(crate) fn check_mark(backend: &Backend, access: Access) -> Result<(), StoreError> {
     let path = backend.path();
-    let row = backend.get(Family::Meta, IDENTITY_ROW).map_err(backend.fail("reading the store's identity"))?;
-    let Some(row) = row else {
-        refuse_nameless_chunks(backend)?;
-        return Ok(None);
+    let problem = match backend.get(Family::Meta, STORE_ROW) {
+        Ok(Some(row)) => match decode_store(&row) {
+            Ok(()) => return Ok(()),
+            Err(FormatError { newer: Some(found), .. }) => {
+                return Err(StoreError::NewerFormat { found, supported: VERSION, path: path.to_path_buf() });
+            }
+            Err(error) => Some(format!("expected {}, found {}", error.expected, error.found)),
+        },
+        Ok(None) => None,
+        Err(error) if error.is_damage() => Some(error.to_string()),
+        Err(error) => return Err(error),
     };
-    let found = Identity::decode(&row).map_err(|error| match error.newer {
-        Some(found) => StoreError::NewerFormat { found, supported: VERSION, path: path.to_path_buf() },
-        None => damaged_identity(path, &error),
-    })?;
-    Ok(Some(found))
-}
-
-/// Compares what a store belongs to with what is wanted.
-pub(crate) fn check_identity(path: &Path, found: &Identity, wanted: &Identity) -> Result<(), StoreError> {
-    let foreign =
-        |what, expected, found| Err(StoreError::ForeignStore { what, expected, found, path: path.to_path_buf() });
-    if found.model != wanted.model {
-        return foreign("model", describe(wanted), describe(found));
+    if let Some(problem) = problem {
+        tracing::warn!(problem, "the mark of the chunk store is damaged");
     }
-    if found.shape != wanted.shape {
-        return foreign("KV layout", wanted.shape.to_string(), found.shape.to_string());
+    if access == Access::Read {
+        return Ok(());
     }
-    Ok(())
+    let mark = (Family::Meta, STORE_ROW.to_vec(), Some(encode_store()));
+    backend.write("marking the store", &[mark], Sync::Now)
 }
 
 /// The budget that the store keeps; `None` if it has none, or none that can be read.
-pub(crate) fn read_budget(backend: &Backend, shape: &KvShape) -> Result<Option<u64>, StoreError> {
-    let row = backend.get(Family::Meta, BUDGET_ROW).map_err(backend.fail("reading the byte budget"))?;
-    match row.map(|row| Budget::decode(&row, shape)) {
+pub(crate) fn read_budget(backend: &Backend) -> Result<Option<u64>, StoreError> {
+    let row = match backend.get(Family::Meta, BUDGET_ROW) {
+        Err(error) if error.is_damage() => None,
+        row => row?,
+    };
+    match row.map(|row| Budget::decode(&row)) {
         Some(Ok(budget)) => Ok(Some(budget.0)),
         Some(Err(error)) => {
             tracing::warn!(expected = error.expected, found = error.found, "the byte budget of the store is damaged");
@@ -155,207 +157,185 @@ pub(crate) fn read_budget(backend: &Backend, shape: &KvShape) -> Result<Option<u
     }
 }
 
-pub(crate) fn write_budget(backend: &Backend, shape: &KvShape, budget: u64) -> Result<(), StoreError> {
-    let row = Budget(budget).encode(shape);
-    backend.put(Family::Meta, BUDGET_ROW, &row, Sync::Now).map_err(backend.fail("writing the byte budget"))
+pub(crate) fn write_budget(backend: &Backend, budget: u64) -> Result<(), StoreError> {
+    let row = (Family::Meta, BUDGET_ROW.to_vec(), Some(Budget(budget).encode()));
+    backend.write("writing the byte budget", &[row], Sync::Now)
 }
 
-fn damaged_identity(path: &Path, error: &FormatError) -> StoreError {
-    StoreError::Damaged {
-        path: path.to_path_buf(),
-        detail: format!("the store's identity: expected {}, found {}", error.expected, error.found),
+/// Removes what an earlier process had not finished writing, and makes the folder for it.
+pub(crate) fn clear_incoming(path: &Path) -> Result<(), StoreError> {
+    let incoming = path.join(INCOMING);
+    let fail = |error| StoreError::from_io(error, "cannot prepare the folder of unfinished files", &incoming);
+    if incoming.exists() {
+        fs::remove_dir_all(&incoming).map_err(fail)?;
     }
+    fs::create_dir(&incoming).map_err(fail)
 }
 
-fn describe(identity: &Identity) -> String {
-    let [a, b, c, d, ..] = identity.model;
-    let name = &identity.model_name;
-    format!("{name} ({a:02x}{b:02x}{c:02x}{d:02x})")
-}
-
-fn refuse_nameless_chunks(backend: &Backend) -> Result<(), StoreError> {
-    for family in [Family::Manifest, Family::Kv, Family::Usage] {
-        let mut rows = backend.scan(family);
-        rows.seek_to_first();
-        if rows.valid() || rows.status().is_err() {
-            return Err(StoreError::Damaged {
-                path: backend.path().to_path_buf(),
-                detail: "chunks are present, but the store's identity is gone".to_owned(),
-            });
-        }
-    }
-    Ok(())
-}
-
-pub(crate) fn write_identity(backend: &Backend, identity: &Identity) -> Result<(), StoreError> {
-    let fail = backend.fail("writing the store's identity");
-    backend.put(Family::Meta, IDENTITY_ROW, &identity.encode(), Sync::Now).map_err(&fail)?;
-    // In a table file it is out of the way of whatever happens to the log.
-    backend.flush(Family::Meta).map_err(&fail)
-}
-
-/// Reads manifests and usage, and sweeps what no manifest claims where it may.
-pub(crate) fn recover(
-    backend: &Backend,
-    shape: &KvShape,
-    access: Access,
-    report: &mut OpenReport,
-) -> Result<State, StoreError> {
-    let mut found = Manifests::default();
-    let complete = read_manifests(backend, shape, &mut found, report);
-    let orphans = walk_payloads(backend, shape, &mut found, complete, report);
-    report.orphans = orphans.len() as u64;
-    if !orphans.is_empty() && access == Access::Write {
-        let rows = orphans.iter().flat_map(|key| payload_rows(key, shape));
-        backend.delete(rows, Sync::Later).map_err(backend.fail("sweeping unfinished writes"))?;
-    }
-    let mut usage = read_usage(backend, shape, &found, access, report)?;
+/// Reads the catalogue; no payload is touched. Where it may, it drops payload files that nobody claims, removes rows
+/// whose payload is gone, and writes anew the families that cannot be read whole.
+pub(crate) fn recover(backend: &Backend, access: Access, report: &mut OpenReport) -> Result<State, StoreError> {
+    let mut recovery = Recovery { backend, report, broken: Vec::new(), sweep: Vec::new() };
     let mut state = State::default();
-    for (key, manifest) in found.whole {
-        let usage = usage
-            .remove(&key)
-            .unwrap_or(Usage { last_used_micros: manifest.created_unix.saturating_mul(1_000_000), hits: 0 });
-        state.insert(key, Arc::new(manifest), usage);
-    }
-    report.damaged = found.damaged.values().cloned().collect();
+    state.models = recovery.models()?;
+    let gone = recovery.segments(&mut state)?;
+    let usage = recovery.usage()?;
+    recovery.chunks(&mut state, usage)?;
+    let Recovery { broken, sweep, .. } = recovery;
+    let unclaimed: Vec<u64> =
+        state.segments.iter().filter(|(_, s)| s.bytes.live == 0).map(|(first, _)| *first).collect();
+    report.damaged = state.damaged.values().cloned().collect();
     report.damaged.sort_by_key(|damage| damage.key);
     for damage in &report.damaged {
         tracing::warn!(key = %damage.key, expected = damage.expected, found = damage.found, "damaged chunk");
     }
-    state.damaged = found.damaged;
+    if access == Access::Read {
+        return Ok(state);
+    }
+    for (first, last) in gone {
+        backend.drop_files(first, last)?;
+    }
+    for first in unclaimed {
+        if let Some(segment) = state.segments.remove(&first) {
+            backend.drop_files(first, segment.last)?;
+        }
+    }
+    if !broken.is_empty() {
+        backend.rebuild(&broken)?;
+    }
+    if !sweep.is_empty() {
+        backend.write("sweeping the catalogue", &sweep, Sync::Later)?;
+    }
     Ok(state)
 }
 
-/// Every payload row a chunk can have.
-pub(crate) fn payload_rows(key: &ChunkKey, shape: &KvShape) -> Vec<(Family, Vec<u8>)> {
-    let row = |row| (Family::Kv, row_key(key, row).to_vec());
-    (HEAD_ROW..=shape.layers).map(row).collect()
+/// What reading the catalogue has found so far.
+struct Recovery<'a> {
+    backend: &'a Backend,
+    report: &'a mut OpenReport,
+    /// Families that cannot be read whole.
+    broken: Vec<Family>,
+    /// Rows that mean nothing any more.
+    sweep: Vec<Change>,
 }
 
-#[derive(Default)]
-struct Manifests {
-    whole: HashMap<ChunkKey, Manifest>,
-    damaged: HashMap<ChunkKey, DamagedChunk>,
-}
-
-impl Manifests {
-    fn knows(&self, key: &ChunkKey) -> bool {
-        self.whole.contains_key(key) || self.damaged.contains_key(key)
+impl Recovery<'_> {
+    fn scan(&mut self, family: Family, visit: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+        if let Some(problem) = self.backend.scan(family, visit)? {
+            tracing::warn!(problem, "part of the chunk store's catalogue cannot be read");
+            self.report.unreadable.push(problem);
+            self.broken.push(family);
+        }
+        Ok(())
     }
 
-    fn add(&mut self, key: ChunkKey, manifest: Result<Manifest, FormatError>) {
-        match manifest {
-            Ok(manifest) => {
-                self.whole.insert(key, manifest);
+    fn models(&mut self) -> Result<Vec<ModelInfo>, StoreError> {
+        let mut models = Vec::new();
+        self.scan(Family::Models, &mut |_, row| match ModelInfo::decode(row) {
+            Ok(model) => models.push(model),
+            Err(error) => tracing::warn!(expected = error.expected, found = error.found, "a model's row is damaged"),
+        })?;
+        Ok(models)
+    }
+
+    /// Enters the payload files that are there whole. Returns the others.
+    fn segments(&mut self, state: &mut State) -> Result<Vec<(u64, u64)>, StoreError> {
+        let mut rows: HashMap<u64, SegmentRow> = HashMap::new();
+        let mut odd = Vec::new();
+        self.scan(Family::Segments, &mut |key, row| {
+            let first = <[u8; 8]>::try_from(key).map(u64::from_be_bytes);
+            match (first, SegmentRow::decode(row)) {
+                (Ok(first), Ok(row)) => drop(rows.insert(first, row)),
+                _ => odd.push(key.to_vec()),
             }
-            Err(error) => self.condemn(key, error.expected, error.found),
-        }
-    }
-
-    fn condemn(&mut self, key: ChunkKey, expected: String, found: String) {
-        self.whole.remove(&key);
-        let damage = DamagedChunk { key, layer: None, expected, found };
-        self.damaged.insert(key, damage);
-    }
-}
-
-/// True when every row could be read.
-fn read_manifests(backend: &Backend, shape: &KvShape, found: &mut Manifests, report: &mut OpenReport) -> bool {
-    let mut rows = backend.scan(Family::Manifest);
-    rows.seek_to_first();
-    while let Some((key, value)) = rows.item() {
-        match <[u8; 32]>::try_from(key) {
-            Ok(key) => {
-                let key = ChunkKey(key);
-                found.add(key, Manifest::decode(value, &key, shape));
+        })?;
+        let mut gone = Vec::new();
+        for file in self.backend.payload_files()? {
+            let row = rows.remove(&file.first);
+            let last = row.map_or(file.last, |row| row.last.max(file.last));
+            state.next_number = state.next_number.max(last + 1);
+            if !file.present {
+                gone.push((file.first, last));
+                continue;
             }
-            Err(_) => report.unreadable.push(format!("a manifest under a key of {} bytes instead of 32", key.len())),
+            let total = row.map_or(0, |row| row.payload_bytes);
+            state.segments.insert(file.first, Segment { last, bytes: SegmentBytes { total, live: 0 } });
+            self.report.orphans += u64::from(row.is_none());
         }
-        rows.next();
+        // What is left speaks of files that are gone.
+        let stale = rows.keys().map(|first| first.to_be_bytes().to_vec());
+        self.sweep.extend(stale.chain(odd).map(|key| (Family::Segments, key, None)));
+        Ok(gone)
     }
-    finish_scan(rows.status(), "manifests", report)
-}
 
-/// Visits the first payload row of every chunk. Returns the chunks without a manifest; manifests without
-/// a payload are moved to the damaged ones. `complete` says whether the manifests are all known; if
-/// not, the missing ones are asked for one by one.
-fn walk_payloads(
-    backend: &Backend,
-    shape: &KvShape,
-    found: &mut Manifests,
-    complete: bool,
-    report: &mut OpenReport,
-) -> Vec<ChunkKey> {
-    let mut orphans = Vec::new();
-    let mut with_payload = std::collections::HashSet::new();
-    let mut rows = backend.scan(Family::Kv);
-    rows.seek_to_first();
-    while let Some(row) = rows.key() {
-        let Some((key, row)) = split_row_key(row) else {
-            report.unreadable.push(format!("a payload under a key of {} bytes", row.len()));
-            rows.next();
-            continue;
-        };
-        if !found.knows(&key) && !complete {
-            match backend.get(Family::Manifest, &key.0) {
-                Ok(Some(value)) => found.add(key, Manifest::decode(&value, &key, shape)),
-                Ok(None) => {}
-                Err(error) => found.condemn(key, "a manifest".to_owned(), error.to_string()),
+    fn usage(&mut self) -> Result<HashMap<ChunkKey, Usage>, StoreError> {
+        let mut usage = HashMap::new();
+        let mut odd = Vec::new();
+        self.scan(Family::Usage, &mut |row_key, row| {
+            let read = ChunkKey::from_bytes(row_key).and_then(|key| Some((key, Usage::decode(row, &key).ok()?)));
+            match read {
+                Some((key, read)) => drop(usage.insert(key, read)),
+                // A damaged row costs a worse choice of victims, nothing else.
+                None => odd.push(row_key.to_vec()),
             }
-        }
-        if !found.knows(&key) {
-            orphans.push(key);
-        } else if row == HEAD_ROW {
-            with_payload.insert(key);
-        }
-        match key.successor() {
-            Some(next) => rows.seek(row_key(&next, HEAD_ROW)),
-            None => break,
-        }
+        })?;
+        self.sweep.extend(odd.into_iter().map(|key| (Family::Usage, key, None)));
+        Ok(usage)
     }
-    if finish_scan(rows.status(), "payloads", report) {
-        let bare = |key: &&ChunkKey| !with_payload.contains(*key);
-        for key in found.whole.keys().filter(bare).copied().collect::<Vec<_>>() {
-            found.condemn(key, "a payload".to_owned(), "none".to_owned());
-        }
-    }
-    orphans
-}
 
-/// Reads when chunks were used, and deletes rows of chunks that are gone where it may.
-fn read_usage(
-    backend: &Backend,
-    shape: &KvShape,
-    found: &Manifests,
-    access: Access,
-    report: &mut OpenReport,
-) -> Result<HashMap<ChunkKey, Usage>, StoreError> {
-    let mut usage = HashMap::new();
-    let mut stale = Vec::new();
-    let mut rows = backend.scan(Family::Usage);
-    rows.seek_to_first();
-    while let Some((row, value)) = rows.item() {
-        let key = <[u8; 32]>::try_from(row).map(ChunkKey);
-        match key.map(|key| (key, Usage::decode(value, &key, shape))) {
-            Ok((key, Ok(read))) if found.knows(&key) => {
-                usage.insert(key, read);
+    /// Makes the chunks visible whose rows are whole and whose payload files are there.
+    fn chunks(&mut self, state: &mut State, mut usage: HashMap<ChunkKey, Usage>) -> Result<(), StoreError> {
+        let mut lost = Vec::new();
+        let mut claimed = HashSet::new();
+        self.scan(Family::Chunks, &mut |row_key, row| {
+            let Some(key) = ChunkKey::from_bytes(row_key) else {
+                lost.push(row_key.to_vec());
+                return;
+            };
+            match ChunkRow::decode(row, &key) {
+                Ok(row) => match state.segment_of(row.number) {
+                    Some(segment) => {
+                        claimed.insert(segment);
+                        let used = usage.remove(&key);
+                        let entry = entry(state, &row, used);
+                        state.insert(key, entry);
+                    }
+                    None => lost.push(row_key.to_vec()),
+                },
+                Err(error) => {
+                    usage.remove(&key);
+                    state.damaged.insert(key, crate::reading::damage(key, None, error));
+                }
             }
-            // A damaged row costs a worse choice of victims, nothing else.
-            _ => stale.push((Family::Usage, row.to_vec())),
+        })?;
+        self.report.lost = lost.len() as u64;
+        if !lost.is_empty() {
+            tracing::warn!(chunks = lost.len(), "payload files of cached chunks are gone");
         }
-        rows.next();
+        // A file that chunks lie in is no unfinished write, whatever became of its own row.
+        let unclaimed = |first: &&u64| !claimed.contains(*first);
+        self.report.orphans = self.report.orphans.min(state.segments.keys().filter(unclaimed).count() as u64);
+        self.sweep.extend(lost.into_iter().map(|key| (Family::Chunks, key, None)));
+        self.sweep.extend(usage.keys().map(|key| (Family::Usage, key.to_bytes().to_vec(), None)));
+        Ok(())
     }
-    finish_scan(rows.status(), "usage", report);
-    drop(rows);
-    if !stale.is_empty() && access == Access::Write {
-        backend.delete(stale, Sync::Later).map_err(backend.fail("sweeping usage records"))?;
-    }
-    Ok(usage)
 }
 
-fn finish_scan(status: Result<(), rocksdb::Error>, what: &str, report: &mut OpenReport) -> bool {
-    let Err(error) = status else { return true };
-    tracing::warn!(%error, what, "part of the chunk store cannot be read");
-    report.unreadable.push(format!("{what}: {error}"));
-    false
+fn entry(state: &mut State, row: &ChunkRow, usage: Option<Usage>) -> Entry {
+    let known = state.models.iter().position(|model| model.is_same(&row.model, &row.shape));
+    let model = known.unwrap_or_else(|| {
+        let name = "unknown".to_owned();
+        state.models.push(ModelInfo { fingerprint: row.model, name, shape: row.shape });
+        state.models.len() - 1
+    });
+    let stored = Usage { last_used_micros: row.created_unix.saturating_mul(1_000_000), ..Usage::default() };
+    Entry {
+        number: row.number,
+        tokens: row.tokens,
+        bytes: row.payload_bytes(),
+        created_unix: row.created_unix,
+        model: model as u32,
+        codec: row.codec,
+        usage: usage.unwrap_or(stored),
+    }
 }

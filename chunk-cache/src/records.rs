@@ -1,38 +1,17 @@
-//! The payloads of the small values: identity, budget, manifest, usage.
+//! The rows of the small families: what the store is, its budget, models, chunks, their use, and payload files.
 
 use crate::format::{self, FormatError, Header, Kind, Reader};
 use crate::key::ChunkKey;
 use crate::shape::KvShape;
 
-const NO_KEY: ChunkKey = ChunkKey([0; 32]);
-
-/// What a whole store belongs to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Identity {
-    pub(crate) model: [u8; 32],
-    pub(crate) model_name: String,
-    pub(crate) shape: KvShape,
+/// The row that marks a database as a chunk store; its header's version is that of the store.
+pub(crate) fn encode_store() -> Vec<u8> {
+    format::encode(&Header::plain(Kind::Store), &[])
 }
 
-impl Identity {
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let header = Header { kind: Kind::Identity, key: NO_KEY, layer: 0, shape: self.shape, tokens: 0 };
-        format::encode(&header, &[&self.model, self.model_name.as_bytes()])
-    }
-
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Identity, FormatError> {
-        let value = format::decode(bytes)?;
-        if value.header.kind != Kind::Identity {
-            let found = format!("{:?}", value.header.kind);
-            return Err(FormatError::new("the identity of the store", found));
-        }
-        let mut fields = Reader { rest: value.payload };
-        Ok(Identity {
-            model: fields.take()?,
-            model_name: String::from_utf8_lossy(fields.rest).into_owned(),
-            shape: value.header.shape,
-        })
-    }
+/// Refuses a row that does not mark a chunk store of this format.
+pub(crate) fn decode_store(bytes: &[u8]) -> Result<(), FormatError> {
+    format::decode_as(bytes, &Header::plain(Kind::Store)).map(|_| ())
 }
 
 /// Bytes of keys and values that a store may hold.
@@ -40,18 +19,52 @@ impl Identity {
 pub(crate) struct Budget(pub(crate) u64);
 
 impl Budget {
-    pub(crate) fn encode(self, shape: &KvShape) -> Vec<u8> {
-        format::encode(&budget_header(shape), &[&self.0.to_le_bytes()])
+    pub(crate) fn encode(self) -> Vec<u8> {
+        format::encode(&Header::plain(Kind::Budget), &[&self.0.to_le_bytes()])
     }
 
-    pub(crate) fn decode(bytes: &[u8], shape: &KvShape) -> Result<Budget, FormatError> {
-        let value = format::decode_as(bytes, &budget_header(shape))?;
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Budget, FormatError> {
+        let value = format::decode_as(bytes, &Header::plain(Kind::Budget))?;
         Ok(Budget(Reader { rest: value.payload }.u64()?))
     }
 }
 
-fn budget_header(shape: &KvShape) -> Header {
-    Header { kind: Kind::Budget, key: NO_KEY, layer: 0, shape: *shape, tokens: 0 }
+/// A model whose chunks are stored. The same weights with another layout or element type are another model here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// Fingerprint of the weights and their effective precision.
+    pub fingerprint: [u8; 32],
+    /// Its name, for people.
+    pub name: String,
+    /// Layout of its chunks.
+    pub shape: KvShape,
+}
+
+impl ModelInfo {
+    /// The key of the model's row: fingerprint, then layout.
+    pub(crate) fn row_key(&self) -> Vec<u8> {
+        [&self.fingerprint[..], &self.shape.fingerprint()].concat()
+    }
+
+    /// Whether both name the same model; the name for people plays no part.
+    pub(crate) fn is_same(&self, fingerprint: &[u8; 32], shape: &KvShape) -> bool {
+        self.fingerprint == *fingerprint && self.shape == *shape
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let header = Header { shape: Some(self.shape), ..Header::plain(Kind::Model) };
+        format::encode(&header, &[&self.fingerprint, self.name.as_bytes()])
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<ModelInfo, FormatError> {
+        let value = format::decode(bytes)?;
+        let (Kind::Model, Some(shape)) = (value.header.kind, value.header.shape) else {
+            return Err(FormatError::new("a model", format!("{:?}", value.header)));
+        };
+        let mut fields = Reader { rest: value.payload };
+        let fingerprint = fields.take()?;
+        Ok(ModelInfo { fingerprint, name: String::from_utf8_lossy(fields.rest).into_owned(), shape })
+    }
 }
 
 /// Length and checksum of one layer's payload (keys, then values).
@@ -61,89 +74,158 @@ pub(crate) struct LayerRecord {
     pub(crate) crc: u32,
 }
 
-/// What makes a chunk visible.
+/// An optional part of a chunk's row, such as attention sums or retrieval aids. Builds that do not know a tag keep it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Manifest {
-    pub(crate) tokens: u32,
-    pub(crate) created_unix: u64,
-    pub(crate) layers: Vec<LayerRecord>,
+pub struct Section {
+    /// What it is.
+    pub tag: u16,
+    /// Its contents.
+    pub bytes: Vec<u8>,
 }
 
-impl Manifest {
-    /// Bytes of keys and values over all layers.
+/// What makes a chunk visible: where its payload lies, and everything known of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ChunkRow {
+    /// Where the payload lies: the first part of its keys.
+    pub(crate) number: u64,
+    pub(crate) tokens: u32,
+    pub(crate) shape: KvShape,
+    pub(crate) model: [u8; 32],
+    pub(crate) codec: u16,
+    pub(crate) created_unix: u64,
+    /// What computing it took.
+    pub(crate) compute_micros: u64,
+    /// A hash that names the tenant; zero: none.
+    pub(crate) tenant: [u8; 16],
+    pub(crate) layers: Vec<LayerRecord>,
+    pub(crate) sections: Vec<Section>,
+}
+
+impl ChunkRow {
+    /// Stored bytes of keys and values over all layers.
     pub(crate) fn payload_bytes(&self) -> u64 {
-        self.layers.iter().map(|layer| layer.bytes).sum()
+        self.layers.iter().fold(0, |sum, layer| sum.saturating_add(layer.bytes))
     }
 
-    pub(crate) fn encode(&self, key: &ChunkKey, shape: &KvShape) -> Vec<u8> {
-        let mut payload = self.created_unix.to_le_bytes().to_vec();
+    fn header(&self, key: &ChunkKey) -> Header {
+        Header { key: Some(*key), shape: Some(self.shape), tokens: self.tokens, ..Header::plain(Kind::Chunk) }
+    }
+
+    pub(crate) fn encode(&self, key: &ChunkKey) -> Vec<u8> {
+        let mut payload = self.number.to_le_bytes().to_vec();
+        payload.extend_from_slice(&self.model);
+        payload.extend_from_slice(&self.codec.to_le_bytes());
+        payload.extend_from_slice(&self.created_unix.to_le_bytes());
+        payload.extend_from_slice(&self.compute_micros.to_le_bytes());
+        payload.extend_from_slice(&self.tenant);
+        payload.extend_from_slice(&(self.layers.len() as u32).to_le_bytes());
         for layer in &self.layers {
             payload.extend_from_slice(&layer.bytes.to_le_bytes());
             payload.extend_from_slice(&layer.crc.to_le_bytes());
         }
-        let header = Header { kind: Kind::Manifest, key: *key, layer: 0, shape: *shape, tokens: self.tokens };
-        format::encode(&header, &[&payload])
+        for section in &self.sections {
+            payload.extend_from_slice(&section.tag.to_le_bytes());
+            payload.extend_from_slice(&(section.bytes.len() as u32).to_le_bytes());
+            payload.extend_from_slice(&section.bytes);
+        }
+        format::encode(&self.header(key), &[&payload])
     }
 
-    /// Reads the manifest of `key` in a store of layout `shape`, and checks that the layers it lists
-    /// have the sizes that the layout gives them.
-    pub(crate) fn decode(bytes: &[u8], key: &ChunkKey, shape: &KvShape) -> Result<Manifest, FormatError> {
+    /// Reads the row of `key`, and checks that the layers it lists fit its layout.
+    pub(crate) fn decode(bytes: &[u8], key: &ChunkKey) -> Result<ChunkRow, FormatError> {
         let value = format::decode(bytes)?;
-        let wanted = Header { kind: Kind::Manifest, key: *key, layer: 0, shape: *shape, tokens: value.header.tokens };
-        if value.header != wanted {
-            let found = format!("{:?}", value.header);
-            return Err(FormatError::new(format!("{wanted:?}"), found));
-        }
+        let header = value.header;
+        let Some(shape) = header.shape else {
+            return Err(FormatError::new("a chunk with a layout", format!("{header:?}")));
+        };
         let mut fields = Reader { rest: value.payload };
-        let created_unix = fields.u64()?;
-        let mut layers = Vec::new();
+        let mut row = ChunkRow {
+            number: fields.u64()?,
+            tokens: header.tokens,
+            shape,
+            model: fields.take()?,
+            codec: fields.u16()?,
+            created_unix: fields.u64()?,
+            compute_micros: fields.u64()?,
+            tenant: fields.take()?,
+            layers: Vec::new(),
+            sections: Vec::new(),
+        };
+        value.check(&row.header(key))?;
+        for _ in 0..fields.u32()? {
+            row.layers.push(LayerRecord { bytes: fields.u64()?, crc: fields.u32()? });
+        }
         while !fields.rest.is_empty() {
-            layers.push(LayerRecord { bytes: fields.u64()?, crc: fields.u32()? });
+            let (tag, length) = (fields.u16()?, fields.u32()?);
+            row.sections.push(Section { tag, bytes: fields.bytes(length as usize)?.to_vec() });
         }
-        let tokens = value.header.tokens;
-        let per_layer = shape.bytes_per_side(tokens).and_then(|b| b.checked_mul(2));
-        let fits = |layer: &LayerRecord| Some(layer.bytes) == per_layer;
-        if layers.len() as u64 != u64::from(shape.layers) || !layers.iter().all(fits) {
-            let expected = format!("{} layers of {per_layer:?} bytes", shape.layers);
-            return Err(FormatError::new(expected, format!("{layers:?}")));
+        row.check_layers()?;
+        Ok(row)
+    }
+
+    fn check_layers(&self) -> Result<(), FormatError> {
+        let raw = self.shape.bytes_per_side(self.tokens).and_then(|bytes| bytes.checked_mul(2));
+        let fits = |layer: &LayerRecord| self.codec != crate::key::RAW_CODEC || Some(layer.bytes) == raw;
+        if self.layers.len() as u64 == u64::from(self.shape.layers) && self.layers.iter().all(fits) {
+            return Ok(());
         }
-        Ok(Manifest { tokens, created_unix, layers })
+        let expected = format!("{} layers of {raw:?} bytes", self.shape.layers);
+        Err(FormatError::new(expected, format!("{} layers: {:?}", self.layers.len(), self.layers)))
     }
 }
 
 /// When a chunk was last used, and how often. Losing it costs only a worse choice of victims.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     /// Microseconds since the Unix epoch.
     pub(crate) last_used_micros: u64,
     pub(crate) hits: u64,
+    /// No document refers to it any more: it makes way before all others.
+    pub(crate) demoted: bool,
 }
 
 impl Usage {
-    pub(crate) fn encode(&self, key: &ChunkKey, shape: &KvShape) -> Vec<u8> {
-        let parts = [self.last_used_micros.to_le_bytes(), self.hits.to_le_bytes()];
-        format::encode(&usage_header(key, shape), &[&parts[0], &parts[1]])
+    pub(crate) fn encode(&self, key: &ChunkKey) -> Vec<u8> {
+        let (last, hits) = (self.last_used_micros.to_le_bytes(), self.hits.to_le_bytes());
+        format::encode(&usage_header(key), &[&last, &hits, &[u8::from(self.demoted)]])
     }
 
-    pub(crate) fn decode(bytes: &[u8], key: &ChunkKey, shape: &KvShape) -> Result<Usage, FormatError> {
-        let value = format::decode_as(bytes, &usage_header(key, shape))?;
+    pub(crate) fn decode(bytes: &[u8], key: &ChunkKey) -> Result<Usage, FormatError> {
+        let value = format::decode_as(bytes, &usage_header(key))?;
         let mut fields = Reader { rest: value.payload };
-        Ok(Usage { last_used_micros: fields.u64()?, hits: fields.u64()? })
+        let (last_used_micros, hits) = (fields.u64()?, fields.u64()?);
+        Ok(Usage { last_used_micros, hits, demoted: fields.take::<1>()? != [0] })
     }
 }
 
-fn usage_header(key: &ChunkKey, shape: &KvShape) -> Header {
-    Header { kind: Kind::Usage, key: *key, layer: 0, shape: *shape, tokens: 0 }
+fn usage_header(key: &ChunkKey) -> Header {
+    Header { key: Some(*key), ..Header::plain(Kind::Usage) }
 }
 
-/// Header of the empty row that precedes a chunk's layers.
-pub(crate) fn head_header(key: &ChunkKey, shape: &KvShape, tokens: u32) -> Header {
-    Header { kind: Kind::Head, ..layer_header(key, shape, tokens, 0) }
+/// What a payload file held when it was written; its row's key is the first chunk number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SegmentRow {
+    /// Last chunk number of the file.
+    pub(crate) last: u64,
+    /// Keys and values of all its chunks.
+    pub(crate) payload_bytes: u64,
+}
+
+impl SegmentRow {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        format::encode(&Header::plain(Kind::Segment), &[&self.last.to_le_bytes(), &self.payload_bytes.to_le_bytes()])
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<SegmentRow, FormatError> {
+        let value = format::decode_as(bytes, &Header::plain(Kind::Segment))?;
+        let mut fields = Reader { rest: value.payload };
+        Ok(SegmentRow { last: fields.u64()?, payload_bytes: fields.u64()? })
+    }
 }
 
 /// Header of one layer's payload.
 pub(crate) fn layer_header(key: &ChunkKey, shape: &KvShape, tokens: u32, layer: u32) -> Header {
-    Header { kind: Kind::Layer, key: *key, layer, shape: *shape, tokens }
+    Header { kind: Kind::Layer, key: Some(*key), layer, shape: Some(*shape), tokens }
 }
 
 #[cfg(test)]
@@ -151,52 +233,76 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::key::{ChunkId, VariantId};
     use crate::shape::KvDtype;
     use proptest::prelude::*;
 
     const SHAPE: KvShape = KvShape { layers: 3, kv_heads: 2, head_dim: 4, dtype: KvDtype::Bf16 };
-    const KEY: ChunkKey = ChunkKey([7; 32]);
+    const KEY: ChunkKey = ChunkKey { chunk: ChunkId([7; 32]), variant: VariantId([3; 16]) };
 
-    fn manifest(tokens: u32, crcs: [u32; 3]) -> Manifest {
+    fn row(tokens: u32, crcs: [u32; 3], sections: Vec<(u16, Vec<u8>)>) -> ChunkRow {
         let bytes = SHAPE.bytes_per_side(tokens).unwrap() * 2;
-        let layers = crcs.map(|crc| LayerRecord { bytes, crc }).to_vec();
-        Manifest { tokens, created_unix: 1_700_000_000, layers }
+        ChunkRow {
+            number: 77,
+            tokens,
+            shape: SHAPE,
+            model: [4; 32],
+            codec: 0,
+            created_unix: 1_700_000_000,
+            compute_micros: 1234,
+            tenant: [5; 16],
+            layers: crcs.map(|crc| LayerRecord { bytes, crc }).to_vec(),
+            sections: sections.into_iter().map(|(tag, bytes)| Section { tag, bytes }).collect(),
+        }
     }
 
     proptest! {
         #[test]
-        fn records_round_trip(tokens: u32, crcs: [u32; 3], model: [u8; 32], name: String, last: u64, hits: u64) {
-            let m = manifest(tokens, crcs);
-            prop_assert_eq!(Manifest::decode(&m.encode(&KEY, &SHAPE), &KEY, &SHAPE).unwrap(), m);
-            let identity = Identity { model, model_name: name, shape: SHAPE };
-            prop_assert_eq!(Identity::decode(&identity.encode()).unwrap(), identity);
-            let usage = Usage { last_used_micros: last, hits };
-            prop_assert_eq!(Usage::decode(&usage.encode(&KEY, &SHAPE), &KEY, &SHAPE).unwrap(), usage);
-            prop_assert_eq!(Budget::decode(&Budget(hits).encode(&SHAPE), &SHAPE).unwrap(), Budget(hits));
+        fn records_round_trip(
+            tokens: u32, crcs: [u32; 3], sections: Vec<(u16, Vec<u8>)>,
+            fingerprint: [u8; 32], name: String, last: u64, hits: u64, demoted: bool,
+        ) {
+            let chunk = row(tokens, crcs, sections);
+            prop_assert_eq!(ChunkRow::decode(&chunk.encode(&KEY), &KEY).unwrap(), chunk);
+            let model = ModelInfo { fingerprint, name, shape: SHAPE };
+            prop_assert_eq!(ModelInfo::decode(&model.encode()).unwrap(), model);
+            let usage = Usage { last_used_micros: last, hits, demoted };
+            prop_assert_eq!(Usage::decode(&usage.encode(&KEY), &KEY).unwrap(), usage);
+            prop_assert_eq!(Budget::decode(&Budget(hits).encode()).unwrap(), Budget(hits));
+            let segment = SegmentRow { last, payload_bytes: hits };
+            prop_assert_eq!(SegmentRow::decode(&segment.encode()).unwrap(), segment);
         }
 
         #[test]
-        fn any_bytes_behind_a_right_header_are_survived(payload: Vec<u8>, tokens: u32, kind in 0..4u8) {
-            let kind = [Kind::Manifest, Kind::Usage, Kind::Identity, Kind::Budget][usize::from(kind)];
-            let header = Header { kind, key: KEY, layer: 0, shape: SHAPE, tokens };
+        fn any_bytes_behind_a_right_header_are_survived(payload: Vec<u8>, tokens: u32, kind in 0..5u8) {
+            let kind = [Kind::Chunk, Kind::Usage, Kind::Model, Kind::Budget, Kind::Segment][usize::from(kind)];
+            let header = match kind {
+                Kind::Chunk => Header { kind, key: Some(KEY), layer: 0, shape: Some(SHAPE), tokens },
+                Kind::Usage => usage_header(&KEY),
+                _ => Header::plain(kind),
+            };
             let bytes = format::encode(&header, &[&payload]);
-            let _ = Manifest::decode(&bytes, &KEY, &SHAPE);
-            let _ = Usage::decode(&bytes, &KEY, &SHAPE);
-            let _ = Identity::decode(&bytes);
-            let _ = Budget::decode(&bytes, &SHAPE);
+            let _ = ChunkRow::decode(&bytes, &KEY);
+            let _ = Usage::decode(&bytes, &KEY);
+            let _ = ModelInfo::decode(&bytes);
+            let _ = Budget::decode(&bytes);
+            let _ = SegmentRow::decode(&bytes);
         }
     }
 
     #[test]
-    fn a_manifest_is_bound_to_its_key_and_layout() {
-        let bytes = manifest(5, [1, 2, 3]).encode(&KEY, &SHAPE);
-        assert!(Manifest::decode(&bytes, &ChunkKey([8; 32]), &SHAPE).is_err());
-        assert!(Manifest::decode(&bytes, &KEY, &KvShape { layers: 4, ..SHAPE }).is_err());
-        let mut short = manifest(5, [1, 2, 3]);
+    fn a_chunks_row_is_bound_to_its_key_and_layout() {
+        let bytes = row(5, [1, 2, 3], Vec::new()).encode(&KEY);
+        let other = ChunkKey { variant: VariantId([4; 16]), ..KEY };
+        assert!(ChunkRow::decode(&bytes, &other).is_err());
+        let mut short = row(5, [1, 2, 3], Vec::new());
         short.layers.pop();
-        assert!(Manifest::decode(&short.encode(&KEY, &SHAPE), &KEY, &SHAPE).is_err());
-        let mut odd = manifest(5, [1, 2, 3]);
+        assert!(ChunkRow::decode(&short.encode(&KEY), &KEY).is_err());
+        let mut odd = row(5, [1, 2, 3], Vec::new());
         odd.layers[1].bytes += 1;
-        assert!(Manifest::decode(&odd.encode(&KEY, &SHAPE), &KEY, &SHAPE).is_err());
+        assert!(ChunkRow::decode(&odd.encode(&KEY), &KEY).is_err());
+        // Only the raw codec's lengths follow from the layout.
+        let coded = ChunkRow { codec: 9, ..odd };
+        assert_eq!(ChunkRow::decode(&coded.encode(&KEY), &KEY).unwrap(), coded);
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use bytes::Bytes;
+
 /// Element type of the stored keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvDtype {
@@ -30,7 +32,7 @@ impl fmt::Display for KvDtype {
     }
 }
 
-/// Layout of the attention state of one token: the same for every chunk of a store.
+/// Layout of the attention state of one token: the same for every chunk of a model and element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KvShape {
     /// Layers of the model.
@@ -77,12 +79,12 @@ impl fmt::Display for KvShape {
 
 /// Keys and values of one layer of one chunk.
 ///
-/// Both are little-endian, row-major `[tokens, kv_heads, head_dim]` in the store's [`KvDtype`]. Keys
-/// are position-free: taken before the rotary embedding, after rounding to the stored type.
+/// Both are little-endian, row-major `[tokens, kv_heads, head_dim]` in the layout's [`KvDtype`]. Keys
+/// are position-free: taken before the rotary embedding, after rounding to the stored type. Cloning shares the bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerKv {
     /// Keys before the rotary embedding.
-    pub keys: Vec<u8>,
+    pub keys: Bytes,
     /// Values.
-    pub values: Vec<u8>,
+    pub values: Bytes,
 }

@@ -1,32 +1,50 @@
-//! The store itself: open, put, read, touch, remove.
+//! The store's handle: open, put, read, touch, remove.
 
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::backend::{Access, Backend, Family};
-use crate::catalogue::{Catalogue, DamagedChunk, Entry, PinGuard};
+use crate::backend::{Access, Backend, Family, Sync};
+use crate::catalogue::{Catalogue, Entry, PinGuard, State};
+use crate::compute::InMemory;
+use crate::disk::Reserve;
 use crate::error::StoreError;
-use crate::format::FormatError;
-use crate::key::ChunkKey;
+use crate::key::{ChunkKey, RAW_CODEC};
+use crate::legacy;
 use crate::open::{self, OpenReport};
-use crate::records::{Identity, Usage};
-use crate::room::Taken;
+use crate::pending::{Mailbox, NewChunk, PendingPut, PutTicket, Task, Thoroughness, Work};
+use crate::reading::{ReadError, corrupt, damage};
+use crate::records::{ModelInfo, Usage};
 use crate::shape::{KvShape, LayerKv};
+use crate::single_flight::SingleFlight;
+use crate::verify::VerifyReport;
+use crate::writer::{Core, ask};
+
+/// Bytes that may wait to be written before handing over more waits as well.
+const MOST_PENDING: u64 = 256 << 20;
 
 /// What a store is for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct StoreOptions {
-    /// Most bytes of keys and values that a new store may hold; least recently used chunks make way. The disk
-    /// holds somewhat more: headers, and deleted payloads until they are compacted away. A store that exists
+    /// Most bytes of keys and values that a new store may hold; demoted, then least recently used chunks make way. The disk
+    /// holds up to a twentieth more: headers, and space of removed chunks that is not free yet. A store that exists
     /// keeps the budget that it has, until [`set_budget`](ChunkStore::set_budget) changes it.
     pub byte_budget: u64,
-    /// Fingerprint of the model whose state is stored.
-    pub model_identity: [u8; 32],
-    /// Name of the model, for messages.
-    pub model_name: String,
-    /// Layout of every chunk.
-    pub shape: KvShape,
+}
+
+/// A model that was registered with this store; see [`ChunkStore::register`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelHandle {
+    pub(crate) index: u32,
+    pub(crate) shape: KvShape,
+}
+
+impl ModelHandle {
+    /// Layout of the model's chunks.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
 }
 
 /// What is known of a chunk without reading its payload.
@@ -34,24 +52,30 @@ pub struct StoreOptions {
 pub struct ChunkMeta {
     /// Tokens of the chunk.
     pub tokens: u32,
-    /// Bytes of keys and values over all layers.
+    /// Stored bytes of keys and values over all layers.
     pub payload_bytes: u64,
     /// When it was stored, seconds since the Unix epoch.
     pub created_unix: u64,
-    /// When it was last stored or touched, seconds since the Unix epoch.
+    /// When it was last stored or used, seconds since the Unix epoch.
     pub last_used_unix: u64,
-    /// How often it was touched.
+    /// How often it was used for an answer.
     pub hits: u64,
+    /// No document refers to it any more.
+    pub demoted: bool,
+    /// Index of its model in [`ChunkStore::models`].
+    pub model: usize,
 }
 
 impl From<&Entry> for ChunkMeta {
     fn from(entry: &Entry) -> Self {
         ChunkMeta {
-            tokens: entry.manifest.tokens,
-            payload_bytes: entry.bytes(),
-            created_unix: entry.manifest.created_unix,
+            tokens: entry.tokens,
+            payload_bytes: entry.bytes,
+            created_unix: entry.created_unix,
             last_used_unix: entry.usage.last_used_micros / 1_000_000,
             hits: entry.usage.hits,
+            demoted: entry.usage.demoted,
+            model: entry.model as usize,
         }
     }
 }
@@ -76,10 +100,12 @@ pub struct StoreStats {
     pub payload_bytes: u64,
     /// The budget these bytes are held to.
     pub byte_budget: u64,
-    /// Bytes of table and blob files, garbage not yet compacted away included; data that is still only in
+    /// Bytes of table files, those of removed chunks that are not free yet included; rows that are still only in
     /// the write-ahead log excluded.
     pub disk_bytes: u64,
-    /// Touches summed over the visible chunks.
+    /// Bytes of keys and values of removed chunks that are not free yet.
+    pub dead_bytes: u64,
+    /// Uses summed over the visible chunks.
     pub hits: u64,
     /// Keys that are pinned now.
     pub pinned: u64,
@@ -91,43 +117,40 @@ pub struct StoreStats {
 
 /// Chunks of attention state on disk. All methods take `&self` and are safe from many threads.
 pub struct ChunkStore {
-    pub(crate) backend: Backend,
-    pub(crate) shape: KvShape,
-    pub(crate) catalogue: Arc<Catalogue>,
-    identity: Identity,
+    pub(crate) core: Arc<Core>,
+    /// Chunks that are being computed.
+    pub(crate) flights: SingleFlight<ChunkKey, InMemory>,
     access: Access,
     report: OpenReport,
+    writer: Option<JoinHandle<()>>,
 }
 
 impl ChunkStore {
     /// Opens the store in the directory `path`, creating it where needed. Unfinished writes of a
     /// process that died are swept; [`open_report`](Self::open_report) tells what was found. No chunk
-    /// makes way for being opened.
+    /// makes way for being opened. A store of an earlier layout is emptied and keeps its budget; the report says so.
     ///
     /// # Errors
-    /// [`StoreError::ForeignStore`] when the directory belongs to another model, layout or program,
+    /// [`StoreError::ForeignStore`] when the directory belongs to another program,
     /// [`NewerFormat`](StoreError::NewerFormat), [`Locked`](StoreError::Locked),
     /// [`ReadOnly`](StoreError::ReadOnly), [`OutOfSpace`](StoreError::OutOfSpace), and
     /// [`Damaged`](StoreError::Damaged) when nothing can be saved.
     pub fn open(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
         open::prepare_directory(path)?;
-        let (backend, salvaged) = open::open_backend(path, Access::Write)?;
-        let wanted = Identity { model: options.model_identity, model_name: options.model_name, shape: options.shape };
-        let identity = match open::read_identity(&backend)? {
-            Some(found) => {
-                open::check_identity(path, &found, &wanted)?;
-                found
-            }
-            None => {
-                open::write_identity(&backend, &wanted)?;
-                wanted
-            }
-        };
-        ChunkStore::with_backend(backend, identity, Access::Write, salvaged, options.byte_budget)
+        ChunkStore::open_prepared(path, options)
     }
 
-    /// Opens the store that the directory `path` holds, whichever model it belongs to; `None` if there is
-    /// none. A store from before budgets were kept is taken to have `unknown_budget`.
+    fn open_prepared(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
+        let old = legacy::drop_store(path)?;
+        let (backend, salvaged) = Backend::open(path, Access::Write)?;
+        let new_budget = old.as_ref().and_then(|old| old.byte_budget).unwrap_or(options.byte_budget);
+        let report = OpenReport { salvaged, dropped: old.map(|old| old.sentence), ..OpenReport::default() };
+        ChunkStore::with_backend(backend, Access::Write, report, new_budget)
+    }
+
+    /// Opens the store that the directory `path` holds; `None` if there is none, or only one of an earlier layout, whose
+    /// chunks cannot be used. A store from before budgets were kept is taken to have `unknown_budget`. On a full disk the
+    /// space that the store keeps in reserve is given up for opening it, so that chunks can be evicted.
     ///
     /// # Errors
     /// As for [`open`](Self::open). With [`Access::Read`] the directory need not be writable, and may be
@@ -137,32 +160,61 @@ impl ChunkStore {
             return Ok(None);
         }
         if access == Access::Write {
-            open::prepare_directory(path)?;
+            let options = StoreOptions { byte_budget: unknown_budget };
+            return match ChunkStore::open(path, options) {
+                Err(StoreError::OutOfSpace { .. }) if Reserve::new(path, 0).release() => {
+                    ChunkStore::open_prepared(path, options).map(Some)
+                }
+                outcome => outcome.map(Some),
+            };
         }
-        let (backend, salvaged) = open::open_backend(path, access)?;
-        let Some(identity) = open::read_identity(&backend)? else { return Ok(None) };
-        ChunkStore::with_backend(backend, identity, access, salvaged, unknown_budget).map(Some)
+        if legacy::is_here(path) {
+            return Ok(None);
+        }
+        let (backend, salvaged) = Backend::open(path, access)?;
+        let report = OpenReport { salvaged, ..OpenReport::default() };
+        ChunkStore::with_backend(backend, access, report, unknown_budget).map(Some)
     }
 
     fn with_backend(
         backend: Backend,
-        identity: Identity,
         access: Access,
-        salvaged: Option<String>,
+        mut report: OpenReport,
         unknown_budget: u64,
     ) -> Result<ChunkStore, StoreError> {
-        let shape = identity.shape;
-        let mut report = OpenReport { salvaged, ..OpenReport::default() };
-        let mut state = open::recover(&backend, &shape, access, &mut report)?;
-        state.budget = match open::read_budget(&backend, &shape)? {
+        open::check_mark(&backend, access)?;
+        let mut state = open::recover(&backend, access, &mut report)?;
+        state.budget = match open::read_budget(&backend)? {
             Some(budget) => budget,
             None if access == Access::Write => {
-                open::write_budget(&backend, &shape, unknown_budget)?;
+                open::write_budget(&backend, unknown_budget)?;
                 unknown_budget
             }
             None => unknown_budget,
         };
-        Ok(ChunkStore { backend, shape, catalogue: Arc::new(Catalogue::new(state)), identity, access, report })
+        if access == Access::Write {
+            open::clear_incoming(backend.path())?;
+        }
+        ChunkStore::start(backend, state, access, report)
+    }
+
+    fn start(backend: Backend, state: State, access: Access, report: OpenReport) -> Result<ChunkStore, StoreError> {
+        let core = Arc::new(Core {
+            reserve: Reserve::new(backend.path(), state.budget),
+            backend,
+            catalogue: Arc::new(Catalogue::new(state)),
+            mailbox: Mailbox::default(),
+        });
+        let writer = match access {
+            Access::Read => None,
+            Access::Write => {
+                let shared = Arc::clone(&core);
+                let spawned = std::thread::Builder::new().name("chunk-writer".to_owned()).spawn(move || shared.run());
+                let fail = |error| StoreError::from_io(error, "cannot start the writer of", core.backend.path());
+                Some(spawned.map_err(fail)?)
+            }
+        };
+        Ok(ChunkStore { core, flights: SingleFlight::default(), access, report, writer })
     }
 
     /// Whether another process has the store at `path` open for writing. Who reads meanwhile sees a moment of it, and may
@@ -175,8 +227,8 @@ impl ChunkStore {
     }
 
     /// Removes all chunks at once, by removing the files: it needs no space on the disk, and works for a
-    /// store of any model and for a damaged one. The emptied store keeps its identity and budget where
-    /// there is room to write them. Returns how many chunks there were, as far as could be read.
+    /// damaged store. The emptied store keeps its budget where there is room to write it. Returns how many chunks there
+    /// were, as far as could be read.
     ///
     /// # Errors
     /// [`StoreError::Locked`] while another has the store open, [`ForeignStore`](StoreError::ForeignStore) for a
@@ -186,32 +238,48 @@ impl ChunkStore {
             Ok(_) | Err(StoreError::Damaged { .. }) => {}
             Err(error) => return Err(error),
         }
+        if legacy::is_here(path) {
+            return ChunkStore::open(path, StoreOptions { byte_budget: 0 }).map(|_| 0);
+        }
         let known = ChunkStore::open_existing(path, Access::Read, 0).ok().flatten().map(|store| {
-            let state = store.catalogue.lock();
-            (store.identity.clone(), state.budget, state.entries.len() as u64)
+            let state = store.core.catalogue.lock();
+            (state.budget, state.entries.len() as u64)
         });
-        Backend::destroy(path).map_err(|error| StoreError::from_rocksdb(error, "removing all chunks", path))?;
-        let Some((identity, byte_budget, chunks)) = known else { return Ok(0) };
-        let Identity { model: model_identity, model_name, shape } = identity;
-        let emptied = ChunkStore::open(path, StoreOptions { byte_budget, model_identity, model_name, shape });
-        if let Err(error) = emptied {
+        Backend::destroy(path)?;
+        Reserve::new(path, 0).release();
+        let _ = std::fs::remove_dir_all(path.join(crate::writer::INCOMING));
+        let Some((byte_budget, chunks)) = known else { return Ok(0) };
+        if let Err(error) = ChunkStore::open(path, StoreOptions { byte_budget }) {
             tracing::warn!(%error, "the emptied store forgets its byte budget");
         }
         Ok(chunks)
     }
 
-    /// Refuses a store that belongs to another model or layout.
+    /// Makes a model known, under whose layout chunks are then stored and read. Registering it again gives the same
+    /// handle; the name is that of the first time. In a store that was opened for reading it is known for this process.
     ///
     /// # Errors
-    /// [`StoreError::ForeignStore`].
-    pub fn check_belongs(&self, model: [u8; 32], name: &str, shape: KvShape) -> Result<(), StoreError> {
-        let wanted = Identity { model, model_name: name.to_owned(), shape };
-        open::check_identity(self.backend.path(), &self.identity, &wanted)
+    /// Those of a failed write.
+    pub fn register(&self, model: &ModelInfo) -> Result<ModelHandle, StoreError> {
+        let mut state = self.core.catalogue.lock();
+        let known = state.models.iter().position(|known| known.is_same(&model.fingerprint, &model.shape));
+        let index = match known {
+            Some(index) => index,
+            None => {
+                if self.access == Access::Write {
+                    let row = (Family::Models, model.row_key(), Some(model.encode()));
+                    self.core.backend.write("registering a model", &[row], Sync::Now)?;
+                }
+                state.models.push(model.clone());
+                state.models.len() - 1
+            }
+        };
+        Ok(ModelHandle { index: index as u32, shape: model.shape })
     }
 
-    /// Name of the model whose state is stored, as it was called when the store was made.
-    pub fn model_name(&self) -> &str {
-        &self.identity.model_name
+    /// The models whose chunks are or were stored.
+    pub fn models(&self) -> Vec<ModelInfo> {
+        self.core.catalogue.lock().models.clone()
     }
 
     /// Whether chunks can be stored and removed.
@@ -221,20 +289,23 @@ impl ChunkStore {
 
     /// Most bytes of keys and values that the store may hold.
     pub fn budget(&self) -> u64 {
-        self.catalogue.lock().budget
+        self.core.catalogue.lock().budget
     }
 
-    /// Changes the budget, for this process and all later ones; least recently used chunks make way at once.
+    /// Changes the budget, for this process and all later ones; chunks make way at once.
     ///
     /// # Errors
     /// Those of a failed write; the budget then stays what it was.
     pub fn set_budget(&self, bytes: u64) -> Result<(), StoreError> {
-        if self.budget() != bytes {
-            self.check_writable()?;
-            open::write_budget(&self.backend, &self.shape, bytes)?;
-            self.catalogue.lock().budget = bytes;
+        if self.budget() == bytes && self.access == Access::Read {
+            return Ok(());
         }
-        self.shrink_to_budget()
+        self.ask(Task::SetBudget(bytes)).map(drop)
+    }
+
+    fn ask(&self, task: Task) -> Result<u64, StoreError> {
+        self.check_writable()?;
+        ask(&self.core, task)
     }
 
     /// For a store that was opened for reading, the error of an attempt to change it.
@@ -243,7 +314,7 @@ impl ChunkStore {
             Access::Write => Ok(()),
             Access::Read => {
                 let detail = "it was opened for reading only".to_owned();
-                Err(StoreError::ReadOnly { path: self.backend.path().to_path_buf(), detail })
+                Err(StoreError::ReadOnly { path: self.core.backend.path().to_path_buf(), detail })
             }
         }
     }
@@ -253,155 +324,190 @@ impl ChunkStore {
         &self.report
     }
 
-    /// Layout of every chunk of this store.
-    pub fn shape(&self) -> KvShape {
-        self.shape
-    }
-
-    /// Whether the chunk is stored. A chunk known to be damaged is not.
-    ///
-    /// # Errors
-    /// None today; the signature leaves room for stores that must ask elsewhere.
-    pub fn contains(&self, key: &ChunkKey) -> Result<bool, StoreError> {
-        Ok(self.catalogue.lock().entries.contains_key(key))
+    /// Whether the chunk is on disk. A chunk known to be damaged is not, nor one that is still being written.
+    pub fn contains(&self, key: &ChunkKey) -> bool {
+        self.core.catalogue.lock().entries.contains_key(key)
     }
 
     /// What is known of a chunk; `None` when it is not stored.
-    ///
-    /// # Errors
-    /// As for [`contains`](Self::contains).
-    pub fn meta(&self, key: &ChunkKey) -> Result<Option<ChunkMeta>, StoreError> {
-        Ok(self.catalogue.lock().entries.get(key).map(ChunkMeta::from))
+    pub fn meta(&self, key: &ChunkKey) -> Option<ChunkMeta> {
+        self.core.catalogue.lock().entries.get(key).map(ChunkMeta::from)
     }
 
     /// Every stored chunk, ordered by key.
-    ///
-    /// # Errors
-    /// As for [`contains`](Self::contains).
-    pub fn list(&self) -> Result<Vec<(ChunkKey, ChunkMeta)>, StoreError> {
-        let state = self.catalogue.lock();
+    pub fn list(&self) -> Vec<(ChunkKey, ChunkMeta)> {
+        let state = self.core.catalogue.lock();
         let mut list: Vec<_> = state.entries.iter().map(|(key, entry)| (*key, ChunkMeta::from(entry))).collect();
         drop(state);
         list.sort_unstable_by_key(|(key, _)| *key);
-        Ok(list)
+        list
     }
 
     /// Totals over the store.
-    ///
-    /// # Errors
-    /// As for [`contains`](Self::contains).
-    pub fn stats(&self) -> Result<StoreStats, StoreError> {
-        let disk_bytes = self.backend.disk_bytes();
-        let state = self.catalogue.lock();
+    pub fn stats(&self) -> StoreStats {
+        let disk_bytes = self.core.backend.disk_bytes();
+        let state = self.core.catalogue.lock();
         let entries = || state.entries.values();
-        Ok(StoreStats {
+        StoreStats {
             chunks: state.entries.len() as u64,
-            tokens: entries().map(|e| u64::from(e.manifest.tokens)).sum(),
+            tokens: entries().map(|entry| u64::from(entry.tokens)).sum(),
             payload_bytes: state.used,
             byte_budget: state.budget,
             disk_bytes,
-            hits: entries().map(|e| e.usage.hits).sum(),
+            dead_bytes: state.stored_bytes() - state.used,
+            hits: entries().map(|entry| entry.usage.hits).sum(),
             pinned: state.pins.len() as u64,
             damaged: state.damaged.len() as u64,
             evicted: state.evicted,
-        })
+        }
     }
 
-    /// Stores a chunk: one [`LayerKv`] per layer of the store's layout, for `tokens` tokens. When this
-    /// returns, the chunk is on disk and survives a crash. Storing it again does nothing, unless the
-    /// stored one is known to be damaged: then it is replaced. Least recently used chunks that are not
-    /// pinned make way.
+    /// Stores a chunk. When this returns, the chunk is on disk and survives a crash. Storing it again does nothing, unless
+    /// the stored one is known to be damaged: then it is replaced. Chunks that are not pinned make way, demoted ones first,
+    /// then the least recently used.
     ///
     /// # Errors
     /// [`StoreError::ShapeMismatch`], [`TooLarge`](StoreError::TooLarge),
     /// [`NoRoom`](StoreError::NoRoom), [`OutOfSpace`](StoreError::OutOfSpace), [`ReadOnly`](StoreError::ReadOnly),
     /// [`Damaged`](StoreError::Damaged) when the directory takes no more writes. Nothing of a chunk whose
     /// write failed is visible.
-    pub fn put(&self, key: &ChunkKey, tokens: u32, layers: &[LayerKv]) -> Result<PutOutcome, StoreError> {
-        let needed = self.check_shape(tokens, layers)?;
-        self.check_writable()?;
-        let Some((claim, made_way)) = self.claim_room(key, needed)? else {
-            return Ok(PutOutcome::AlreadyPresent);
-        };
-        self.carry_out(made_way)?;
-        let manifest = match self.write(key, tokens, layers) {
-            Ok(manifest) => Arc::new(manifest),
-            Err(error) => {
-                // Best effort: what stays behind is invisible, and swept at the next opening.
-                let _ = self.erase(&[*key]);
-                return Err(error);
-            }
-        };
-        claim.finish(|state| {
-            let usage = Usage { last_used_micros: state.tick(now_micros()), hits: 0 };
-            state.insert(*key, manifest, usage);
-        });
-        if let Err(error) = self.write_usage(key) {
-            // The chunk is stored; without this row it ranks by its age.
-            tracing::warn!(%error, %key, "time of storing not noted");
-        }
-        Ok(PutOutcome::Stored)
+    pub fn put(&self, model: ModelHandle, chunk: NewChunk) -> Result<PutOutcome, StoreError> {
+        self.put_behind(model, chunk)?.wait()
     }
 
-    /// One layer of a chunk; `None` when the chunk is not stored. Every byte returned was checked
-    /// against the checksum taken when it was stored.
+    /// As [`put`](Self::put), but returns before the chunk is written; it can be read at once, from memory. Waits only
+    /// while very much waits to be written already.
+    ///
+    /// # Errors
+    /// [`StoreError::ShapeMismatch`], [`TooLarge`](StoreError::TooLarge), [`ReadOnly`](StoreError::ReadOnly),
+    /// [`Stopped`](StoreError::Stopped). Others come from [`PutTicket::wait`].
+    pub fn put_behind(&self, model: ModelHandle, chunk: NewChunk) -> Result<PutTicket, StoreError> {
+        let bytes = check_shape(&model.shape, &chunk)?;
+        self.check_writable()?;
+        let mut state = self.core.catalogue.lock();
+        if bytes > state.budget {
+            return Err(StoreError::TooLarge { needed: bytes, budget: state.budget });
+        }
+        loop {
+            if state.entries.contains_key(&chunk.key) {
+                return Ok(PutTicket::already_present());
+            }
+            if let Some(pending) = state.pending.get(&chunk.key) {
+                return Ok(PutTicket { done: Arc::clone(&pending.done), joined: true });
+            }
+            if state.pending_bytes == 0 || state.pending_bytes + bytes <= MOST_PENDING {
+                break;
+            }
+            state = self.core.catalogue.wait(state);
+        }
+        let put = ChunkStore::hand_over(&mut state, model, chunk, bytes);
+        // Under the lock, so that the order of the work is that in which chunks became pending.
+        if !self.core.mailbox.push(Work::Store(vec![Arc::clone(&put)])) {
+            state.pending.remove(&put.chunk.key);
+            state.pending_bytes -= bytes;
+            return Err(StoreError::Stopped { path: self.core.backend.path().to_path_buf() });
+        }
+        Ok(PutTicket { done: Arc::clone(&put.done), joined: false })
+    }
+
+    /// Makes a chunk pending; it is for the caller to tell the writer.
+    pub(crate) fn hand_over(state: &mut State, model: ModelHandle, chunk: NewChunk, bytes: u64) -> Arc<PendingPut> {
+        let put = Arc::new(PendingPut { chunk, model: model.index, bytes, done: Arc::default() });
+        state.pending.insert(put.chunk.key, Arc::clone(&put));
+        state.pending_bytes += bytes;
+        put
+    }
+
+    /// The promise of a chunk that is being written; `None` when it is not.
+    pub fn pending(&self, key: &ChunkKey) -> Option<PutTicket> {
+        let state = self.core.catalogue.lock();
+        state.pending.get(key).map(|put| PutTicket { done: Arc::clone(&put.done), joined: true })
+    }
+
+    /// One layer of a chunk; `None` when the chunk is not stored. Every byte returned is covered by a checksum taken when
+    /// it was stored. The bytes stay in the memory that they were read into; one still being written is given from where it
+    /// was handed over.
     ///
     /// # Errors
     /// [`StoreError::Corrupt`] when the payload is damaged or missing: from then on the chunk counts as
     /// absent, until it is stored anew. [`ShapeMismatch`](StoreError::ShapeMismatch) for a layer the
     /// layout does not have.
     pub fn layer(&self, key: &ChunkKey, layer: u32) -> Result<Option<LayerKv>, StoreError> {
-        if layer >= self.shape.layers {
-            return Err(StoreError::ShapeMismatch {
-                what: format!("layer {layer}"),
-                expected: format!("a layer below {}", self.shape.layers),
-                found: layer.to_string(),
-            });
-        }
         loop {
-            let entry = {
-                let state = self.catalogue.lock();
-                if let Some(damage) = state.damaged.get(key) {
+            let (entry, shape) = {
+                let state = self.core.catalogue.lock();
+                if let Some(entry) = state.entries.get(key).filter(|entry| entry.codec == RAW_CODEC) {
+                    (*entry, state.models[entry.model as usize].shape)
+                } else if let Some(put) = state.pending.get(key) {
+                    check_layer(layer, put.chunk.layers.len() as u32)?;
+                    return Ok(Some(put.chunk.layers[layer as usize].clone()));
+                } else if let Some(damage) = state.damaged.get(key) {
                     return Err(corrupt(damage.clone()));
-                }
-                match state.entries.get(key) {
-                    Some(entry) => entry.clone(),
-                    None => return Ok(None),
+                } else {
+                    return Ok(None);
                 }
             };
-            match self.read_layer(key, layer, &entry.manifest)? {
+            check_layer(layer, shape.layers)?;
+            match self.core.read_layer(key, &entry, &shape, layer) {
                 Ok(kv) => return Ok(Some(kv)),
-                Err(error) => {
+                Err(ReadError::Store(error)) => return Err(error),
+                Err(ReadError::Damage(error)) => {
                     let damage = damage(*key, Some(layer), error);
-                    if self.condemn(entry.generation, &damage) {
+                    if self.core.condemn(entry.number, &damage) {
                         return Err(corrupt(damage));
                     }
-                    // Removed or replaced while it was being read: look again.
+                    // Removed, moved or replaced while it was being read: look again.
                 }
             }
         }
     }
 
-    /// Notes that a chunk was used: it moves to the end of the eviction order. Nothing happens when it is
-    /// not stored. The note is lost in a power failure, not in a crash of the process; in a store that was opened for
+    /// Notes that a chunk was used for an answer: a hit, and it moves to the end of the eviction order. Nothing happens when
+    /// it is not stored. The note is lost in a power failure, not in a crash of the process; in a store that was opened for
     /// reading it ends with the process.
     ///
     /// # Errors
     /// Those of a failed write.
     pub fn touch(&self, key: &ChunkKey) -> Result<(), StoreError> {
-        {
-            let mut state = self.catalogue.lock();
-            let now = state.tick(now_micros());
-            let Some(entry) = state.entries.get_mut(key) else {
-                return Ok(());
-            };
-            entry.usage.last_used_micros = now;
-            entry.usage.hits += 1;
-        }
-        if self.access == Access::Read {
+        self.note(&[*key], &|usage, now| {
+            *usage = Usage { last_used_micros: now, hits: usage.hits + 1, demoted: false };
+        })
+    }
+
+    /// Notes that documents refer to a chunk, as when they are ingested: it moves to the end of the eviction order, and
+    /// that is no hit.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn note_presence(&self, key: &ChunkKey) -> Result<(), StoreError> {
+        self.note(&[*key], &|usage, now| {
+            *usage = Usage { last_used_micros: now, demoted: false, ..*usage };
+        })
+    }
+
+    /// Notes that no document refers to these chunks any more: they make way before all others.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn demote(&self, keys: &[ChunkKey]) -> Result<(), StoreError> {
+        self.note(keys, &|usage, _| usage.demoted = true)
+    }
+
+    fn note(&self, keys: &[ChunkKey], change: &dyn Fn(&mut Usage, u64)) -> Result<(), StoreError> {
+        let changes: Vec<_> = {
+            let mut state = self.core.catalogue.lock();
+            let changed = keys.iter().filter_map(|key| {
+                let now = state.tick(now_micros());
+                let usage = &mut state.entries.get_mut(key)?.usage;
+                change(usage, now);
+                Some((Family::Usage, key.to_bytes().to_vec(), Some(usage.encode(key))))
+            });
+            changed.collect()
+        };
+        if self.access == Access::Read || changes.is_empty() {
             return Ok(());
         }
-        self.write_usage(key)
+        self.core.backend.write("noting a use", &changes, Sync::Later)
     }
 
     /// Removes a chunk, whole or damaged, pinned or not; true when there was one. A reader that is
@@ -410,90 +516,135 @@ impl ChunkStore {
     /// # Errors
     /// Those of a failed write; the chunk then stays visible.
     pub fn remove(&self, key: &ChunkKey) -> Result<bool, StoreError> {
-        self.check_writable()?;
-        let mut state = self.catalogue.lock_when_idle(key);
-        let taken = Taken {
-            entries: state.take(key).map(|entry| (*key, entry)).into_iter().collect(),
-            damaged: state.damaged.remove(key).into_iter().collect(),
-            evicted: 0,
-        };
-        if taken.is_empty() {
-            return Ok(false);
+        self.remove_all(&[*key]).map(|removed| removed > 0)
+    }
+
+    /// Removes these chunks as [`remove`](Self::remove) does, all or none. Returns how many there were.
+    ///
+    /// # Errors
+    /// As for [`remove`](Self::remove).
+    pub fn remove_all(&self, keys: &[ChunkKey]) -> Result<u64, StoreError> {
+        self.ask(Task::Remove(keys.to_vec()))
+    }
+
+    /// As [`remove_all`](Self::remove_all), without waiting for it. What cannot be removed is logged; a store that was
+    /// opened for reading is left as it is.
+    pub fn remove_behind(&self, keys: &[ChunkKey]) {
+        let done = Arc::default();
+        if self.access == Access::Write && !self.core.mailbox.push(Work::Other(Task::Remove(keys.to_vec()), done)) {
+            tracing::warn!(chunks = keys.len(), "chunks stay, as the store's writer has ended");
         }
-        let claim = self.catalogue.claim(&mut state, vec![*key], 0);
-        drop(state);
-        self.carry_out(Some((claim, taken)))?;
-        Ok(true)
+    }
+
+    /// Evicts chunks until at most `bytes` of keys and values are left, or only pinned ones. Returns how many went.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn evict_to(&self, bytes: u64) -> Result<u64, StoreError> {
+        self.ask(Task::EvictTo(bytes))
+    }
+
+    /// Gives the disk space of removed chunks back now: files that hold much of it are rewritten. Does nothing in a store
+    /// that was opened for reading.
+    ///
+    /// # Errors
+    /// Those of a failed write, such as a disk too full to write a file before the old one goes.
+    pub fn compact(&self) -> Result<(), StoreError> {
+        match self.access {
+            Access::Read => Ok(()),
+            Access::Write => self.ask(Task::Reclaim(Thoroughness::Space)).map(drop),
+        }
+    }
+
+    /// As [`compact`](Self::compact), down to the last byte: when this returns, nothing of a removed chunk is left in any
+    /// file of the store, log and catalogue included.
+    ///
+    /// # Errors
+    /// As for [`compact`](Self::compact).
+    pub fn reclaim(&self) -> Result<(), StoreError> {
+        self.ask(Task::Reclaim(Thoroughness::Traces)).map(drop)
+    }
+
+    /// Reads every row and every payload from disk and compares it with its checksums. Damaged
+    /// chunks stop being served. Other threads may use the store meanwhile.
+    ///
+    /// # Errors
+    /// Those of a failing device; damage is reported, not an error.
+    pub fn verify(&self) -> Result<VerifyReport, StoreError> {
+        self.core.verify()
+    }
+
+    /// Removes the chunks that are known to be damaged, and writes the catalogue anew where it cannot be read. Returns how
+    /// many went.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn repair(&self) -> Result<u64, StoreError> {
+        self.ask(Task::Repair)
     }
 
     /// Keeps these chunks from being evicted while the guard lives. Pin first, then ask whether they
     /// are there: a chunk found after pinning stays.
     pub fn pin(&self, keys: &[ChunkKey]) -> PinGuard {
-        PinGuard::new(&self.catalogue, keys)
+        PinGuard::new(&self.core.catalogue, keys)
     }
+}
 
-    /// Merges files and gives back the disk space of removed chunks; may take minutes in a large store. Does nothing in
-    /// a store that was opened for reading.
-    pub fn compact(&self) {
-        if self.access == Access::Read {
-            return;
+impl Drop for ChunkStore {
+    /// Waits until everything that was handed over is written.
+    fn drop(&mut self) {
+        self.core.mailbox.close();
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!(path = %self.core.backend.path().display(), "the writer of the chunk store panicked");
         }
-        self.backend.compact(Family::Manifest);
-        self.backend.compact(Family::Kv);
-    }
-
-    fn check_shape(&self, tokens: u32, layers: &[LayerKv]) -> Result<u64, StoreError> {
-        let mismatch =
-            |what: String, expected: String, found: String| Err(StoreError::ShapeMismatch { what, expected, found });
-        if tokens == 0 {
-            return mismatch("the chunk".into(), "at least 1 token".into(), "0".into());
-        }
-        if layers.len() as u64 != u64::from(self.shape.layers) {
-            let (expected, found) = (self.shape.layers, layers.len());
-            return mismatch("the number of layers".into(), expected.to_string(), found.to_string());
-        }
-        let side = self.shape.bytes_per_side(tokens);
-        for (index, layer) in layers.iter().enumerate() {
-            for (name, bytes) in [("keys", &layer.keys), ("values", &layer.values)] {
-                if Some(bytes.len() as u64) != side {
-                    let what = format!("{name} of layer {index} for {tokens} tokens");
-                    let expected = format!("{} bytes", side.unwrap_or(u64::MAX));
-                    return mismatch(what, expected, format!("{} bytes", bytes.len()));
-                }
-            }
-        }
-        Ok(self.shape.payload_bytes(tokens).unwrap_or(u64::MAX))
-    }
-
-    /// Declares a chunk damaged, unless it was removed or replaced since it was looked at.
-    pub(crate) fn condemn(&self, generation: u64, damage: &DamagedChunk) -> bool {
-        let condemned = self.catalogue.lock().condemn(generation, damage.clone());
-        if condemned {
-            tracing::warn!(
-                key = %damage.key, layer = damage.layer, expected = damage.expected, found = damage.found,
-                "damaged chunk"
-            );
-        }
-        condemned
     }
 }
 
 impl std::fmt::Debug for ChunkStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ChunkStore")
-            .field("path", &self.backend.path())
-            .field("shape", &self.shape)
+            .field("path", &self.core.backend.path())
             .field("access", &self.access)
             .finish_non_exhaustive()
     }
 }
 
-pub(crate) fn damage(key: ChunkKey, layer: Option<u32>, error: FormatError) -> DamagedChunk {
-    DamagedChunk { key, layer, expected: error.expected, found: error.found }
+/// Bytes of keys and values.
+fn check_shape(shape: &KvShape, chunk: &NewChunk) -> Result<u64, StoreError> {
+    let mismatch =
+        |what: String, expected: String, found: String| Err(StoreError::ShapeMismatch { what, expected, found });
+    let NewChunk { tokens, layers, .. } = chunk;
+    if *tokens == 0 {
+        return mismatch("the chunk".into(), "at least 1 token".into(), "0".into());
+    }
+    if layers.len() as u64 != u64::from(shape.layers) {
+        let (expected, found) = (shape.layers, layers.len());
+        return mismatch("the number of layers".into(), expected.to_string(), found.to_string());
+    }
+    let side = shape.bytes_per_side(*tokens);
+    for (index, layer) in layers.iter().enumerate() {
+        for (name, bytes) in [("keys", &layer.keys), ("values", &layer.values)] {
+            if Some(bytes.len() as u64) != side {
+                let what = format!("{name} of layer {index} for {tokens} tokens");
+                let expected = format!("{} bytes", side.unwrap_or(u64::MAX));
+                return mismatch(what, expected, format!("{} bytes", bytes.len()));
+            }
+        }
+    }
+    Ok(shape.payload_bytes(*tokens).unwrap_or(u64::MAX))
 }
 
-fn corrupt(damage: DamagedChunk) -> StoreError {
-    StoreError::Corrupt { key: damage.key, layer: damage.layer, expected: damage.expected, found: damage.found }
+fn check_layer(layer: u32, layers: u32) -> Result<(), StoreError> {
+    if layer < layers {
+        return Ok(());
+    }
+    Err(StoreError::ShapeMismatch {
+        what: format!("layer {layer}"),
+        expected: format!("a layer below {layers}"),
+        found: layer.to_string(),
+    })
 }
 
 pub(crate) fn now_micros() -> u64 {

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use crate::backend::cpu::pool::Shards;
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
@@ -9,13 +11,13 @@ use crate::model::transformer::{Piece, Transformer, Want};
 use crate::unwind::guarded;
 
 /// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`,
-/// little-endian, in the engine's KV format.
+/// little-endian, in the engine's KV format. The bytes may lie in memory that whoever read them owns; cloning shares them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkLayer {
     /// Keys before rotary embedding.
-    pub keys: Vec<u8>,
+    pub keys: Bytes,
     /// Values.
-    pub values: Vec<u8>,
+    pub values: Bytes,
 }
 
 /// Where the KV of a chunk comes from: memory, disk, another machine. Called from several threads, layer
@@ -57,9 +59,12 @@ impl ChunkKv {
         model.cpu.pool.run(tap.len(), |layer| {
             let (keys, values) = &tap[layer];
             if keys.iter().chain(values).all(|x| x.is_finite()) {
-                let mut encoded = ChunkLayer { keys: Vec::new(), values: Vec::new() };
-                shape.dtype.encode(&keys[skip..], &mut encoded.keys);
-                shape.dtype.encode(&values[skip..], &mut encoded.values);
+                let encoded = |side: &[f32]| {
+                    let mut bytes = Vec::new();
+                    shape.dtype.encode(&side[skip..], &mut bytes);
+                    Bytes::from(bytes)
+                };
+                let encoded = ChunkLayer { keys: encoded(keys), values: encoded(values) };
                 // SAFETY: one part a layer.
                 let part = unsafe { parts.part(layer..layer + 1) };
                 part[0] = Some(encoded);

@@ -245,7 +245,7 @@ impl ChunkSource for Damaged {
         match layer {
             0 => Ok(found),
             _ => {
-                found.keys.pop();
+                found.keys.truncate(found.keys.len() - 1);
                 Ok(found)
             }
         }

@@ -62,6 +62,9 @@ pub enum EvalError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The chunk store refused or failed.
+    #[error(transparent)]
+    Store(#[from] chunk_cache::StoreError),
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] engine::EngineError),

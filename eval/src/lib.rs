@@ -31,6 +31,7 @@
 //! ```
 
 mod ask;
+mod drill;
 mod error;
 mod faults;
 mod process;
@@ -43,6 +44,7 @@ mod stats;
 mod tasks;
 mod templates;
 
+pub use drill::{DrillOptions, DrillReport, drill_bitflips, drill_full_disk};
 pub use error::{EvalError, Result};
 pub use faults::{FaultsOptions, FaultsReport, bench_faults};
 pub use progress::Progress;
@@ -53,8 +55,9 @@ pub use speed::{
     AttentionOptions, AttentionShape, BatchDecodeOptions, BlendBenchOptions, BlendReport, CheckpointOptions,
     CheckpointReport, CheckpointShape, DecodePeers, DeviceAttention, GpuPeerOptions, HeadOptions, IndexBenchOptions,
     IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource, SourceProvider, SpeedOptions,
-    SpeedReport, bench_attention_decode, bench_batch_decode, bench_blend, bench_decode, bench_index, bench_membw,
-    bench_mixed_load, bench_prefill, time_decode_peers, write_checkpoint,
+    SpeedReport, StoreBenchOptions, StoreBenchReport, bench_attention_decode, bench_batch_decode, bench_blend,
+    bench_decode, bench_index, bench_membw, bench_mixed_load, bench_prefill, bench_store, time_decode_peers,
+    write_checkpoint,
 };
 pub use stats::{mean, median, percentile, wilson95};
 pub use tasks::{

@@ -28,7 +28,6 @@ pub mod http;
 pub mod metrics;
 mod process;
 pub mod service;
-mod single_flight;
 pub mod store;
 
 pub use error::{QuireError, Result};

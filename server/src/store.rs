@@ -9,14 +9,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use chunk_cache::{
-    Access, ChunkKey, ChunkStore, KeyInputs, LayerKv, PinGuard, PutOutcome, StoreError, StoreOptions, StoreStats,
+    Access, ChunkKey, ChunkStore, ComputeError, Fetched, Found, KeyInputs, LayerKv, ModelHandle, ModelInfo, NewChunk,
+    PinGuard, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
 };
 use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
 
 use crate::error::{QuireError, Result};
-use crate::single_flight::{SingleFlight, Turn, Waited};
 
 /// The folder of the chunk store.
 #[must_use]
@@ -52,10 +53,10 @@ pub enum Origin {
     Computed,
 }
 
-/// The chunk store of one engine. Where the folder cannot be written, chunks are only read; where there is none to be
-/// read either, every chunk is computed for its use.
+/// The chunk store as one engine uses it. Where the folder cannot be written, chunks are only read; where there is none to
+/// be read either, every chunk is computed for its use.
 pub struct KvStore {
-    store: Option<Arc<ChunkStore>>,
+    kept: Option<Kept>,
     engine: Engine,
     shape: chunk_cache::KvShape,
     rope: String,
@@ -63,16 +64,14 @@ pub struct KvStore {
     numerics: String,
     salt: Vec<u8>,
     corrupt: Arc<AtomicU64>,
-    /// Missing chunks that are being computed.
-    missing: SingleFlight<ChunkKey, Placed>,
+    /// Chunks that are being computed where there is no store.
+    unkept: SingleFlight<ChunkKey, Arc<[LayerKv]>>,
 }
 
-/// Where a chunk is that was just computed.
-#[derive(Clone)]
-enum Placed {
-    Stored,
-    /// The store could not take it: it is shared from memory by all that waited for it.
-    InMemory(Arc<ChunkKv>),
+/// The store, and what its chunks of this engine are entered under.
+struct Kept {
+    store: Arc<ChunkStore>,
+    model: ModelHandle,
 }
 
 impl KvStore {
@@ -80,14 +79,14 @@ impl KvStore {
     /// `salt` keeps tenants apart.
     ///
     /// # Errors
-    /// [`StoreError::ForeignStore`] for a store of another model, and whatever else keeps it from being opened.
+    /// Whatever keeps the store from being opened.
     pub fn open(engine: &Engine, data_dir: &Path, name: &str, new_budget: u64, salt: &str) -> Result<KvStore> {
-        let store = open_chunks(engine, data_dir, name, new_budget)?;
-        KvStore::with_store(engine, Some(store), salt)
+        let store = open_chunks(data_dir, new_budget)?;
+        KvStore::with_store(engine, Some(store), name, salt)
     }
 
-    /// As [`open`](Self::open); where the disk is full, the folder cannot be written or the store is damaged as a whole, it
-    /// is only read, or done without. That is logged.
+    /// As [`open`](Self::open); where the disk is full or fails, the folder cannot be written or the store is damaged as a
+    /// whole, it is only read, or done without. That is logged.
     ///
     /// # Errors
     /// As for [`open`](Self::open), but for these.
@@ -98,32 +97,41 @@ impl KvStore {
         new_budget: u64,
         salt: &str,
     ) -> Result<KvStore> {
-        let problem = match open_chunks(engine, data_dir, name, new_budget) {
+        let opened = open_chunks(data_dir, new_budget)
+            .map_err(QuireError::from)
+            .and_then(|store| KvStore::with_store(engine, Some(store), name, salt));
+        let problem = match opened {
             Err(QuireError::Store(
-                problem @ (StoreError::ReadOnly { .. } | StoreError::OutOfSpace { .. } | StoreError::Damaged { .. }),
+                problem @ (StoreError::ReadOnly { .. }
+                | StoreError::OutOfSpace { .. }
+                | StoreError::Damaged { .. }
+                | StoreError::Backend { .. }
+                | StoreError::Io { .. }),
             )) => problem,
-            opened => return KvStore::with_store(engine, Some(opened?), salt),
+            opened => return opened,
         };
         // Who may not write cannot rescue it either: then it is done without.
         let store = ChunkStore::open_existing(&store_dir(data_dir), Access::Read, new_budget).ok().flatten();
-        if let Some(store) = &store {
-            store.check_belongs(engine.model_fingerprint(), name, store_shape(engine.kv_shape())?)?;
-        }
         let how = if store.is_some() { "cached chunks are used, new ones are not kept" } else { "no cache is used" };
         tracing::warn!(%problem, "{how}; answers stay the same and take longer");
-        KvStore::with_store(engine, store, salt)
+        KvStore::with_store(engine, store, name, salt)
     }
 
-    fn with_store(engine: &Engine, store: Option<ChunkStore>, salt: &str) -> Result<KvStore> {
+    fn with_store(engine: &Engine, store: Option<ChunkStore>, name: &str, salt: &str) -> Result<KvStore> {
+        let shape = store_shape(engine.kv_shape())?;
+        let kept = store.map(|store| -> Result<Kept> {
+            let info = ModelInfo { fingerprint: engine.model_fingerprint(), name: name.to_owned(), shape };
+            Ok(Kept { model: store.register(&info)?, store: Arc::new(store) })
+        });
         Ok(KvStore {
-            store: store.map(Arc::new),
+            kept: kept.transpose()?,
             engine: engine.clone(),
-            shape: store_shape(engine.kv_shape())?,
+            shape,
             rope: engine.spec().rope.fingerprint(),
             numerics: engine.numerics(),
             salt: salt.as_bytes().to_vec(),
             corrupt: Arc::default(),
-            missing: SingleFlight::default(),
+            unkept: SingleFlight::default(),
         })
     }
 
@@ -132,26 +140,31 @@ impl KvStore {
     /// # Errors
     /// Those of a failed write.
     pub fn set_budget(&self, bytes: u64) -> Result<()> {
-        match &self.store {
-            Some(store) => Ok(store.set_budget(bytes)?),
+        match &self.kept {
+            Some(kept) => Ok(kept.store.set_budget(bytes)?),
             None => Ok(()),
         }
     }
 
     /// Totals over the store; `None` where there is none.
-    ///
-    /// # Errors
-    /// What the store refuses.
-    pub fn stats(&self) -> Result<Option<StoreStats>> {
-        Ok(self.store.as_ref().map(|store| store.stats()).transpose()?)
+    pub fn stats(&self) -> Option<StoreStats> {
+        self.kept.as_ref().map(|kept| kept.store.stats())
     }
 
     /// Chunks that made way since the store was opened.
+    pub fn evicted(&self) -> u64 {
+        self.stats().map_or(0, |stats| stats.evicted)
+    }
+
+    /// Notes that no document refers to these chunks any more: they make way before all others.
     ///
     /// # Errors
-    /// What the store refuses.
-    pub fn evicted(&self) -> Result<u64> {
-        Ok(self.stats()?.map_or(0, |stats| stats.evicted))
+    /// Those of a failed write.
+    pub fn demote(&self, keys: &[ChunkKey]) -> Result<()> {
+        match &self.kept {
+            Some(kept) => Ok(kept.store.demote(keys)?),
+            None => Ok(()),
+        }
     }
 
     /// Layers that were found damaged since the store was opened.
@@ -168,10 +181,11 @@ impl KvStore {
             tokenizer: &self.engine.tokenizer_fingerprint(),
             rope: &self.rope,
             numerics: &self.numerics,
-            kv: self.shape,
             tenant_salt: &self.salt,
-            prefix,
             tokens,
+            prefix,
+            kv: self.shape,
+            codec: RAW_CODEC,
         })
     }
 
@@ -181,28 +195,15 @@ impl KvStore {
     /// What the engine or the store refuses.
     pub fn ensure(&self, prefix: &[u32], tokens: &[u32]) -> Result<(ChunkKey, Origin)> {
         let key = self.key(prefix, tokens);
-        let Some(store) = &self.store else {
+        let Some(kept) = &self.kept else {
             return Err(QuireError::Internal("chunks are to be kept without a store".into()));
         };
-        loop {
-            if store.contains(&key)? {
-                note_use(store, &key);
-                return Ok((key, Origin::Cached));
-            }
-            match self.missing.join(&key) {
-                // Whoever had the turn before may have stored it since it was looked up.
-                Turn::Lead(_) if store.contains(&key)? => {}
-                Turn::Lead(lead) => {
-                    put(store, &key, self.engine.chunk_kv(prefix, tokens)?)?;
-                    lead.end(Placed::Stored);
-                    return Ok((key, Origin::Computed));
-                }
-                // Whatever became of it: this asks for more than that it was computed.
-                Turn::Follow(other) => {
-                    other.wait(&|| true);
-                }
-            }
+        let (found, origin) = self.fetch(kept, &key, prefix, tokens, &|| true)?;
+        match found {
+            Found::InMemory(state) => drop(state.stored?.wait()?),
+            Found::Stored => log_unnoted(kept.store.note_presence(&key), &key),
         }
+        Ok((key, origin))
     }
 
     /// A chunk for a prompt: from the store, or computed and stored. Where the store cannot take it (no room,
@@ -226,91 +227,95 @@ impl KvStore {
         wanted: &dyn Fn() -> bool,
     ) -> Result<(Arc<dyn ChunkSource>, Origin)> {
         let key = self.key(prefix, tokens);
+        let Some(kept) = &self.kept else { return self.compute_unkept(&key, prefix, tokens, wanted) };
         // Pinned before it is looked up, so that no other request's chunk pushes it out in between.
-        let pin = self.store.as_ref().map(|store| store.pin(&[key]));
-        let (placed, origin) = self.place(&key, prefix, tokens, wanted)?;
-        Ok(match (placed, &self.store) {
-            (Placed::InMemory(kv), _) => (kv, origin),
-            (Placed::Stored, Some(store)) => {
-                let stored = StoredChunk {
-                    store: Arc::clone(store),
-                    key,
-                    tokens: tokens.len(),
-                    corrupt: Arc::clone(&self.corrupt),
-                    _pin: pin,
-                };
-                (Arc::new(stored), origin)
+        let pin = kept.store.pin(&[key]);
+        let (found, origin) = self.fetch(kept, &key, prefix, tokens, wanted)?;
+        let source: Arc<dyn ChunkSource> = match found {
+            Found::InMemory(state) => {
+                if let Err(error) = &state.stored
+                    && origin == Origin::Computed
+                    && kept.store.access() == Access::Write
+                {
+                    tracing::warn!(%error, "a chunk could not be stored; it is used from memory");
+                }
+                Arc::new(MemoryChunk { layers: state.layers, tokens: tokens.len(), _pin: Some(pin) })
             }
-            (Placed::Stored, None) => return Err(QuireError::Internal("a chunk was kept without a store".into())),
-        })
+            Found::Stored => {
+                log_unnoted(kept.store.touch(&key), &key);
+                let (store, corrupt) = (Arc::clone(&kept.store), Arc::clone(&self.corrupt));
+                Arc::new(StoredChunk { store, key, tokens: tokens.len(), corrupt, _pin: pin })
+            }
+        };
+        Ok((source, origin))
     }
 
     /// Finds a chunk, computes it, or waits for somebody else who does.
-    fn place(
+    fn fetch(
+        &self,
+        kept: &Kept,
+        key: &ChunkKey,
+        prefix: &[u32],
+        tokens: &[u32],
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(Found, Origin)> {
+        let compute = || self.compute(key, prefix, tokens);
+        let (found, computed) = kept.store.read_or_compute(kept.model, key, wanted, compute).map_err(reason)?;
+        Ok((found, if computed { Origin::Computed } else { Origin::Cached }))
+    }
+
+    fn compute_unkept(
         &self,
         key: &ChunkKey,
         prefix: &[u32],
         tokens: &[u32],
         wanted: &dyn Fn() -> bool,
-    ) -> Result<(Placed, Origin)> {
-        loop {
-            if self.is_stored(key)? {
-                return Ok((Placed::Stored, Origin::Cached));
-            }
-            match self.missing.join(key) {
-                // Whoever had the turn before may have stored it since it was looked up.
-                Turn::Lead(_) if self.is_stored(key)? => return Ok((Placed::Stored, Origin::Cached)),
-                Turn::Lead(lead) => {
-                    let placed = self.compute(key, prefix, tokens)?;
-                    lead.end(placed.clone());
-                    return Ok((placed, Origin::Computed));
-                }
-                Turn::Follow(other) => match other.wait(wanted) {
-                    Waited::Done(placed @ Placed::InMemory(_)) => return Ok((placed, Origin::Cached)),
-                    Waited::Done(Placed::Stored) | Waited::Failed => {}
-                    Waited::Unwanted => return Err(EngineError::Cancelled.into()),
-                },
-            }
-        }
-    }
-
-    fn is_stored(&self, key: &ChunkKey) -> Result<bool> {
-        let Some(store) = &self.store else { return Ok(false) };
-        let stored = store.contains(key)?;
-        if stored {
-            note_use(store, key);
-        }
-        Ok(stored)
-    }
-
-    fn compute(&self, key: &ChunkKey, prefix: &[u32], tokens: &[u32]) -> Result<Placed> {
-        let kv = self.engine.chunk_kv(prefix, tokens)?;
-        let Some(store) = self.store.as_ref().filter(|store| store.access() != Access::Read) else {
-            return Ok(Placed::InMemory(Arc::new(kv)));
+    ) -> Result<(Arc<dyn ChunkSource>, Origin)> {
+        let compute = || Ok(self.compute(key, prefix, tokens)?.layers.into());
+        let (layers, origin) = match self.unkept.fetch(key, wanted, &|| None, &compute).map_err(reason)? {
+            Fetched::Found(layers) | Fetched::Shared(layers) => (layers, Origin::Cached),
+            Fetched::Computed(layers) => (layers, Origin::Computed),
         };
-        match put(store, key, kv.clone()) {
-            Ok(_) => Ok(Placed::Stored),
-            Err(error) => {
-                tracing::warn!(%error, "a chunk could not be stored; it is used from memory");
-                Ok(Placed::InMemory(Arc::new(kv)))
-            }
+        Ok((Arc::new(MemoryChunk { layers, tokens: tokens.len(), _pin: None }), origin))
+    }
+
+    fn compute(&self, key: &ChunkKey, prefix: &[u32], tokens: &[u32]) -> Result<NewChunk> {
+        let began = Instant::now();
+        let ChunkKv { tokens, layers } = self.engine.chunk_kv(prefix, tokens)?;
+        let tokens = u32::try_from(tokens)
+            .map_err(|_| QuireError::Internal(format!("a chunk of {tokens} tokens is beyond 32 bits")))?;
+        let layers = layers.into_iter().map(|layer| LayerKv { keys: layer.keys, values: layer.values }).collect();
+        Ok(NewChunk {
+            compute_micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
+            tenant: self.tenant(),
+            ..NewChunk::new(*key, tokens, layers)
+        })
+    }
+
+    /// Names the tenant without telling the salt; zero without one.
+    fn tenant(&self) -> [u8; 16] {
+        let mut tenant = [0; 16];
+        if !self.salt.is_empty() {
+            let mut hasher = blake3::Hasher::new_derive_key("quire chunk tenant 1");
+            hasher.update(&self.salt).finalize_xof().fill(&mut tenant);
         }
+        tenant
     }
 }
 
-/// The chunks below `data_dir` for an engine, to be read and written; made with the budget `new_budget` where there are
-/// none.
+fn reason(error: ComputeError<QuireError>) -> QuireError {
+    match error {
+        ComputeError::Failed(error) => error,
+        ComputeError::Unwanted => EngineError::Cancelled.into(),
+    }
+}
+
+/// The chunks below `data_dir`, to be read and written; made with the budget `new_budget` where there are none.
 ///
 /// # Errors
 /// As for [`KvStore::open`].
-pub fn open_chunks(engine: &Engine, data_dir: &Path, name: &str, new_budget: u64) -> Result<ChunkStore> {
-    let options = StoreOptions {
-        byte_budget: new_budget,
-        model_identity: engine.model_fingerprint(),
-        model_name: name.into(),
-        shape: store_shape(engine.kv_shape())?,
-    };
-    let store = ChunkStore::open(&store_dir(data_dir), options)?;
+pub fn open_chunks(data_dir: &Path, new_budget: u64) -> Result<ChunkStore> {
+    let store = ChunkStore::open(&store_dir(data_dir), StoreOptions { byte_budget: new_budget })?;
     let report = store.open_report();
     if let Some(problem) = &report.salvaged {
         tracing::warn!(%problem, "the chunk store was damaged and has been salvaged");
@@ -322,17 +327,30 @@ pub fn open_chunks(engine: &Engine, data_dir: &Path, name: &str, new_budget: u64
 }
 
 /// A use that cannot be noted makes eviction less well informed, and nothing else.
-fn note_use(store: &ChunkStore, key: &ChunkKey) {
-    if let Err(error) = store.touch(key) {
+fn log_unnoted(noted: std::result::Result<(), StoreError>, key: &ChunkKey) {
+    if let Err(error) = noted {
         tracing::warn!(%error, %key, "a use of a chunk could not be noted");
     }
 }
 
-fn put(store: &ChunkStore, key: &ChunkKey, kv: ChunkKv) -> Result<PutOutcome> {
-    let tokens = u32::try_from(kv.tokens)
-        .map_err(|_| QuireError::Internal(format!("a chunk of {} tokens is beyond 32 bits", kv.tokens)))?;
-    let layers: Vec<LayerKv> = kv.layers.into_iter().map(|l| LayerKv { keys: l.keys, values: l.values }).collect();
-    Ok(store.put(key, tokens, &layers)?)
+/// A chunk that is used from memory.
+struct MemoryChunk {
+    layers: Arc<[LayerKv]>,
+    tokens: usize,
+    /// It is not evicted when it has been written meanwhile.
+    _pin: Option<PinGuard>,
+}
+
+impl ChunkSource for MemoryChunk {
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn layer(&self, layer: usize) -> engine::Result<ChunkLayer> {
+        let missing = || EngineError::ChunkSource(format!("a chunk in memory has no layer {layer}").into());
+        let LayerKv { keys, values } = self.layers.get(layer).cloned().ok_or_else(missing)?;
+        Ok(ChunkLayer { keys, values })
+    }
 }
 
 /// A chunk that is read from the store when the engine asks for it.
@@ -341,7 +359,7 @@ struct StoredChunk {
     key: ChunkKey,
     tokens: usize,
     corrupt: Arc<AtomicU64>,
-    _pin: Option<PinGuard>,
+    _pin: PinGuard,
 }
 
 impl ChunkSource for StoredChunk {
@@ -359,11 +377,7 @@ impl ChunkSource for StoredChunk {
                 if matches!(error, StoreError::Corrupt { .. }) {
                     self.corrupt.fetch_add(1, Ordering::Relaxed);
                     // Gone for later processes as well: the next use finds it missing and stores it anew.
-                    if self.store.access() == Access::Write
-                        && let Err(error) = self.store.remove(&self.key)
-                    {
-                        tracing::warn!(%error, key = %self.key, "a damaged chunk could not be removed");
-                    }
+                    self.store.remove_behind(&[self.key]);
                 }
                 Err(EngineError::ChunkSource(Box::new(error)))
             }

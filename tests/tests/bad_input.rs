@@ -191,7 +191,7 @@ fn a_prompt_beyond_the_context_limit() {
 }
 
 #[test]
-fn a_store_of_another_model() {
+fn chunks_of_another_model_are_not_used_and_stay_beside_those_of_this_one() {
     let dir = ingested();
     let data = dir.path().join("data");
     let before = chunks(&data);
@@ -201,20 +201,25 @@ fn a_store_of_another_model() {
         bytes[last] ^= 1;
         bytes
     });
-    let mut command = Command::new(binary());
-    clean(&mut command, &data);
-    command.args(["ask", &example().question, "--data-dir"]).arg(&data).arg("--model").arg(&other);
-    let parts = ["another model", "expected", "found", "use another directory", "chunks"];
-    fail(&mut command, 1, &parts);
     // The same weights under another configuration give other numbers: another model as well.
     let third = tempfile::tempdir().unwrap();
     let third = linked_model(third.path());
     replace_json(&third, "config.json", |config| config["rms_norm_eps"] = json!(0.5));
-    let mut command = Command::new(binary());
-    clean(&mut command, &data);
-    command.args(["ask", &example().question, "--data-dir"]).arg(&data).arg("--model").arg(&third);
-    fail(&mut command, 1, &parts);
-    assert_eq!(chunks(&data), before);
+    let mut held = before;
+    for model in [&other, &third] {
+        let mut command = Command::new(binary());
+        clean(&mut command, &data);
+        command.args(["ask", &example().question, "--json", "--data-dir"]).arg(&data).arg("--model").arg(model);
+        let printed: Value = serde_json::from_str(&succeed(&mut command)).unwrap();
+        assert_eq!(printed["answer"]["stats"]["chunks_cached"], 0, "{printed}");
+        let now = chunks(&data);
+        assert!(now > held, "{now} after {held} chunks");
+        held = now;
+    }
+    let stats: Value = serde_json::from_str(&succeed(quire(&data).args(["cache", "stats", "--json"]))).unwrap();
+    let models: Vec<u64> =
+        stats["models"].as_array().unwrap().iter().map(|model| model["chunks"].as_u64().unwrap()).collect();
+    assert_eq!((models.len(), models[0], models.iter().sum::<u64>()), (3, before, held));
     assert!(before > 0);
     succeed(quire(&data).args(["cache", "verify"]));
 }
@@ -238,9 +243,10 @@ fn a_flipped_byte_is_found_recomputed_and_never_served() {
     let intact = ask(&[]);
     assert_eq!(state(&intact), [1, 0, 0], "{intact}");
 
-    // The largest file holds the payload.
-    let files = std::fs::read_dir(data.join("chunks")).unwrap().map(|entry| entry.unwrap());
-    let largest = files.filter(|f| f.path().is_file()).max_by_key(|f| f.metadata().unwrap().len()).unwrap().path();
+    // The largest table holds the payload.
+    let files = std::fs::read_dir(data.join("chunks")).unwrap().map(|entry| entry.unwrap().path());
+    let tables = files.filter(|path| path.extension().is_some_and(|end| end == "sst"));
+    let largest = tables.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
     let mut bytes = std::fs::read(&largest).unwrap();
     assert!(bytes.len() > 100_000, "{} is too small to be the payload", largest.display());
     let middle = bytes.len() / 2;

@@ -1,78 +1,79 @@
-//! The byte budget, while chunks are being written.
+//! The byte budget, of chunks and of the disk.
 
-use std::sync::Arc;
-
-use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 use super::*;
-use crate::catalogue::State;
-use crate::eviction::Plan;
-use crate::records::{LayerRecord, Manifest, Usage};
+use crate::eviction::{disk_limit, low_water};
 
-/// Chunks of so many bytes, used at such a time, pinned or not.
-fn state(chunks: &[(u64, u64, bool)], reserved: u64) -> State {
-    let mut state = State::default();
-    state.reserved = reserved;
-    for (n, &(bytes, last_used_micros, pinned)) in (0..).zip(chunks) {
-        let layers = vec![LayerRecord { bytes, crc: 0 }];
-        let manifest = Manifest { tokens: 1, created_unix: 0, layers };
-        state.insert(key(n), Arc::new(manifest), Usage { last_used_micros, hits: 0 });
-        if pinned {
-            state.pins.insert(key(n), 1);
-        }
-    }
-    state
-}
-
-proptest! {
-    #[test]
-    fn used_and_reserved_bytes_fit_the_budget_and_no_pinned_chunk_is_a_victim(
-        chunks in prop::collection::vec((1u64..50, 0u64..20, any::<bool>()), 0..16),
-        reserved in 0u64..120, needed in 1u64..120, budget in 0u64..400,
-    ) {
-        let state = state(&chunks, reserved);
-        let used: u64 = chunks.iter().map(|(bytes, ..)| bytes).sum();
-        prop_assert_eq!(state.used, used);
-        let pinned: u64 = chunks.iter().filter(|(.., pinned)| *pinned).map(|(bytes, ..)| bytes).sum();
-        match state.plan(needed, budget) {
-            Plan::Evict(victims) => {
-                let mut freed = 0;
-                for victim in &victims {
-                    prop_assert!(!state.pins.contains_key(victim), "a pinned chunk makes way");
-                    freed += state.entries[victim].bytes();
-                }
-                prop_assert!(used - freed + reserved + needed <= budget);
-                prop_assert!(victims.is_empty() || used + reserved + needed > budget, "there was room");
-            }
-            Plan::Impossible { pinned: held } => {
-                prop_assert_eq!(held, pinned);
-                prop_assert!(pinned + reserved + needed > budget, "all others could make way");
-            }
-        }
-    }
+#[test]
+fn room_is_made_in_runs_and_never_by_what_is_pinned() {
+    let directory = tempfile::tempdir().unwrap();
+    let budget = (0..20).map(bytes_of).sum();
+    let store = ChunkStore::open(directory.path(), options(budget)).unwrap();
+    put_each(&store, 0..20);
+    assert_eq!((store.stats().chunks, store.stats().evicted), (20, 0));
+    let pin = store.pin(&[key(0), key(2)]);
+    put(&store, 20).unwrap();
+    let stats = store.stats();
+    assert!(stats.payload_bytes <= low_water(budget) && stats.evicted > 0, "{stats:?}");
+    assert_eq!((look(&store, 0), look(&store, 1), look(&store, 2)), (Seen::Whole, Seen::Absent, Seen::Whole));
+    drop(pin);
 }
 
 #[test]
-fn room_that_is_claimed_for_one_chunk_is_not_given_to_another() {
+fn a_chunk_for_which_nothing_may_go_is_refused_and_taken_once_something_may() {
     let directory = tempfile::tempdir().unwrap();
-    let budget = 100_000;
+    let budget = bytes_of(1) + bytes_of(2);
     let store = ChunkStore::open(directory.path(), options(budget)).unwrap();
-    for n in 0..3 {
-        put(&store, n).unwrap();
-    }
-    let pin = store.pin(&[key(1)]);
-    let stored = store.stats().unwrap().payload_bytes;
-    let first = store.claim_room(&key(10), budget - stored).unwrap().unwrap();
-    assert!(first.1.is_none(), "it fits beside all that is there");
-    // The second fits only where those that are not pinned make way.
-    let second = store.claim_room(&key(11), bytes_of(0)).unwrap().unwrap();
-    {
-        let state = store.catalogue.lock();
-        assert!(state.used + state.reserved <= budget, "{} and {} of {budget}", state.used, state.reserved);
-        assert!(state.entries.contains_key(&key(1)) && !state.entries.contains_key(&key(0)));
-    }
-    drop((first.0, second.0));
-    store.carry_out(second.1).unwrap();
-    assert_eq!(store.catalogue.lock().reserved, 0);
+    let pin = store.pin(&[key(1), key(2)]);
+    put(&store, 1).unwrap();
+    put(&store, 2).unwrap();
+    let refused = put(&store, 3).unwrap_err();
+    assert!(matches!(refused, StoreError::NoRoom { .. }), "{refused:?}");
+    assert_eq!(look(&store, 3), Seen::Absent);
     drop(pin);
+    put(&store, 3).unwrap();
+    assert_eq!(look(&store, 3), Seen::Whole);
+}
+
+#[test]
+fn demoted_chunks_go_first_unless_they_are_wanted_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let budget = (0..10).map(bytes_of).sum();
+    let store = ChunkStore::open(directory.path(), options(budget)).unwrap();
+    put_each(&store, 0..10);
+    store.demote(&[key(7), key(8), key(9)]).unwrap();
+    store.note_presence(&key(8)).unwrap();
+    store.touch(&key(9)).unwrap();
+    put(&store, 12).unwrap();
+    assert_eq!(look(&store, 7), Seen::Absent);
+    assert_eq!((look(&store, 8), look(&store, 9)), (Seen::Whole, Seen::Whole));
+    let hits = |n| store.meta(&key(n)).unwrap().hits;
+    assert_eq!((hits(8), hits(9)), (0, 1));
+}
+
+#[test]
+fn churn_with_chunks_that_stay_in_use_keeps_to_the_disks_limit() {
+    let directory = tempfile::tempdir().unwrap();
+    let wide = KvShape { layers: 2, kv_heads: 8, head_dim: 64, dtype: KvDtype::F32 };
+    let bytes = wide.payload_bytes(32).unwrap();
+    let budget = 96 * bytes;
+    let store = ChunkStore::open(directory.path(), options(budget)).unwrap();
+    let model = store.register(&toy(wide)).unwrap();
+    let side = vec![5; wide.bytes_per_side(32).unwrap() as usize];
+    let layer = LayerKv { keys: side.clone().into(), values: side.into() };
+    let mut dice = Dice(3);
+    let mut written = BTreeSet::new();
+    for n in 0..400 {
+        store.put(model, NewChunk::new(key(n), 32, vec![layer.clone(); 2])).unwrap();
+        written.insert(n);
+        // Every fifth chunk is used again and again.
+        store.touch(&key(dice.below(u64::from(n) / 5 + 1) as u32 * 5)).unwrap();
+        let stats = store.stats();
+        let stored = stats.payload_bytes + stats.dead_bytes;
+        assert!(stored <= disk_limit(budget), "{stored} bytes for a budget of {budget} after {n}");
+    }
+    let stats = store.stats();
+    assert!(stats.evicted > 250 && stats.payload_bytes > budget / 2, "{stats:?}");
+    assert!(store.verify().unwrap().is_clean());
 }

@@ -4,19 +4,17 @@ use super::*;
 
 const CHUNKS: u32 = 12;
 
-/// A closed store with some chunks in table and blob files and some only in the log.
+/// A closed store with several payload files, some rows in tables and some only in the log.
 fn template() -> tempfile::TempDir {
-    use crate::backend::Family;
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path()).unwrap();
-    for n in 0..CHUNKS {
-        put(&store, n).unwrap();
-        if n == 4 || n == 7 {
-            for family in Family::ALL {
-                store.backend.flush(family).unwrap();
-            }
-        }
-    }
+    put_group(&store, 0..3);
+    put_group(&store, [3]);
+    put_group(&store, [4]);
+    store.core.backend.flush().unwrap();
+    put_group(&store, 5..8);
+    store.core.backend.flush().unwrap();
+    put_group(&store, 8..CHUNKS);
     store.remove(&key(1)).unwrap();
     drop(store);
     directory
@@ -28,7 +26,7 @@ fn data_files(path: &Path) -> Vec<std::path::PathBuf> {
         .map(|entry| entry.unwrap().path())
         .filter(|path| {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            !name.starts_with("LO") && fs::metadata(path).unwrap().len() > 0
+            path.is_file() && !name.starts_with("LO") && name != RESERVE_FILE && fs::metadata(path).unwrap().len() > 0
         })
         .collect();
     files.sort();
@@ -52,8 +50,14 @@ fn examine(path: &Path, tally: &mut Tally, what: &str) {
             let text = error.to_string();
             let clear = matches!(error, StoreError::Damaged { .. });
             assert!(clear, "{what}: {error:?}");
-            assert!(text.contains(&path.display().to_string()) && text.contains("remove the directory"), "{text}");
+            let named = text.contains(&path.display().to_string()) && text.contains("quire cache evict --all");
+            assert!(named, "{text}");
             tally.refused += 1;
+            // What the error names really helps.
+            ChunkStore::clear(path).unwrap();
+            let store = open(path).unwrap();
+            assert_eq!(put(&store, 2).unwrap(), crate::PutOutcome::Stored, "{what}");
+            assert_eq!(look(&store, 2), Seen::Whole, "{what}");
             return;
         }
     };
@@ -71,6 +75,12 @@ fn examine(path: &Path, tally: &mut Tally, what: &str) {
     }
     tally.unharmed += u32::from(lost.is_empty());
     store.verify().unwrap();
+    if lost.len() % 2 == 0 {
+        store.repair().unwrap();
+        assert!(store.verify().unwrap().is_clean(), "{what}");
+    }
+    put(&store, 200).unwrap();
+    assert_eq!(look(&store, 200), Seen::Whole, "{what}");
     // Whatever was lost can be dropped or overwritten, and is whole again.
     for n in lost {
         if n % 2 == 0 {
@@ -80,12 +90,17 @@ fn examine(path: &Path, tally: &mut Tally, what: &str) {
         assert_eq!(put(&store, n).unwrap(), crate::PutOutcome::Stored, "{what}");
         assert_eq!(look(&store, n), Seen::Whole, "{what}");
     }
+    // Nothing of the damage is left for the next process.
+    store.compact().unwrap();
+    drop(store);
+    let store = open(path).unwrap();
+    (0..CHUNKS).filter(|n| *n != 1).for_each(|n| assert_eq!(look(&store, n), Seen::Whole, "{what}"));
 }
 
 fn trials(count: u64, seed: u64, hurt: impl Fn(&mut Vec<u8>, &mut Dice)) -> Tally {
     let template = template();
     let files = data_files(template.path());
-    for end in ["sst", "blob", "log"] {
+    for end in ["sst", "log"] {
         assert!(files.iter().any(|f| f.extension().is_some_and(|e| e == end)), "no {end} file");
     }
     let mut dice = Dice(seed);
@@ -140,37 +155,8 @@ fn a_missing_file_is_a_miss_or_a_refusal() {
 }
 
 #[test]
-fn our_own_checksum_catches_what_rocksdb_cannot_see() {
-    use crate::backend::{Family, Sync, row_key};
-    let directory = tempfile::tempdir().unwrap();
-    let store = open(directory.path()).unwrap();
-    let mut dice = Dice(3);
-    for n in 0..6 {
-        put(&store, n).unwrap();
-        // Written through RocksDB, so that its own checksums hold.
-        let row = row_key(&key(n), 1 + n % SHAPE.layers);
-        let mut bytes = store.backend.get(Family::Kv, &row).unwrap().unwrap().to_vec();
-        let at = dice.below(bytes.len() as u64) as usize;
-        bytes[at] ^= 1 << dice.below(8);
-        store.backend.put(Family::Kv, &row, &bytes, Sync::Now).unwrap();
-    }
-    // A whole and valid payload, but another chunk's.
-    put(&store, 6).unwrap();
-    put(&store, 156).unwrap();
-    assert_eq!(tokens(6), tokens(156));
-    let other = store.backend.get(Family::Kv, &row_key(&key(156), 1)).unwrap().unwrap().to_vec();
-    store.backend.put(Family::Kv, &row_key(&key(6), 1), &other, Sync::Now).unwrap();
-    let report = store.verify().unwrap();
-    assert_eq!(report.damaged.len(), 7);
-    for n in 0..7 {
-        assert_eq!(look(&store, n), Seen::Corrupt);
-    }
-    assert_eq!(look(&store, 156), Seen::Whole);
-}
-
-#[test]
-fn a_valid_row_of_another_put_of_the_same_chunk_is_corrupt() {
-    use crate::backend::{Family, Sync, row_key};
+fn a_valid_payload_of_another_put_of_the_same_chunk_is_found_by_verify() {
+    use crate::backend::{payload_key, write_payload_file};
     use crate::{format, records};
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path()).unwrap();
@@ -178,28 +164,34 @@ fn a_valid_row_of_another_put_of_the_same_chunk_is_corrupt() {
         put(&store, n).unwrap();
     }
     // As an earlier put of the chunk could have left it: its name, its size and its checksums are right.
-    let other: Vec<u8> = layers(1)[1].keys.iter().map(|byte| byte ^ 1).collect();
-    let header = records::layer_header(&key(1), &SHAPE, tokens(1), 1);
-    let row = format::encode(&header, &[&other, &layers(1)[1].values]);
-    store.backend.put(Family::Kv, &row_key(&key(1), 2), &row, Sync::Now).unwrap();
-    assert_eq!([look(&store, 0), look(&store, 1), look(&store, 2)], [Seen::Whole, Seen::Corrupt, Seen::Whole]);
-    drop(store);
-    let store = open(directory.path()).unwrap();
+    let number = store.core.catalogue.lock().entries[&key(1)].number;
+    store.core.backend.drop_files(number, number).unwrap();
+    let file = store.core.incoming(number);
+    write_payload_file(&file, |put_row| {
+        for (index, layer) in (0..).zip(layers(1)) {
+            let keys: Vec<u8> = layer.keys.iter().map(|byte| byte ^ u8::from(index == 1)).collect();
+            let header = records::layer_header(&key(1), &SHAPE, tokens(1), index);
+            put_row(&payload_key(number, index), &format::encode(&header, &[&keys, &layer.values])).unwrap();
+        }
+        Ok(())
+    })
+    .unwrap();
+    store.core.take_over(&file, number, number).unwrap();
     let report = store.verify().unwrap();
     assert_eq!(report.damaged.iter().map(|d| (d.key, d.layer)).collect::<Vec<_>>(), [(key(1), Some(1))]);
+    assert_eq!([look(&store, 0), look(&store, 1), look(&store, 2)], [Seen::Whole, Seen::Corrupt, Seen::Whole]);
 }
 
 #[test]
-fn a_flipped_manifest_costs_one_chunk() {
+fn a_flipped_row_costs_one_chunk() {
     use crate::backend::{Family, Sync};
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path()).unwrap();
-    for n in 0..3 {
-        put(&store, n).unwrap();
-    }
-    let mut bytes = store.backend.get(Family::Manifest, &key(1).0).unwrap().unwrap().to_vec();
-    bytes[90] ^= 4;
-    store.backend.put(Family::Manifest, &key(1).0, &bytes, Sync::Now).unwrap();
+    put_group(&store, 0..3);
+    let row_key = key(1).to_bytes().to_vec();
+    let mut bytes = store.core.backend.get(Family::Chunks, &row_key).unwrap().unwrap();
+    bytes[110] ^= 4;
+    store.core.backend.write("a test", &[(Family::Chunks, row_key, Some(bytes))], Sync::Now).unwrap();
     drop(store);
     let store = open(directory.path()).unwrap();
     assert_eq!(store.open_report().damaged.len(), 1);
@@ -209,4 +201,25 @@ fn a_flipped_manifest_costs_one_chunk() {
     let store = open(directory.path()).unwrap();
     assert_eq!(look(&store, 1), Seen::Whole);
     assert!(store.verify().unwrap().is_clean());
+}
+
+#[test]
+fn a_cut_payload_file_costs_its_chunks_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path()).unwrap();
+    put_group(&store, 0..3);
+    let before: std::collections::BTreeSet<_> = data_files(directory.path()).into_iter().collect();
+    put_group(&store, 3..6);
+    let after: std::collections::BTreeSet<_> = data_files(directory.path()).into_iter().collect();
+    drop(store);
+    let file = after.difference(&before).find(|file| file.extension().is_some_and(|end| end == "sst")).unwrap();
+    let length = fs::metadata(file).unwrap().len();
+    fs::OpenOptions::new().write(true).open(file).unwrap().set_len(length / 2).unwrap();
+    let store = open(directory.path()).unwrap();
+    assert_eq!(store.open_report().lost, 3);
+    (0..6).for_each(|n| assert_eq!(look(&store, n), if n < 3 { Seen::Whole } else { Seen::Absent }));
+    drop(store);
+    // The file is forgotten: the next opening finds nothing to complain of.
+    let store = open(directory.path()).unwrap();
+    assert_eq!((store.open_report().lost, &store.open_report().salvaged), (0, &None));
 }

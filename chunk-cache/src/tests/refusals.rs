@@ -3,32 +3,13 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::backend::{Access, Backend, Family, Mode, Sync};
+use crate::backend::{Access, Backend, Family, Sync};
 
 fn refusal(path: &Path, options: StoreOptions) -> (StoreError, String) {
     let error = ChunkStore::open(path, options).unwrap_err();
     let text = error.to_string();
     assert!(text.contains(&path.display().to_string()), "{text}");
     (error, text)
-}
-
-#[test]
-fn a_store_of_another_model_or_layout_is_foreign() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = open(directory.path()).unwrap();
-    put(&store, 3).unwrap();
-    drop(store);
-    let other = StoreOptions { model_identity: [2; 32], model_name: "other".to_owned(), ..options(1 << 20) };
-    let (error, text) = refusal(directory.path(), other);
-    assert!(matches!(error, StoreError::ForeignStore { what: "model", .. }));
-    assert!(text.contains("expected other (02020202), found toy (01010101)"), "{text}");
-
-    let wide = KvShape { dtype: KvDtype::F32, ..SHAPE };
-    let (error, text) = refusal(directory.path(), StoreOptions { shape: wide, ..options(1 << 20) });
-    assert!(matches!(error, StoreError::ForeignStore { what: "KV layout", .. }));
-    assert!(text.contains("f32, found 3 layers"), "{text}");
-    // Nothing was lost by asking.
-    assert_eq!(look(&open(directory.path()).unwrap(), 3), Seen::Whole);
 }
 
 #[test]
@@ -45,13 +26,13 @@ fn a_directory_of_something_else_is_left_alone() {
 fn a_newer_format_is_named() {
     let directory = tempfile::tempdir().unwrap();
     drop(open(directory.path()).unwrap());
-    let backend = Backend::open(directory.path(), Mode::Strict, Access::Write).unwrap();
-    let mut row = backend.get(Family::Meta, b"identity").unwrap().unwrap().to_vec();
+    let (backend, _) = Backend::open(directory.path(), Access::Write).unwrap();
+    let mut row = backend.get(Family::Meta, b"identity").unwrap().unwrap();
     row[4] = 9;
-    backend.put(Family::Meta, b"identity", &row, Sync::Now).unwrap();
+    backend.write("a test", &[(Family::Meta, b"identity".to_vec(), Some(row))], Sync::Now).unwrap();
     drop(backend);
     let (error, text) = refusal(directory.path(), options(1));
-    assert!(matches!(error, StoreError::NewerFormat { found: 9, supported: 1, .. }));
+    assert!(matches!(error, StoreError::NewerFormat { found: 9, supported: 2, .. }));
     assert!(text.contains("newer quire"), "{text}");
 }
 
@@ -102,7 +83,7 @@ fn data_of_another_shape_is_refused_and_leaves_nothing() {
     let store = open(directory.path()).unwrap();
     let right = layers(3);
     let mut short = right.clone();
-    short[1].values.pop();
+    short[1].values = short[1].values.slice(1..);
     let tries: [(&str, u32, &[LayerKv]); 4] = [
         ("at least 1 token", 0, &right),
         ("number of layers", tokens(3), &right[..2]),
@@ -110,13 +91,14 @@ fn data_of_another_shape_is_refused_and_leaves_nothing() {
         ("keys of layer 0", tokens(3) + 1, &right),
     ];
     for (words, tokens, data) in tries {
-        let error = store.put(&key(3), tokens, data).unwrap_err();
+        let error = store.put(model(&store), NewChunk::new(key(3), tokens, data.to_vec())).unwrap_err();
         assert!(matches!(error, StoreError::ShapeMismatch { .. }));
         assert!(error.to_string().contains(words), "{error}");
     }
+    assert_eq!(look(&store, 3), Seen::Absent);
+    put(&store, 3).unwrap();
     let error = store.layer(&key(3), SHAPE.layers).unwrap_err();
     assert!(matches!(error, StoreError::ShapeMismatch { .. }));
-    assert_eq!(look(&store, 3), Seen::Absent);
     assert!(store.verify().unwrap().is_clean());
 }
 
@@ -129,5 +111,19 @@ fn a_directory_without_its_root_file_is_damaged_not_empty() {
     fs::remove_file(directory.path().join("CURRENT")).unwrap();
     let (error, text) = refusal(directory.path(), options(1));
     assert!(matches!(error, StoreError::Damaged { .. }), "{error:?}");
-    assert!(text.contains("remove the directory"), "{text}");
+    assert!(text.contains("quire cache evict --all"), "{text}");
+}
+
+#[test]
+fn a_database_of_another_program_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = rocksdb::Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    drop(rocksdb::DB::open_cf(&options, directory.path(), ["accounts"]).unwrap());
+    let (error, text) = refusal(directory.path(), self::options(1));
+    assert!(matches!(error, StoreError::ForeignStore { what: "program", .. }), "{error:?}");
+    assert!(text.contains("accounts"), "{text}");
+    assert!(matches!(ChunkStore::clear(directory.path()), Err(StoreError::ForeignStore { .. })));
+    assert!(rocksdb::DB::list_cf(&options, directory.path()).unwrap().contains(&"accounts".to_owned()));
 }

@@ -39,7 +39,7 @@ fn work(store: &ChunkStore, seed: u64) {
             },
             4 => {
                 let guard = store.pin(&[key(n)]);
-                if store.contains(&key(n)).unwrap() {
+                if store.contains(&key(n)) {
                     // Nobody removes the even ones by hand, so a pinned one stays.
                     for _ in 0..5 {
                         let seen = look_twice(store, n);
@@ -83,27 +83,41 @@ fn puts_reads_pins_and_evictions_at_once() {
             scope.spawn(move || work(store, seed));
         }
     });
-    let stats = store.stats().unwrap();
+    let stats = store.stats();
     assert!(stats.payload_bytes <= budget && stats.pinned == 0 && stats.evicted > 0, "{stats:?}");
     assert!(store.verify().unwrap().is_clean());
-    let list: Vec<_> = store.list().unwrap().into_iter().map(|(key, _)| key).collect();
+    let list: Vec<_> = store.list().into_iter().map(|(key, _)| key).collect();
     drop(store);
     let store = ChunkStore::open(directory.path(), options(budget)).unwrap();
-    let again: Vec<_> = store.list().unwrap().into_iter().map(|(key, _)| key).collect();
+    let again: Vec<_> = store.list().into_iter().map(|(key, _)| key).collect();
     assert_eq!(again, list);
     assert_eq!(store.open_report().orphans, 0);
 }
 
 #[test]
-fn a_put_that_dies_frees_its_claim() {
+fn a_chunk_that_is_written_behind_is_read_from_memory_and_then_from_disk() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path()).unwrap();
-    {
-        let mut state = store.catalogue.lock();
-        let claim = store.catalogue.claim(&mut state, vec![key(1)], 1 << 29);
-        drop(state);
-        drop(claim);
+    let tickets: Vec<_> = (0..40).map(|n| store.put_behind(model(&store), chunk(n)).unwrap()).collect();
+    for n in 0..40 {
+        for (index, wanted) in (0..).zip(layers(n)) {
+            assert_eq!(store.layer(&key(n), index).unwrap(), Some(wanted));
+        }
     }
-    assert_eq!(store.catalogue.lock().reserved, 0);
-    assert_eq!(put(&store, 1).unwrap(), PutOutcome::Stored);
+    assert!(tickets.iter().all(|ticket| ticket.wait().unwrap() == PutOutcome::Stored && ticket.is_done()));
+    (0..40).for_each(|n| assert_eq!(look(&store, n), Seen::Whole));
+    // What waited together went into few files.
+    let files = store.core.catalogue.lock().segments.len();
+    assert!(files < 40, "{files} files");
+}
+
+#[test]
+fn a_store_that_is_closed_first_writes_what_was_handed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path()).unwrap();
+    let tickets: Vec<_> = (0..20).map(|n| store.put_behind(model(&store), chunk(n)).unwrap()).collect();
+    drop(store);
+    assert!(tickets.iter().all(|ticket| ticket.is_done()));
+    let store = open(directory.path()).unwrap();
+    (0..20).for_each(|n| assert_eq!(look(&store, n), Seen::Whole));
 }

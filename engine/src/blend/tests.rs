@@ -93,7 +93,7 @@ fn case(model: &Transformer, sizes: &[usize], rng: &mut ChaCha8Rng) -> Case {
         let rows = start * width..(start + size) * width;
         let text = tokens[start..start + size].into();
         start += size;
-        let side = |side: &[f32]| encoded(&side[rows.clone()], dtype);
+        let side = |side: &[f32]| encoded(&side[rows.clone()], dtype).into();
         let layers =
             cached.iter().map(|(keys, values)| ChunkLayer { keys: side(keys), values: side(values) }).collect();
         // Computed behind another token than the bos, so that not even the first one is exact.

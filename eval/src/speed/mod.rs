@@ -14,6 +14,7 @@ mod prefill;
 mod prompt;
 mod random;
 mod rate;
+mod store;
 mod streams;
 
 use std::path::PathBuf;
@@ -38,6 +39,7 @@ pub use index::{HeadOptions, IndexBenchOptions, IndexData, bench_index};
 pub use membw::{MembwOptions, MembwReport, bench_membw};
 pub use mixed::{MixedLoadOptions, bench_mixed_load};
 pub use prefill::bench_prefill;
+pub use store::{StoreBenchOptions, StoreBenchReport, bench_store};
 
 /// The program that is measured beside this one: Hugging Face transformers on PyTorch, on the CPU.
 #[derive(Debug, Clone)]

@@ -159,6 +159,20 @@ pub struct ChatArgs {
     pub no_history: bool,
 }
 
+/// A crash drill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum CrashCase {
+    /// An ingest is killed
+    #[value(name = "ingest/kill9")]
+    Ingest,
+    /// Bits of a chunk store's files are flipped
+    #[value(name = "store/bitflips")]
+    Bitflips,
+    /// The disk below a chunk store becomes full
+    #[value(name = "store/full-disk")]
+    FullDisk,
+}
+
 /// What can be done with the chunk store.
 #[derive(Debug, Subcommand)]
 pub enum CacheCommand {
@@ -354,6 +368,27 @@ pub enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// The chunk store: bytes written and freed, rates of reading, time to open
+    Store {
+        /// Where folders of up to three times the bytes are made and removed again [default: the data folder]
+        #[arg(long, value_name = "FOLDER")]
+        dir: Option<PathBuf>,
+        /// State to ingest; the other cases follow it
+        #[arg(long, value_name = "BYTES", default_value = "4G")]
+        bytes: Bytes,
+        /// Chunks of the store that is opened
+        #[arg(long, default_value_t = 100_000)]
+        rows: usize,
+        /// Rounds of reading and opening
+        #[arg(long, default_value_t = 5)]
+        repeats: usize,
+        /// Seed of choices
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
     /// Chat templates of public models, rendered here and by Hugging Face transformers
     Templates {
         /// Python interpreter that imports transformers and jinja2
@@ -368,12 +403,21 @@ pub enum BenchCommand {
     },
     /// Kill an ingest at random moments and check what is left
     Crash {
+        /// What happens
+        #[arg(value_enum, value_name = "CASE", default_value_t = CrashCase::Ingest)]
+        case: CrashCase,
         /// Times to kill
         #[arg(long, default_value_t = 50)]
         kills: usize,
         /// Documents to ingest
         #[arg(long, default_value_t = 16)]
         documents: usize,
+        /// Bits to flip
+        #[arg(long, default_value_t = 2000)]
+        flips: usize,
+        /// Times to fill the disk
+        #[arg(long, default_value_t = 60)]
+        rounds: usize,
         /// Seed of the documents and the moments
         #[arg(long, default_value_t = 1)]
         seed: u64,

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
-    AttentionOptions, BlendBenchOptions, CheckpointOptions, FaultsOptions, GpuPeerOptions, HeadOptions,
-    IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider, SpeedOptions, TemplateOptions,
-    bench_blend, bench_decode, bench_faults, bench_index, bench_membw, bench_prefill, bench_templates,
-    default_results_dir, write_checkpoint, write_report,
+    AttentionOptions, BlendBenchOptions, CheckpointOptions, DrillOptions, DrillReport, FaultsOptions, GpuPeerOptions,
+    HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider, SpeedOptions,
+    StoreBenchOptions, TemplateOptions, bench_blend, bench_decode, bench_faults, bench_index, bench_membw,
+    bench_prefill, bench_store, bench_templates, default_results_dir, drill_bitflips, drill_full_disk,
+    write_checkpoint, write_report,
 };
 
-use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
+use super::args::{BenchCommand, CrashCase, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
 use super::bench_http::{HttpOptions, http_bench};
 use super::bench_load;
 use super::bench_search::{SearchBenchOptions, search_bench};
@@ -98,17 +99,33 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             print(&report, &report.table(), out);
             Ok(())
         }
+        BenchCommand::Store { dir, bytes, rows, repeats, seed, records } => {
+            let dir = dir.unwrap_or_else(|| settings.data_dir.clone());
+            let output = output(&records)?;
+            let options = StoreBenchOptions { dir, bytes: bytes.0, rows, repeats, seed, output };
+            let report = with_progress(out, |progress| Ok(bench_store(&options, progress)?))?;
+            print(&report, &report.table(), out);
+            Ok(())
+        }
         BenchCommand::Templates { python, packages, records } => {
             let options = TemplateOptions { python, packages, output: output(&records)? };
             let report = with_progress(out, |progress| Ok(bench_templates(&options, progress)?))?;
             print(&report, &report.table(), out);
             Ok(())
         }
-        BenchCommand::Crash { kills, documents, seed, records } => {
-            let options = CrashOptions { kills, documents, seed, output: output(&records)? };
-            let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
-            print(&report, &report.table(), out);
-            report.check()
+        BenchCommand::Crash { case, kills, documents, flips, rounds, seed, records } => {
+            let output = output(&records)?;
+            let drill = |count| DrillOptions { dir: settings.data_dir.clone(), count, seed, output: output.clone() };
+            match case {
+                CrashCase::Ingest => {
+                    let options = CrashOptions { kills, documents, seed, output };
+                    let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
+                    print(&report, &report.table(), out);
+                    report.check()
+                }
+                CrashCase::Bitflips => drilled(with_progress(out, |p| Ok(drill_bitflips(&drill(flips), p)?))?, out),
+                CrashCase::FullDisk => drilled(with_progress(out, |p| Ok(drill_full_disk(&drill(rounds), p)?))?, out),
+            }
         }
         BenchCommand::Search { data, words, repeats, records } => {
             let options = SearchBenchOptions { data, words, repeats, output: output(&records)? };
@@ -129,6 +146,17 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             )))
         }
         BenchCommand::Report { out: file, records } => report(&file, &records, out),
+    }
+}
+
+fn drilled(report: DrillReport, out: &Out) -> Result<()> {
+    print(&report, &report.table(), out);
+    match report.faults {
+        0 => Ok(()),
+        faults => Err(QuireError::CheckFailed(format!(
+            "{faults} times something was wrong, lost or stuck; the first: {}",
+            report.problems.join("; ")
+        ))),
     }
 }
 

@@ -1,10 +1,11 @@
 //! `quire cache`: looking into the chunk store, which changes nothing, and removing chunks from it.
 //!
-//! None of this needs the model: a store says itself what it belongs to.
+//! None of this needs the model: a store says itself what its chunks belong to.
 
 use std::path::Path;
 
-use chunk_cache::{Access, ChunkKey, ChunkMeta, ChunkStore, StoreError};
+use chunk_cache::{Access, ChunkStore, StoreError};
+use serde::Serialize;
 use serde_json::json;
 
 use super::args::CacheCommand;
@@ -36,25 +37,38 @@ pub(super) fn run(settings: &Settings, command: &CacheCommand, out: &Out) -> Res
         }
         return Ok(());
     };
+    if let Some(sentence) = &store.open_report().dropped {
+        out.note(sentence);
+    }
     match command {
         CacheCommand::Stats => stats(&store, &dir, out),
         CacheCommand::Ls => ls(&store, out),
         CacheCommand::Verify { repair } => verify(&store, &dir, *repair, out),
         CacheCommand::Evict { key, to_bytes, .. } => {
-            let victims = victims(store.list()?, key, to_bytes.map(|bytes| bytes.0));
-            evict(&store, &victims, out)
+            let removed = match to_bytes {
+                Some(bytes) => store.evict_to(bytes.0)?,
+                None => {
+                    for absent in key.iter().filter(|key| !store.contains(key)) {
+                        out.note(&format!("not stored: {absent}"));
+                    }
+                    store.remove_all(key)?
+                }
+            };
+            evicted(&store, removed, out)
         }
     }
 }
 
 fn stats(store: &ChunkStore, dir: &Path, out: &Out) -> Result<()> {
-    let stats = store.stats()?;
+    let stats = store.stats();
+    let models = models(store);
     let in_use = ChunkStore::is_in_use(dir)?;
     if out.json {
         out.value(&json!({
             "chunks": stats.chunks, "tokens": stats.tokens, "payload_bytes": stats.payload_bytes,
             "byte_budget": stats.byte_budget, "disk_bytes": stats.disk_bytes, "hits": stats.hits,
-            "damaged": stats.damaged, "evicted": stats.evicted, "model": store.model_name(), "in_use": in_use,
+            "dead_bytes": stats.dead_bytes, "damaged": stats.damaged, "evicted": stats.evicted, "models": models,
+            "in_use": in_use,
         }));
         return Ok(());
     }
@@ -64,22 +78,56 @@ fn stats(store: &ChunkStore, dir: &Path, out: &Out) -> Result<()> {
     out.line(format!("on disk   {}", bytes(stats.disk_bytes)));
     out.line(format!("hits      {}", grouped(stats.hits)));
     out.line(format!("damaged   {}", stats.damaged));
-    out.line(format!("model     {}", store.model_name()));
+    for model in &models {
+        let (name, chunks, held) = (&model.name, model.chunks as usize, model.payload_bytes);
+        out.line(format!("model     {name}: {} with {}", count(chunks, "chunk"), bytes(held)));
+    }
     if in_use {
         out.note("a running quire has this store open: these figures are of one moment");
     }
     Ok(())
 }
 
+/// What the store holds of a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct ModelShare {
+    name: String,
+    layout: String,
+    chunks: u64,
+    payload_bytes: u64,
+}
+
+/// One a model, in the order in which they came.
+fn models(store: &ChunkStore) -> Vec<ModelShare> {
+    let known = store.models().into_iter();
+    let share = |model: chunk_cache::ModelInfo| ModelShare {
+        name: model.name,
+        layout: model.shape.to_string(),
+        chunks: 0,
+        payload_bytes: 0,
+    };
+    let mut shares: Vec<ModelShare> = known.map(share).collect();
+    for (_, meta) in store.list() {
+        shares[meta.model].chunks += 1;
+        shares[meta.model].payload_bytes += meta.payload_bytes;
+    }
+    shares
+}
+
 fn ls(store: &ChunkStore, out: &Out) -> Result<()> {
-    for (key, meta) in store.list()? {
+    let models = store.models();
+    for (key, meta) in store.list() {
+        let model = &models[meta.model].name;
         if out.json {
             out.value(&json!({
                 "key": key.to_string(), "tokens": meta.tokens, "payload_bytes": meta.payload_bytes,
                 "created_unix": meta.created_unix, "last_used_unix": meta.last_used_unix, "hits": meta.hits,
+                "demoted": meta.demoted, "model": model,
             }));
         } else {
-            out.line(format!("{key}  {:5} tokens  {:>10}  {} hits", meta.tokens, bytes(meta.payload_bytes), meta.hits));
+            let (tokens, held, hits) = (meta.tokens, bytes(meta.payload_bytes), meta.hits);
+            let demoted = if meta.demoted { "  no document" } else { "" };
+            out.line(format!("{key}  {tokens:5} tokens  {held:>10}  {hits} hits  {model}{demoted}"));
         }
     }
     Ok(())
@@ -93,10 +141,10 @@ fn verify(store: &ChunkStore, dir: &Path, repair: bool, out: &Out) -> Result<()>
     let report = store.verify()?;
     for chunk in &report.damaged {
         out.failed(&format!("damaged: {}: expected {}, found {}", chunk.key, chunk.expected, chunk.found));
-        if repair {
-            // It would never be served; gone, it is computed and stored anew when it is ingested or needed.
-            store.remove(&chunk.key)?;
-        }
+    }
+    if repair {
+        // What is damaged would never be served; gone, it is computed and stored anew when it is ingested or needed.
+        store.repair()?;
     }
     for place in &report.unreadable {
         out.failed(&format!("unreadable: {place}"));
@@ -104,16 +152,12 @@ fn verify(store: &ChunkStore, dir: &Path, repair: bool, out: &Out) -> Result<()>
     let sound = report.damaged.is_empty() && report.unreadable.is_empty();
     if out.json {
         out.value(&json!({
-            "chunks": report.chunks, "bytes": report.bytes, "orphans": report.orphans.len(),
+            "chunks": report.chunks, "bytes": report.bytes,
             "damaged": report.damaged.iter().map(|c| c.key.to_string()).collect::<Vec<_>>(),
             "unreadable": report.unreadable, "clean": sound, "repaired": repair,
         }));
     } else {
         out.line(format!("read {} and {}", count(report.chunks as usize, "chunk"), bytes(report.bytes)));
-    }
-    if !report.orphans.is_empty() {
-        let orphans = count(report.orphans.len(), "unfinished write");
-        out.note(&format!("{orphans} lie there unseen; whoever stores chunks next removes them"));
     }
     if sound {
         if !out.json {
@@ -132,22 +176,6 @@ fn verify(store: &ChunkStore, dir: &Path, repair: bool, out: &Out) -> Result<()>
     )))
 }
 
-fn victims(mut list: Vec<(ChunkKey, ChunkMeta)>, keys: &[ChunkKey], to_bytes: Option<u64>) -> Vec<ChunkKey> {
-    let Some(target) = to_bytes else {
-        return keys.to_vec();
-    };
-    list.sort_by_key(|(key, meta)| (meta.last_used_unix, *key));
-    let mut left: u64 = list.iter().map(|(_, meta)| meta.payload_bytes).sum();
-    list.into_iter()
-        .take_while(|(_, meta)| {
-            let above = left > target;
-            left -= if above { meta.payload_bytes } else { 0 };
-            above
-        })
-        .map(|(key, _)| key)
-        .collect()
-}
-
 /// Removes everything, also where the disk is full, and whatever model the chunks are of.
 fn clear(dir: &Path, out: &Out) -> Result<()> {
     let removed = if dir.is_dir() { ChunkStore::clear(dir)? } else { 0 };
@@ -159,45 +187,21 @@ fn clear(dir: &Path, out: &Out) -> Result<()> {
     Ok(())
 }
 
-fn evict(store: &ChunkStore, victims: &[ChunkKey], out: &Out) -> Result<()> {
-    let mut removed = 0;
-    for key in victims {
-        if store.remove(key)? {
-            removed += 1;
-        } else {
-            out.note(&format!("not stored: {key}"));
-        }
+fn evicted(store: &ChunkStore, removed: u64, out: &Out) -> Result<()> {
+    // The chunks are gone in any case: a disk too full to rewrite a file keeps some of their space for now.
+    if let Err(error) = store.compact() {
+        out.note(&format!("not all of the space is free yet: {error}"));
     }
-    // The space of removed chunks is free once the files are merged.
-    store.compact();
-    let left = store.stats()?;
+    let left = store.stats();
     if out.json {
         out.value(&json!({"removed": removed, "chunks": left.chunks, "payload_bytes": left.payload_bytes}));
     } else {
         out.line(format!(
             "removed {}; {} with {} are left",
-            count(removed, "chunk"),
+            count(removed as usize, "chunk"),
             count(left.chunks as usize, "chunk"),
             bytes(left.payload_bytes)
         ));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_least_recently_used_chunks_go_first_and_no_more_than_needed() {
-        let chunk = |id: u8, used| {
-            let meta = ChunkMeta { tokens: 1, payload_bytes: 10, created_unix: 0, last_used_unix: used, hits: 0 };
-            (ChunkKey([id; 32]), meta)
-        };
-        let list = vec![chunk(1, 30), chunk(2, 10), chunk(3, 20)];
-        assert_eq!(victims(list.clone(), &[], Some(15)), [ChunkKey([2; 32]), ChunkKey([3; 32])]);
-        assert_eq!(victims(list.clone(), &[], Some(30)), []);
-        assert_eq!(victims(list.clone(), &[], Some(0)).len(), 3);
-        assert_eq!(victims(list, &[ChunkKey([9; 32])], None), [ChunkKey([9; 32])]);
-    }
 }

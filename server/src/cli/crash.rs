@@ -148,7 +148,7 @@ pub fn crash_drill(
         return Err(QuireError::CheckFailed("the undisturbed ingest of the drill failed".into()));
     }
     let engine = Engine::load(settings.engine()?)?;
-    let reference = read_all(&open(&engine, &reference_dir)?)?;
+    let reference = read_all(&open(&reference_dir)?)?;
     let mut report = CrashReport { chunks: reference.len(), ..CrashReport::default() };
     news(&format!("{} chunks in {:.1} s undisturbed", reference.len(), duration.as_secs_f64()));
 
@@ -161,7 +161,7 @@ pub fn crash_drill(
         }
         let moment = duration.mul_f64(random.unit());
         let outcome = drill.ingest(&victim, Some(moment))?;
-        check(&engine, &victim, &outcome.acknowledged, &reference, &mut report)?;
+        check(&victim, &outcome.acknowledged, &reference, &mut report)?;
         if outcome.completed {
             report.completed += 1;
             std::fs::remove_dir_all(&victim).map_err(|e| QuireError::writing(&victim, e))?;
@@ -262,20 +262,21 @@ impl Drill<'_> {
     }
 }
 
-fn open(engine: &Engine, data_dir: &Path) -> Result<ChunkStore> {
-    open_chunks(engine, data_dir, "drill", u64::MAX)
+fn open(data_dir: &Path) -> Result<ChunkStore> {
+    open_chunks(data_dir, u64::MAX)
 }
 
 type Chunks = BTreeMap<ChunkKey, Vec<LayerKv>>;
 
 fn read_chunk(store: &ChunkStore, key: &ChunkKey) -> Result<Option<Vec<LayerKv>>> {
-    let layers = (0..store.shape().layers).map(|layer| store.layer(key, layer));
+    let Some(meta) = store.meta(key) else { return Ok(None) };
+    let layers = (0..store.models()[meta.model].shape.layers).map(|layer| store.layer(key, layer));
     Ok(layers.collect::<std::result::Result<Option<Vec<_>>, _>>()?)
 }
 
 fn read_all(store: &ChunkStore) -> Result<Chunks> {
     let mut chunks = Chunks::new();
-    for (key, _) in store.list()? {
+    for (key, _) in store.list() {
         if let Some(layers) = read_chunk(store, &key)? {
             chunks.insert(key, layers);
         }
@@ -284,13 +285,7 @@ fn read_all(store: &ChunkStore) -> Result<Chunks> {
 }
 
 /// Looks at what a killed run left.
-fn check(
-    engine: &Engine,
-    data_dir: &Path,
-    acknowledged: &Acknowledged,
-    reference: &Chunks,
-    report: &mut CrashReport,
-) -> Result<()> {
+fn check(data_dir: &Path, acknowledged: &Acknowledged, reference: &Chunks, report: &mut CrashReport) -> Result<()> {
     report.acknowledged_checked += acknowledged.chunks.len() + acknowledged.documents.len();
     if !crate::store::store_dir(data_dir).is_dir() {
         if !acknowledged.chunks.is_empty() {
@@ -298,14 +293,14 @@ fn check(
         }
         return Ok(());
     }
-    let store = match open(engine, data_dir) {
+    let store = match open(data_dir) {
         Ok(store) => store,
         Err(error) => {
             report.problem(format!("the store cannot be opened: {error}"));
             return Ok(());
         }
     };
-    let list = store.list()?;
+    let list = store.list();
     let visible: BTreeSet<ChunkKey> = list.into_iter().map(|(key, _)| key).collect();
     for key in acknowledged.chunks.difference(&visible) {
         report.problem(format!("acknowledged chunk {key} is gone"));

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::output::{Out, bytes, count};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
-use crate::store::{store_dir, store_shape};
+use crate::store::store_dir;
 use documents::{DocumentsError, collection_names, data_dir};
 
 /// How a check went.
@@ -212,10 +212,10 @@ fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
     });
     let store = ChunkStore::open_existing(&store_dir(dir), Access::Read, settings.store_bytes());
     let room = match &store {
-        Ok(Some(store)) => store.stats().map_or(0, |stats| stats.byte_budget.saturating_sub(stats.payload_bytes)),
+        Ok(Some(store)) => store.stats().byte_budget.saturating_sub(store.stats().payload_bytes),
         _ => settings.store_bytes(),
     };
-    checks.extend(chunks(settings, engine, store));
+    checks.extend(chunks(settings, store));
     match data_dir::free_bytes(dir) {
         Some(free) if free < room => checks.push(Check::note(
             "disk",
@@ -241,16 +241,11 @@ fn advice_on_folder(error: &DocumentsError) -> &'static str {
 /// Looks into the store as one that reads only, so that nothing changes and a running server goes on.
 fn chunks(
     settings: &Settings,
-    engine: Option<&Engine>,
     store: std::result::Result<Option<ChunkStore>, chunk_cache::StoreError>,
 ) -> Option<Check> {
     let dir = store_dir(&settings.data_dir);
     let look = |store: &ChunkStore| -> Result<Check> {
-        if let Some(engine) = engine {
-            let shape = store_shape(engine.kv_shape())?;
-            store.check_belongs(engine.model_fingerprint(), &settings.served_name(&settings.model_dir()?), shape)?;
-        }
-        let stats = store.stats()?;
+        let stats = store.stats();
         let found = format!(
             "{}: {}, {} of at most {} (`quire cache verify` reads it all)",
             dir.display(),

@@ -220,7 +220,7 @@ impl Service {
         }
         let name = collection;
         let collection = self.library.collection_or_new_in(name, options.language.clone())?;
-        let evicted = self.store.evicted()?;
+        let evicted = self.store.evicted();
         let mut run = Run {
             service: self,
             writer: collection.writer()?,
@@ -246,7 +246,7 @@ impl Service {
             run.remove_gone(&collection, paths)?;
         }
         let mut report = run.report;
-        report.chunks_evicted = self.store.evicted()? - evicted;
+        report.chunks_evicted = self.store.evicted() - evicted;
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }

@@ -239,7 +239,7 @@ impl Service {
     /// # Errors
     /// What the store refuses.
     pub fn observe(&self) -> Result<()> {
-        let (chunks, bytes) = self.store.stats()?.map_or((0, 0), |stats| (stats.chunks, stats.payload_bytes));
+        let (chunks, bytes) = self.store.stats().map_or((0, 0), |stats| (stats.chunks, stats.payload_bytes));
         let load = self.engine.load_report();
         self.metrics.state(&load, chunks, bytes, self.store.corrupt_reads());
         Ok(())

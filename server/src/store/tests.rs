@@ -59,8 +59,8 @@ fn a_chunk_that_a_prompt_uses_is_not_pushed_out() {
     drop((used, other));
     let (key, origin) = store.ensure(&[1], &tokens(60)).unwrap();
     assert_eq!(origin, Origin::Computed);
-    let chunks = store.store.as_ref().unwrap();
-    assert!(chunks.contains(&key).unwrap() && !chunks.contains(&store.key(&[1], &tokens(10))).unwrap());
+    let chunks = &store.kept.as_ref().unwrap().store;
+    assert!(chunks.contains(&key) && !chunks.contains(&store.key(&[1], &tokens(10))));
     let (stored, origin) = store.source(&[1], &tokens(60)).unwrap();
     assert_eq!(origin, Origin::Cached);
     assert_eq!(stored.layer(1).unwrap(), from_memory);

@@ -5,11 +5,13 @@ use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::compute::ComputeError;
+
 /// Time between two questions whether a result is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Computations that run, by the name of their result.
-pub(crate) struct SingleFlight<K, V> {
+pub struct SingleFlight<K, V> {
     running: Mutex<HashMap<K, Arc<Flight<V>>>>,
 }
 
@@ -49,7 +51,53 @@ pub(crate) enum Waited<V> {
     Unwanted,
 }
 
+/// Where a result came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fetched<F, V> {
+    /// It was there.
+    Found(F),
+    /// Somebody else computed it meanwhile.
+    Shared(V),
+    /// This call computed it.
+    Computed(V),
+}
+
 impl<K: Eq + Hash + Clone, V: Clone> SingleFlight<K, V> {
+    /// What `find` finds, or what `compute` makes: once for all that want it at the same time. Waits for others only as
+    /// long as `wanted` says so; when the one who computes fails, the next one tries.
+    ///
+    /// # Errors
+    /// Those of `compute`, and [`ComputeError::Unwanted`].
+    pub fn fetch<F, E>(
+        &self,
+        key: &K,
+        wanted: &dyn Fn() -> bool,
+        find: &dyn Fn() -> Option<F>,
+        compute: &dyn Fn() -> Result<V, E>,
+    ) -> Result<Fetched<F, V>, ComputeError<E>> {
+        loop {
+            if let Some(found) = find() {
+                return Ok(Fetched::Found(found));
+            }
+            match self.join(key) {
+                Turn::Lead(lead) => {
+                    // Whoever had the turn before may have put it there since it was looked for.
+                    if let Some(found) = find() {
+                        return Ok(Fetched::Found(found));
+                    }
+                    let value = compute().map_err(ComputeError::Failed)?;
+                    lead.end(value.clone());
+                    return Ok(Fetched::Computed(value));
+                }
+                Turn::Follow(other) => match other.wait(wanted) {
+                    Waited::Done(value) => return Ok(Fetched::Shared(value)),
+                    Waited::Failed => {}
+                    Waited::Unwanted => return Err(ComputeError::Unwanted),
+                },
+            }
+        }
+    }
+
     /// The turn of a caller that wants the result of this name.
     pub(crate) fn join(&self, key: &K) -> Turn<'_, K, V> {
         let mut running = lock(&self.running);
