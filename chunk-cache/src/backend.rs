@@ -18,7 +18,7 @@ use crate::error::{Fault, StoreError, classify};
 
 const MIB: usize = 1 << 20;
 /// How long opening the database anew waits for readers to let go of what they hold.
-const LAST_READER: Duration = Duration::from_secs(10);
+const LAST_READER: Duration = Duration::from_secs(2);
 
 /// The column families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -10,6 +10,7 @@ use crate::eviction::{self, Candidate, Plan, SegmentBytes, Space};
 use crate::key::ChunkKey;
 use crate::pending::PendingPut;
 use crate::records::{ModelInfo, Usage};
+use crate::shape::KvShape;
 
 /// A visible chunk.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +76,18 @@ impl State {
     pub(crate) fn tick(&mut self, now_micros: u64) -> u64 {
         self.clock = now_micros.max(self.clock + 1);
         self.clock
+    }
+
+    pub(crate) fn model_index(&self, fingerprint: &[u8; 32], shape: &KvShape) -> Option<u32> {
+        self.models.iter().position(|model| model.is_same(fingerprint, shape)).map(|index| index as u32)
+    }
+
+    /// The index of a model, which is new or known.
+    pub(crate) fn enter_model(&mut self, model: &ModelInfo) -> u32 {
+        self.model_index(&model.fingerprint, &model.shape).unwrap_or_else(|| {
+            self.models.push(model.clone());
+            (self.models.len() - 1) as u32
+        })
     }
 
     /// The first of so many chunk numbers that were never used.

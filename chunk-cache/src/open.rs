@@ -322,11 +322,9 @@ impl Recovery<'_> {
 }
 
 fn entry(state: &mut State, row: &ChunkRow, usage: Option<Usage>) -> Entry {
-    let known = state.models.iter().position(|model| model.is_same(&row.model, &row.shape));
-    let model = known.unwrap_or_else(|| {
-        let name = "unknown".to_owned();
-        state.models.push(ModelInfo { fingerprint: row.model, name, shape: row.shape });
-        state.models.len() - 1
+    let model = state.model_index(&row.model, &row.shape).unwrap_or_else(|| {
+        // Its row is lost; only the name was in it alone.
+        state.enter_model(&ModelInfo { fingerprint: row.model, name: "unknown".to_owned(), shape: row.shape })
     });
     let stored = Usage { last_used_micros: row.created_unix.saturating_mul(1_000_000), ..Usage::default() };
     Entry {
@@ -334,7 +332,7 @@ fn entry(state: &mut State, row: &ChunkRow, usage: Option<Usage>) -> Entry {
         tokens: row.tokens,
         bytes: row.payload_bytes(),
         created_unix: row.created_unix,
-        model: model as u32,
+        model,
         codec: row.codec,
         usage: usage.unwrap_or(stored),
     }

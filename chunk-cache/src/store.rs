@@ -261,20 +261,13 @@ impl ChunkStore {
     /// # Errors
     /// Those of a failed write.
     pub fn register(&self, model: &ModelInfo) -> Result<ModelHandle, StoreError> {
-        let mut state = self.core.catalogue.lock();
-        let known = state.models.iter().position(|known| known.is_same(&model.fingerprint, &model.shape));
-        let index = match known {
-            Some(index) => index,
-            None => {
-                if self.access == Access::Write {
-                    let row = (Family::Models, model.row_key(), Some(model.encode()));
-                    self.core.backend.write("registering a model", &[row], Sync::Now)?;
-                }
-                state.models.push(model.clone());
-                state.models.len() - 1
-            }
-        };
-        Ok(ModelHandle { index: index as u32, shape: model.shape })
+        let known = self.core.catalogue.lock().model_index(&model.fingerprint, &model.shape);
+        if known.is_none() && self.access == Access::Write {
+            let row = (Family::Models, model.row_key(), Some(model.encode()));
+            self.core.backend.write("registering a model", &[row], Sync::Now)?;
+        }
+        let index = self.core.catalogue.lock().enter_model(model);
+        Ok(ModelHandle { index, shape: model.shape })
     }
 
     /// The models whose chunks are or were stored.

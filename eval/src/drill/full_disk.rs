@@ -138,7 +138,9 @@ impl Drill<'_> {
         self.next += 1;
         let put = register(&self.store).and_then(|model| Ok(self.store.put(model, chunk(number, tokens))?));
         match put {
-            Ok(_) => drop(self.held.insert(number, tokens)),
+            Ok(_) => {
+                self.held.insert(number, tokens);
+            }
             Err(error) => self.tally.fault("stuck", format!("round {round}, the disk is free again: {error}")),
         }
     }
@@ -147,7 +149,7 @@ impl Drill<'_> {
         let gone: Vec<u32> = self.held.keys().copied().filter(|_| self.random.random_range(0..3) == 0).collect();
         let keys: Vec<_> = gone.iter().map(|number| key(*number)).collect();
         match self.store.remove_all(&keys) {
-            Ok(_) => gone.iter().for_each(|number| drop(self.held.remove(number))),
+            Ok(_) => self.held.retain(|number, _| !gone.contains(number)),
             Err(error) => self.tally.fault("stuck", format!("evicting on a full disk: {error}")),
         }
         self.check("after evicting on a full disk");
@@ -276,7 +278,7 @@ mod tests {
             }
             report => report.unwrap(),
         };
-        assert_eq!((report.faults, report.problems), (0, Vec::<String>::new()));
+        assert_eq!((report.faults, &report.problems), (0, &Vec::new()));
         let count = |metric: &str| report.records.iter().find(|record| record.metric == metric).unwrap().value;
         assert!(count("refused") > 0.0 && count("stored") > 0.0, "{}", report.table());
     }

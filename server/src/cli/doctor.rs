@@ -42,9 +42,8 @@ impl Check {
 pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
     let mut checks = vec![cpu(), memory()];
     checks.push(gpu(settings));
-    let (about_model, engine) = model(settings);
-    checks.extend(about_model);
-    checks.extend(data(settings, engine.as_ref()));
+    checks.extend(model(settings));
+    checks.extend(data(settings));
     for check in &checks {
         if out.json {
             out.value(check);
@@ -126,15 +125,15 @@ fn gpu(settings: &Settings) -> Check {
     }
 }
 
-fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
+fn model(settings: &Settings) -> Vec<Check> {
     let dir = match settings.model_dir() {
         Ok(dir) => dir,
-        Err(error) => return (vec![Check::bad("model", "none".into(), error.to_string())], None),
+        Err(error) => return vec![Check::bad("model", "none".into(), error.to_string())],
     };
     let fix = "point --model at a complete folder as Hugging Face publishes it";
     let spec = match ModelSpec::from_dir(&dir) {
         Ok(spec) => spec,
-        Err(error) => return (vec![Check::bad("model", error.to_string(), fix.into())], None),
+        Err(error) => return vec![Check::bad("model", error.to_string(), fix.into())],
     };
     let shape = format!(
         "{} ({}, {} layers, {} wide, {} tokens of context)",
@@ -159,14 +158,13 @@ fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
                     count(engine.threads(), "thread")
                 ),
             ));
-            (checks, Some(engine))
         }
         Err(error) => {
             use engine::EngineError::{Device, InvalidRequest, Kernel, NoDevice, OutOfMemory};
             if let QuireError::Engine(NoDevice { .. }) = &error {
                 let advice = "put right what `gpu` says, or set --device cpu";
                 checks.push(Check::note("weights", "not loaded: there is no usable GPU".into(), advice));
-                return (checks, None);
+                return checks;
             }
             let fix = match &error {
                 QuireError::Engine(Device { .. } | Kernel { .. }) => "check `nvidia-smi`, or set --device cpu",
@@ -175,12 +173,12 @@ fn model(settings: &Settings) -> (Vec<Check>, Option<Engine>) {
                 _ => fix,
             };
             checks.push(Check::bad("weights", error.to_string(), fix.into()));
-            (checks, None)
         }
     }
+    checks
 }
 
-fn data(settings: &Settings, engine: Option<&Engine>) -> Vec<Check> {
+fn data(settings: &Settings) -> Vec<Check> {
     let dir = &settings.data_dir;
     let mut checks = Vec::new();
     if dir.is_dir() {
