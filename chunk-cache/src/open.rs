@@ -1,19 +1,21 @@
 //! Opening a store: is the directory usable, what did the last process leave behind.
 
-use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Access, Backend, Change, Family, Sync};
-use crate::catalogue::{DamagedChunk, Entry, Segment, State};
-use crate::disk::RESERVE_FILE;
+use crate::backend::{Access, Backend, Family, Sync};
+use crate::catalogue::{Catalogue, DamagedChunk, State};
+use crate::disk::{RESERVE_FILE, Reserve};
 use crate::error::StoreError;
-use crate::eviction::SegmentBytes;
 use crate::format::{FormatError, VERSION};
-use crate::key::ChunkKey;
-use crate::records::{Budget, ChunkRow, ModelInfo, SegmentRow, Usage, decode_store, encode_store};
-use crate::writer::INCOMING;
+use crate::pending::Mailbox;
+use crate::records::{Budget, decode_store, encode_store};
+use crate::single_flight::SingleFlight;
+use crate::store::{ChunkStore, StoreOptions};
+use crate::writer::{Core, INCOMING};
+use crate::{legacy, recovery};
 
 const STORE_ROW: &[u8] = b"identity";
 pub(crate) const BUDGET_ROW: &[u8] = b"budget";
@@ -34,6 +36,137 @@ pub struct OpenReport {
     pub unreadable: Vec<String>,
     /// A sentence for the user when the directory held a store of an earlier layout, whose chunks were dropped.
     pub dropped: Option<String>,
+}
+
+impl ChunkStore {
+    /// Opens the store in the directory `path`, creating it where needed. Unfinished writes of a
+    /// process that died are swept; [`open_report`](Self::open_report) tells what was found. No chunk
+    /// makes way for being opened. A store of an earlier layout is emptied and keeps its budget; the report says so.
+    ///
+    /// # Errors
+    /// [`StoreError::ForeignStore`] when the directory belongs to another program,
+    /// [`NewerFormat`](StoreError::NewerFormat), [`Locked`](StoreError::Locked),
+    /// [`ReadOnly`](StoreError::ReadOnly), [`OutOfSpace`](StoreError::OutOfSpace), and
+    /// [`Damaged`](StoreError::Damaged) when nothing can be saved.
+    pub fn open(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
+        prepare_directory(path)?;
+        ChunkStore::open_prepared(path, options)
+    }
+
+    fn open_prepared(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
+        let old = legacy::drop_store(path)?;
+        let (backend, salvaged) = Backend::open(path, Access::Write)?;
+        let new_budget = old.as_ref().and_then(|old| old.byte_budget).unwrap_or(options.byte_budget);
+        let report = OpenReport { salvaged, dropped: old.map(|old| old.sentence), ..OpenReport::default() };
+        ChunkStore::with_backend(backend, Access::Write, report, new_budget)
+    }
+
+    /// Opens the store that the directory `path` holds; `None` if there is none, or only one of an earlier layout, whose
+    /// chunks cannot be used. A store from before budgets were kept is taken to have `unknown_budget`. On a full disk the
+    /// space that the store keeps in reserve is given up for opening it, so that chunks can be evicted.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open). With [`Access::Read`] the directory need not be writable, and may be
+    /// in use.
+    pub fn open_existing(path: &Path, access: Access, unknown_budget: u64) -> Result<Option<ChunkStore>, StoreError> {
+        if !path.exists() || !holds_store(path)? {
+            return Ok(None);
+        }
+        if access == Access::Write {
+            let options = StoreOptions { byte_budget: unknown_budget };
+            return match ChunkStore::open(path, options) {
+                Err(StoreError::OutOfSpace { .. }) if Reserve::new(path, 0).release() => {
+                    ChunkStore::open_prepared(path, options).map(Some)
+                }
+                outcome => outcome.map(Some),
+            };
+        }
+        if legacy::is_here(path) {
+            return Ok(None);
+        }
+        let (backend, salvaged) = Backend::open(path, access)?;
+        let report = OpenReport { salvaged, ..OpenReport::default() };
+        ChunkStore::with_backend(backend, access, report, unknown_budget).map(Some)
+    }
+
+    fn with_backend(
+        backend: Backend,
+        access: Access,
+        mut report: OpenReport,
+        unknown_budget: u64,
+    ) -> Result<ChunkStore, StoreError> {
+        check_mark(&backend, access)?;
+        let mut state = recovery::recover(&backend, access, &mut report)?;
+        state.budget = match read_budget(&backend)? {
+            Some(budget) => budget,
+            None if access == Access::Write => {
+                write_budget(&backend, unknown_budget)?;
+                unknown_budget
+            }
+            None => unknown_budget,
+        };
+        if access == Access::Write {
+            clear_incoming(backend.path())?;
+        }
+        ChunkStore::start(backend, state, access, report)
+    }
+
+    fn start(backend: Backend, state: State, access: Access, report: OpenReport) -> Result<ChunkStore, StoreError> {
+        let core = Arc::new(Core {
+            reserve: Reserve::new(backend.path(), state.budget),
+            backend,
+            catalogue: Arc::new(Catalogue::new(state)),
+            mailbox: Mailbox::default(),
+        });
+        let writer = match access {
+            Access::Read => None,
+            Access::Write => {
+                let shared = Arc::clone(&core);
+                let spawned = std::thread::Builder::new().name("chunk-writer".to_owned()).spawn(move || shared.run());
+                let fail = |error| StoreError::from_io(error, "cannot start the writer of", core.backend.path());
+                Some(spawned.map_err(fail)?)
+            }
+        };
+        Ok(ChunkStore { core, flights: SingleFlight::default(), access, report, writer })
+    }
+
+    /// Whether another process has the store at `path` open for writing. Who reads meanwhile sees a moment of it, and may
+    /// find files gone.
+    ///
+    /// # Errors
+    /// Those of the lock's file.
+    pub fn is_in_use(path: &Path) -> Result<bool, StoreError> {
+        is_in_use(path)
+    }
+
+    /// Removes all chunks at once, by removing the files: it needs no space on the disk, and works for a
+    /// damaged store. The emptied store keeps its budget where there is room to write it. Returns how many chunks there
+    /// were, as far as could be read.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] while another has the store open, [`ForeignStore`](StoreError::ForeignStore) for a
+    /// directory of another program, and whatever keeps files from being removed.
+    pub fn clear(path: &Path) -> Result<u64, StoreError> {
+        match holds_store(path) {
+            Ok(_) | Err(StoreError::Damaged { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        if legacy::is_here(path) {
+            return ChunkStore::open(path, StoreOptions { byte_budget: 0 }).map(|_| 0);
+        }
+        let known = ChunkStore::open_existing(path, Access::Read, 0).ok().flatten().map(|store| {
+            let state = store.core.catalogue.lock();
+            (state.budget, state.entries.len() as u64)
+        });
+        Backend::destroy(path)?;
+        Reserve::new(path, 0).release();
+        let _ = std::fs::remove_dir_all(path.join(INCOMING));
+        let Some((byte_budget, chunks)) = known else { return Ok(0) };
+        if let Err(error) = ChunkStore::open(path, StoreOptions { byte_budget }) {
+            tracing::warn!(%error, "the emptied store forgets its byte budget");
+        }
+        Ok(chunks)
+    }
 }
 
 /// Creates the directory where needed and finds out whether it can be written, before RocksDB does, so
@@ -170,170 +303,4 @@ pub(crate) fn clear_incoming(path: &Path) -> Result<(), StoreError> {
         fs::remove_dir_all(&incoming).map_err(fail)?;
     }
     fs::create_dir(&incoming).map_err(fail)
-}
-
-/// Reads the catalogue; no payload is touched. Where it may, it drops payload files that nobody claims, removes rows
-/// whose payload is gone, and writes anew the families that cannot be read whole.
-pub(crate) fn recover(backend: &Backend, access: Access, report: &mut OpenReport) -> Result<State, StoreError> {
-    let mut recovery = Recovery { backend, report, broken: Vec::new(), sweep: Vec::new() };
-    let mut state = State::default();
-    state.models = recovery.models()?;
-    let gone = recovery.segments(&mut state)?;
-    let usage = recovery.usage()?;
-    recovery.chunks(&mut state, usage)?;
-    let Recovery { broken, sweep, .. } = recovery;
-    let unclaimed: Vec<u64> =
-        state.segments.iter().filter(|(_, s)| s.bytes.live == 0).map(|(first, _)| *first).collect();
-    report.damaged = state.damaged.values().cloned().collect();
-    report.damaged.sort_by_key(|damage| damage.key);
-    for damage in &report.damaged {
-        tracing::warn!(key = %damage.key, expected = damage.expected, found = damage.found, "damaged chunk");
-    }
-    if access == Access::Read {
-        return Ok(state);
-    }
-    for (first, last) in gone {
-        backend.drop_files(first, last)?;
-    }
-    for first in unclaimed {
-        if let Some(segment) = state.segments.remove(&first) {
-            backend.drop_files(first, segment.last)?;
-        }
-    }
-    if !broken.is_empty() {
-        backend.rebuild(&broken)?;
-    }
-    if !sweep.is_empty() {
-        backend.write("sweeping the catalogue", &sweep, Sync::Later)?;
-    }
-    Ok(state)
-}
-
-/// What reading the catalogue has found so far.
-struct Recovery<'a> {
-    backend: &'a Backend,
-    report: &'a mut OpenReport,
-    /// Families that cannot be read whole.
-    broken: Vec<Family>,
-    /// Rows that mean nothing any more.
-    sweep: Vec<Change>,
-}
-
-impl Recovery<'_> {
-    fn scan(&mut self, family: Family, visit: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
-        if let Some(problem) = self.backend.scan(family, visit)? {
-            tracing::warn!(problem, "part of the chunk store's catalogue cannot be read");
-            self.report.unreadable.push(problem);
-            self.broken.push(family);
-        }
-        Ok(())
-    }
-
-    fn models(&mut self) -> Result<Vec<ModelInfo>, StoreError> {
-        let mut models = Vec::new();
-        self.scan(Family::Models, &mut |_, row| match ModelInfo::decode(row) {
-            Ok(model) => models.push(model),
-            Err(error) => tracing::warn!(expected = error.expected, found = error.found, "a model's row is damaged"),
-        })?;
-        Ok(models)
-    }
-
-    /// Enters the payload files that are there whole. Returns the others.
-    fn segments(&mut self, state: &mut State) -> Result<Vec<(u64, u64)>, StoreError> {
-        let mut rows: HashMap<u64, SegmentRow> = HashMap::new();
-        let mut odd = Vec::new();
-        self.scan(Family::Segments, &mut |key, row| {
-            let first = <[u8; 8]>::try_from(key).map(u64::from_be_bytes);
-            match (first, SegmentRow::decode(row)) {
-                (Ok(first), Ok(row)) => drop(rows.insert(first, row)),
-                _ => odd.push(key.to_vec()),
-            }
-        })?;
-        let mut gone = Vec::new();
-        for file in self.backend.payload_files()? {
-            let row = rows.remove(&file.first);
-            let last = row.map_or(file.last, |row| row.last.max(file.last));
-            state.next_number = state.next_number.max(last + 1);
-            if !file.present {
-                gone.push((file.first, last));
-                continue;
-            }
-            let total = row.map_or(0, |row| row.payload_bytes);
-            state.segments.insert(file.first, Segment { last, bytes: SegmentBytes { total, live: 0 } });
-            self.report.orphans += u64::from(row.is_none());
-        }
-        // What is left speaks of files that are gone.
-        let stale = rows.keys().map(|first| first.to_be_bytes().to_vec());
-        self.sweep.extend(stale.chain(odd).map(|key| (Family::Segments, key, None)));
-        Ok(gone)
-    }
-
-    fn usage(&mut self) -> Result<HashMap<ChunkKey, Usage>, StoreError> {
-        let mut usage = HashMap::new();
-        let mut odd = Vec::new();
-        self.scan(Family::Usage, &mut |row_key, row| {
-            let read = ChunkKey::from_bytes(row_key).and_then(|key| Some((key, Usage::decode(row, &key).ok()?)));
-            match read {
-                Some((key, read)) => drop(usage.insert(key, read)),
-                // A damaged row costs a worse choice of victims, nothing else.
-                None => odd.push(row_key.to_vec()),
-            }
-        })?;
-        self.sweep.extend(odd.into_iter().map(|key| (Family::Usage, key, None)));
-        Ok(usage)
-    }
-
-    /// Makes the chunks visible whose rows are whole and whose payload files are there.
-    fn chunks(&mut self, state: &mut State, mut usage: HashMap<ChunkKey, Usage>) -> Result<(), StoreError> {
-        let mut lost = Vec::new();
-        let mut claimed = HashSet::new();
-        self.scan(Family::Chunks, &mut |row_key, row| {
-            let Some(key) = ChunkKey::from_bytes(row_key) else {
-                lost.push(row_key.to_vec());
-                return;
-            };
-            match ChunkRow::decode(row, &key) {
-                Ok(row) => match state.segment_of(row.number) {
-                    Some(segment) => {
-                        claimed.insert(segment);
-                        let used = usage.remove(&key);
-                        let entry = entry(state, &row, used);
-                        state.insert(key, entry);
-                    }
-                    None => lost.push(row_key.to_vec()),
-                },
-                Err(error) => {
-                    usage.remove(&key);
-                    state.damaged.insert(key, crate::reading::damage(key, None, error));
-                }
-            }
-        })?;
-        self.report.lost = lost.len() as u64;
-        if !lost.is_empty() {
-            tracing::warn!(chunks = lost.len(), "payload files of cached chunks are gone");
-        }
-        // A file that chunks lie in is no unfinished write, whatever became of its own row.
-        let unclaimed = |first: &&u64| !claimed.contains(*first);
-        self.report.orphans = self.report.orphans.min(state.segments.keys().filter(unclaimed).count() as u64);
-        self.sweep.extend(lost.into_iter().map(|key| (Family::Chunks, key, None)));
-        self.sweep.extend(usage.keys().map(|key| (Family::Usage, key.to_bytes().to_vec(), None)));
-        Ok(())
-    }
-}
-
-fn entry(state: &mut State, row: &ChunkRow, usage: Option<Usage>) -> Entry {
-    let model = state.model_index(&row.model, &row.shape).unwrap_or_else(|| {
-        // Its row is lost; only the name was in it alone.
-        state.enter_model(&ModelInfo { fingerprint: row.model, name: "unknown".to_owned(), shape: row.shape })
-    });
-    let stored = Usage { last_used_micros: row.created_unix.saturating_mul(1_000_000), ..Usage::default() };
-    Entry {
-        number: row.number,
-        tokens: row.tokens,
-        bytes: row.payload_bytes(),
-        created_unix: row.created_unix,
-        model,
-        codec: row.codec,
-        usage: usage.unwrap_or(stored),
-    }
 }

@@ -7,7 +7,7 @@ use crate::error::StoreError;
 use crate::key::ChunkKey;
 use crate::records::Section;
 use crate::shape::LayerKv;
-use crate::store::PutOutcome;
+use crate::stats::PutOutcome;
 
 /// A chunk's attention state, to be stored.
 #[derive(Debug, Clone)]

@@ -1,23 +1,21 @@
-//! The store's handle: open, put, read, touch, remove.
+//! The store's handle: put, read, touch, remove. Opening it is in `open`.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::backend::{Access, Backend, Family, Sync};
-use crate::catalogue::{Catalogue, Entry, PinGuard, State};
+use crate::backend::{Access, Family, Sync};
+use crate::catalogue::{PinGuard, State};
 use crate::compute::InMemory;
-use crate::disk::Reserve;
 use crate::error::StoreError;
 use crate::key::{ChunkKey, RAW_CODEC};
-use crate::legacy;
-use crate::open::{self, OpenReport};
-use crate::pending::{Mailbox, NewChunk, PendingPut, PutTicket, Task, Thoroughness, Work};
+use crate::open::OpenReport;
+use crate::pending::{NewChunk, PendingPut, PutTicket, Task, Thoroughness, Work};
 use crate::reading::{ReadError, corrupt, damage};
 use crate::records::{ModelInfo, Usage};
 use crate::shape::{KvShape, LayerKv};
 use crate::single_flight::SingleFlight;
+use crate::stats::{ChunkMeta, PutOutcome, StoreStats};
 use crate::verify::VerifyReport;
 use crate::writer::{Core, ask};
 
@@ -47,214 +45,17 @@ impl ModelHandle {
     }
 }
 
-/// What is known of a chunk without reading its payload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ChunkMeta {
-    /// Tokens of the chunk.
-    pub tokens: u32,
-    /// Stored bytes of keys and values over all layers.
-    pub payload_bytes: u64,
-    /// When it was stored, seconds since the Unix epoch.
-    pub created_unix: u64,
-    /// When it was last stored or used, seconds since the Unix epoch.
-    pub last_used_unix: u64,
-    /// How often it was used for an answer.
-    pub hits: u64,
-    /// No document refers to it any more.
-    pub demoted: bool,
-    /// Index of its model in [`ChunkStore::models`].
-    pub model: usize,
-}
-
-impl From<&Entry> for ChunkMeta {
-    fn from(entry: &Entry) -> Self {
-        ChunkMeta {
-            tokens: entry.tokens,
-            payload_bytes: entry.bytes,
-            created_unix: entry.created_unix,
-            last_used_unix: entry.usage.last_used_micros / 1_000_000,
-            hits: entry.usage.hits,
-            demoted: entry.usage.demoted,
-            model: entry.model as usize,
-        }
-    }
-}
-
-/// What [`ChunkStore::put`] did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PutOutcome {
-    /// The chunk was written and is safe on disk.
-    Stored,
-    /// The chunk was there already; nothing was written.
-    AlreadyPresent,
-}
-
-/// Totals over the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoreStats {
-    /// Visible chunks.
-    pub chunks: u64,
-    /// Their tokens.
-    pub tokens: u64,
-    /// Bytes of their keys and values.
-    pub payload_bytes: u64,
-    /// The budget these bytes are held to.
-    pub byte_budget: u64,
-    /// Bytes of table files, those of removed chunks that are not free yet included; rows that are still only in
-    /// the write-ahead log excluded.
-    pub disk_bytes: u64,
-    /// Bytes of keys and values of removed chunks that are not free yet.
-    pub dead_bytes: u64,
-    /// Uses summed over the visible chunks.
-    pub hits: u64,
-    /// Keys that are pinned now.
-    pub pinned: u64,
-    /// Chunks known to be damaged; they count as absent.
-    pub damaged: u64,
-    /// Chunks evicted since the store was opened.
-    pub evicted: u64,
-}
-
 /// Chunks of attention state on disk. All methods take `&self` and are safe from many threads.
 pub struct ChunkStore {
     pub(crate) core: Arc<Core>,
     /// Chunks that are being computed.
     pub(crate) flights: SingleFlight<ChunkKey, InMemory>,
-    access: Access,
-    report: OpenReport,
-    writer: Option<JoinHandle<()>>,
+    pub(crate) access: Access,
+    pub(crate) report: OpenReport,
+    pub(crate) writer: Option<JoinHandle<()>>,
 }
 
 impl ChunkStore {
-    /// Opens the store in the directory `path`, creating it where needed. Unfinished writes of a
-    /// process that died are swept; [`open_report`](Self::open_report) tells what was found. No chunk
-    /// makes way for being opened. A store of an earlier layout is emptied and keeps its budget; the report says so.
-    ///
-    /// # Errors
-    /// [`StoreError::ForeignStore`] when the directory belongs to another program,
-    /// [`NewerFormat`](StoreError::NewerFormat), [`Locked`](StoreError::Locked),
-    /// [`ReadOnly`](StoreError::ReadOnly), [`OutOfSpace`](StoreError::OutOfSpace), and
-    /// [`Damaged`](StoreError::Damaged) when nothing can be saved.
-    pub fn open(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
-        open::prepare_directory(path)?;
-        ChunkStore::open_prepared(path, options)
-    }
-
-    fn open_prepared(path: &Path, options: StoreOptions) -> Result<ChunkStore, StoreError> {
-        let old = legacy::drop_store(path)?;
-        let (backend, salvaged) = Backend::open(path, Access::Write)?;
-        let new_budget = old.as_ref().and_then(|old| old.byte_budget).unwrap_or(options.byte_budget);
-        let report = OpenReport { salvaged, dropped: old.map(|old| old.sentence), ..OpenReport::default() };
-        ChunkStore::with_backend(backend, Access::Write, report, new_budget)
-    }
-
-    /// Opens the store that the directory `path` holds; `None` if there is none, or only one of an earlier layout, whose
-    /// chunks cannot be used. A store from before budgets were kept is taken to have `unknown_budget`. On a full disk the
-    /// space that the store keeps in reserve is given up for opening it, so that chunks can be evicted.
-    ///
-    /// # Errors
-    /// As for [`open`](Self::open). With [`Access::Read`] the directory need not be writable, and may be
-    /// in use.
-    pub fn open_existing(path: &Path, access: Access, unknown_budget: u64) -> Result<Option<ChunkStore>, StoreError> {
-        if !path.exists() || !open::holds_store(path)? {
-            return Ok(None);
-        }
-        if access == Access::Write {
-            let options = StoreOptions { byte_budget: unknown_budget };
-            return match ChunkStore::open(path, options) {
-                Err(StoreError::OutOfSpace { .. }) if Reserve::new(path, 0).release() => {
-                    ChunkStore::open_prepared(path, options).map(Some)
-                }
-                outcome => outcome.map(Some),
-            };
-        }
-        if legacy::is_here(path) {
-            return Ok(None);
-        }
-        let (backend, salvaged) = Backend::open(path, access)?;
-        let report = OpenReport { salvaged, ..OpenReport::default() };
-        ChunkStore::with_backend(backend, access, report, unknown_budget).map(Some)
-    }
-
-    fn with_backend(
-        backend: Backend,
-        access: Access,
-        mut report: OpenReport,
-        unknown_budget: u64,
-    ) -> Result<ChunkStore, StoreError> {
-        open::check_mark(&backend, access)?;
-        let mut state = open::recover(&backend, access, &mut report)?;
-        state.budget = match open::read_budget(&backend)? {
-            Some(budget) => budget,
-            None if access == Access::Write => {
-                open::write_budget(&backend, unknown_budget)?;
-                unknown_budget
-            }
-            None => unknown_budget,
-        };
-        if access == Access::Write {
-            open::clear_incoming(backend.path())?;
-        }
-        ChunkStore::start(backend, state, access, report)
-    }
-
-    fn start(backend: Backend, state: State, access: Access, report: OpenReport) -> Result<ChunkStore, StoreError> {
-        let core = Arc::new(Core {
-            reserve: Reserve::new(backend.path(), state.budget),
-            backend,
-            catalogue: Arc::new(Catalogue::new(state)),
-            mailbox: Mailbox::default(),
-        });
-        let writer = match access {
-            Access::Read => None,
-            Access::Write => {
-                let shared = Arc::clone(&core);
-                let spawned = std::thread::Builder::new().name("chunk-writer".to_owned()).spawn(move || shared.run());
-                let fail = |error| StoreError::from_io(error, "cannot start the writer of", core.backend.path());
-                Some(spawned.map_err(fail)?)
-            }
-        };
-        Ok(ChunkStore { core, flights: SingleFlight::default(), access, report, writer })
-    }
-
-    /// Whether another process has the store at `path` open for writing. Who reads meanwhile sees a moment of it, and may
-    /// find files gone.
-    ///
-    /// # Errors
-    /// Those of the lock's file.
-    pub fn is_in_use(path: &Path) -> Result<bool, StoreError> {
-        open::is_in_use(path)
-    }
-
-    /// Removes all chunks at once, by removing the files: it needs no space on the disk, and works for a
-    /// damaged store. The emptied store keeps its budget where there is room to write it. Returns how many chunks there
-    /// were, as far as could be read.
-    ///
-    /// # Errors
-    /// [`StoreError::Locked`] while another has the store open, [`ForeignStore`](StoreError::ForeignStore) for a
-    /// directory of another program, and whatever keeps files from being removed.
-    pub fn clear(path: &Path) -> Result<u64, StoreError> {
-        match open::holds_store(path) {
-            Ok(_) | Err(StoreError::Damaged { .. }) => {}
-            Err(error) => return Err(error),
-        }
-        if legacy::is_here(path) {
-            return ChunkStore::open(path, StoreOptions { byte_budget: 0 }).map(|_| 0);
-        }
-        let known = ChunkStore::open_existing(path, Access::Read, 0).ok().flatten().map(|store| {
-            let state = store.core.catalogue.lock();
-            (state.budget, state.entries.len() as u64)
-        });
-        Backend::destroy(path)?;
-        Reserve::new(path, 0).release();
-        let _ = std::fs::remove_dir_all(path.join(crate::writer::INCOMING));
-        let Some((byte_budget, chunks)) = known else { return Ok(0) };
-        if let Err(error) = ChunkStore::open(path, StoreOptions { byte_budget }) {
-            tracing::warn!(%error, "the emptied store forgets its byte budget");
-        }
-        Ok(chunks)
-    }
-
     /// Makes a model known, under whose layout chunks are then stored and read. Registering it again gives the same
     /// handle; the name is that of the first time. In a store that was opened for reading it is known for this process.
     ///

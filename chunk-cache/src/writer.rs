@@ -16,7 +16,8 @@ use crate::eviction::SegmentBytes;
 use crate::format;
 use crate::pending::{Completion, Mailbox, PendingPut, Task, Thoroughness, Work};
 use crate::records::{ChunkRow, LayerRecord, SegmentRow, Usage, layer_header};
-use crate::store::{PutOutcome, now_micros};
+use crate::stats::PutOutcome;
+use crate::store::now_micros;
 
 /// Folder of files that are not yet taken over, in the store's directory.
 pub(crate) const INCOMING: &str = "incoming";

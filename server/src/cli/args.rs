@@ -9,6 +9,7 @@ use clap_complete::Shell;
 use engine::Strategy;
 use eval::CheckpointShape;
 
+use super::store_args::{CrashArgs, StoreArgs};
 use crate::config::{Bytes, Named, SettingsArgs};
 use hub::ModelId;
 
@@ -157,20 +158,6 @@ pub struct ChatArgs {
     /// Keep nothing of what is typed; otherwise it is kept in quire/chat_history in $XDG_STATE_HOME or ~/.local/state
     #[arg(long)]
     pub no_history: bool,
-}
-
-/// A crash drill.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum CrashCase {
-    /// An ingest is killed
-    #[value(name = "ingest/kill9")]
-    Ingest,
-    /// Bits of a chunk store's files are flipped
-    #[value(name = "store/bitflips")]
-    Bitflips,
-    /// The disk below a chunk store becomes full
-    #[value(name = "store/full-disk")]
-    FullDisk,
 }
 
 /// What can be done with the chunk store.
@@ -369,26 +356,7 @@ pub enum BenchCommand {
         records: RecordArgs,
     },
     /// The chunk store: bytes written and freed, rates of reading, time to open
-    Store {
-        /// Where folders of up to three times the bytes are made and removed again [default: the data folder]
-        #[arg(long, value_name = "FOLDER")]
-        dir: Option<PathBuf>,
-        /// State to ingest; the other cases follow it
-        #[arg(long, value_name = "BYTES", default_value = "4G")]
-        bytes: Bytes,
-        /// Chunks of the store that is opened
-        #[arg(long, default_value_t = 100_000)]
-        rows: usize,
-        /// Rounds of reading and opening
-        #[arg(long, default_value_t = 5)]
-        repeats: usize,
-        /// Seed of choices
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
+    Store(StoreArgs),
     /// Chat templates of public models, rendered here and by Hugging Face transformers
     Templates {
         /// Python interpreter that imports transformers and jinja2
@@ -402,29 +370,7 @@ pub enum BenchCommand {
         records: RecordArgs,
     },
     /// Kill an ingest at random moments and check what is left
-    Crash {
-        /// What happens
-        #[arg(value_enum, value_name = "CASE", default_value_t = CrashCase::Ingest)]
-        case: CrashCase,
-        /// Times to kill
-        #[arg(long, default_value_t = 50)]
-        kills: usize,
-        /// Documents to ingest
-        #[arg(long, default_value_t = 16)]
-        documents: usize,
-        /// Bits to flip
-        #[arg(long, default_value_t = 2000)]
-        flips: usize,
-        /// Times to fill the disk
-        #[arg(long, default_value_t = 60)]
-        rounds: usize,
-        /// Seed of the documents and the moments
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
+    Crash(CrashArgs),
     /// Finding passages: recall over questions whose passages are known, and the time of an enormous query
     Search {
         /// Passages with questions: SQuAD's format, or a list of ctxs, question and answers; may be repeated

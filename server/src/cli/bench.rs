@@ -13,7 +13,7 @@ use eval::{
     write_checkpoint, write_report,
 };
 
-use super::args::{BenchCommand, CrashCase, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
+use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
 use super::bench_http::{HttpOptions, http_bench};
 use super::bench_load;
 use super::bench_search::{SearchBenchOptions, search_bench};
@@ -21,6 +21,7 @@ use super::crash::{CrashOptions, crash_drill};
 use super::eval::{data_source, output, with_progress};
 use super::output::{Out, count};
 use super::start::{StartOptions, start_bench};
+use super::store_args::{CrashArgs, CrashCase, StoreArgs};
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
 use crate::store::KvStore;
@@ -99,7 +100,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             print(&report, &report.table(), out);
             Ok(())
         }
-        BenchCommand::Store { dir, bytes, rows, repeats, seed, records } => {
+        BenchCommand::Store(StoreArgs { dir, bytes, rows, repeats, seed, records }) => {
             let dir = dir.unwrap_or_else(|| settings.data_dir.clone());
             let output = output(&records)?;
             let options = StoreBenchOptions { dir, bytes: bytes.0, rows, repeats, seed, output };
@@ -113,7 +114,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             print(&report, &report.table(), out);
             Ok(())
         }
-        BenchCommand::Crash { case, kills, documents, flips, rounds, seed, records } => {
+        BenchCommand::Crash(CrashArgs { case, kills, documents, flips, rounds, seed, records }) => {
             let output = output(&records)?;
             let drill = |count| DrillOptions { dir: settings.data_dir.clone(), count, seed, output: output.clone() };
             match case {

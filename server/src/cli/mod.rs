@@ -21,6 +21,7 @@ mod parse;
 mod pull;
 mod serve;
 mod start;
+mod store_args;
 mod terminal;
 
 pub use args::{Cli, Command};
