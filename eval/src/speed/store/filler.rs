@@ -22,6 +22,11 @@ pub(super) fn layer_bytes(tokens: u32) -> u64 {
     SHAPE.bytes_per_side(tokens).map_or(0, |side| 2 * side)
 }
 
+/// Bytes of keys and values of a chunk.
+pub(super) fn chunk_bytes(tokens: u32) -> u64 {
+    layer_bytes(tokens) * u64::from(SHAPE.layers)
+}
+
 /// A source of repeatable choices.
 pub(super) struct Choices(ChaCha8Rng);
 
@@ -77,7 +82,7 @@ impl Filler {
         if self.made.is_multiple_of(8) && self.used.len() < 16 {
             self.used.push(chunk.key);
         }
-        Ok((store.put_behind(self.model, chunk)?, layer_bytes(tokens) * u64::from(SHAPE.layers)))
+        Ok((store.put_behind(self.model, chunk)?, chunk_bytes(tokens)))
     }
 
     /// Hands over a chunk with rows of the usual size and hardly any state.

@@ -280,12 +280,15 @@ fn fill(store: &ChunkStore, filler: &mut Filler, bytes: u64) -> Result<u64> {
     Ok(payload)
 }
 
-/// As [`fill`], with chunks of 16 to 512 tokens. A chunk in eight is used again and again: one of them is touched for every
+/// As [`fill`], with chunks of 16 to 512 tokens, as far as they are a sixteenth of the budget or less. A chunk in eight is used again and again: one of them is touched for every
 /// chunk that is stored.
 fn fill_mixed(store: &ChunkStore, filler: &mut Filler, bytes: u64) -> Result<u64> {
+    let most = store.budget() / 16;
+    let fits = |tokens: &u32| *tokens == 16 || filler::chunk_bytes(*tokens) <= most;
+    let sizes: Vec<u32> = (4..10).map(|power| 1 << power).filter(fits).collect();
     let (mut payload, mut tickets) = (0, Vec::new());
     while payload < bytes {
-        let tokens = 16 << filler.random.below(6);
+        let tokens = sizes[filler.random.below(sizes.len())];
         let (ticket, size) = filler.put(store, tokens)?;
         payload += size;
         tickets.push(ticket);
