@@ -219,8 +219,8 @@ fn chunks_of_another_model_are_not_used_and_stay_beside_those_of_this_one() {
     let stats: Value = serde_json::from_str(&succeed(quire(&data).args(["cache", "stats", "--json"]))).unwrap();
     let models: Vec<u64> =
         stats["models"].as_array().unwrap().iter().map(|model| model["chunks"].as_u64().unwrap()).collect();
-    assert_eq!((models.len(), models[0], models.iter().sum::<u64>()), (3, before, held));
-    assert!(before > 0);
+    assert_eq!((models.len(), models.iter().sum::<u64>()), (3, held));
+    assert!(before > 0 && models.contains(&before), "{models:?}");
     succeed(quire(&data).args(["cache", "verify"]));
 }
 

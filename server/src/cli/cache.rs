@@ -97,7 +97,7 @@ struct ModelShare {
     payload_bytes: u64,
 }
 
-/// One a model, in the order in which they came.
+/// One a model whose chunks are or were stored.
 fn models(store: &ChunkStore) -> Vec<ModelShare> {
     let known = store.models().into_iter();
     let share = |model: chunk_cache::ModelInfo| ModelShare {
