@@ -5,19 +5,17 @@
 //! commands use a setting, and what a `quire.toml` of just any folder may not decide. This is the only file that reads
 //! the environment.
 //!
+//! * `flags`: which type a flag takes;
 //! * `values`: sizes, names, secrets;
 //! * `layers`: which of flags, environment and files wins.
 
+mod flags;
 mod layers;
 mod values;
 
-use std::fmt::Display;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use ann_index::IndexKind;
-use clap::builder::ValueParser;
-use clap::value_parser;
 use engine::{
     AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig, KvDtype,
     SamplingParams, Strategy,
@@ -26,6 +24,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{QuireError, Result};
 use crate::http::{Names, check_hosts, check_key, check_origins};
+use crate::service::IngestOptions;
+pub use flags::Flag;
 use hub::{HubConfig, ModelId};
 pub use layers::Config;
 use layers::Files;
@@ -63,19 +63,51 @@ pub fn setting(key: &str) -> Option<&'static Setting> {
 }
 
 /// Every command reads these.
-const ALL: &[&str] = &["ingest", "search", "ask", "chat", "pull", "serve", "cache", "doctor", "eval", "bench", "demo"];
+const ALL: &[&str] = &[
+    "ingest",
+    "ls",
+    "rm",
+    "collections",
+    "reclaim",
+    "search",
+    "ask",
+    "chat",
+    "pull",
+    "serve",
+    "cache",
+    "doctor",
+    "eval",
+    "bench",
+    "demo",
+];
 /// These load a model.
-const MODEL: &[&str] = &["ingest", "ask", "chat", "serve", "doctor", "eval", "bench", "demo"];
+const MODEL: &[&str] = &["ingest", "rm", "reclaim", "ask", "chat", "serve", "doctor", "eval", "bench", "demo"];
 /// These use the data folder.
-const FOLDER: &[&str] = &["ingest", "search", "ask", "chat", "serve", "cache", "doctor", "bench", "demo"];
+const FOLDER: &[&str] = &[
+    "ingest",
+    "ls",
+    "rm",
+    "collections",
+    "reclaim",
+    "search",
+    "ask",
+    "chat",
+    "serve",
+    "cache",
+    "doctor",
+    "bench",
+    "demo",
+];
 /// These use one collection.
-const COLLECTION: &[&str] = &["ingest", "search", "ask", "chat"];
+const COLLECTION: &[&str] = &["ingest", "ls", "rm", "search", "ask", "chat"];
+/// These read documents into a collection.
+const INGESTING: &[&str] = &["ingest"];
 /// These cut documents into chunks.
 const SPLITTING: &[&str] = &["ingest", "demo", "bench"];
 /// These decide how large the chunk store may become.
 const STORING: &[&str] = &["ingest", "serve", "doctor", "demo", "bench"];
 /// These look for chunks in the store.
-const CHUNKS: &[&str] = &["ingest", "ask", "chat", "serve", "demo", "bench"];
+const CHUNKS: &[&str] = &["ingest", "rm", "reclaim", "ask", "chat", "serve", "demo", "bench"];
 /// These search.
 const RETRIEVING: &[&str] = &["search", "ask", "chat", "serve", "demo"];
 /// These write answers.
@@ -132,77 +164,6 @@ macro_rules! settings {
     };
 }
 
-/// The type a flag takes for a setting of this type: that of the value itself, also where it is optional.
-pub trait Flag {
-    /// What the flag takes.
-    type Value: Clone + Send + Sync + 'static;
-    /// Whether it is true or false.
-    const SWITCH: bool = false;
-    /// Whether it is shown nowhere.
-    const SECRET: bool = false;
-    /// Reads it.
-    fn parser() -> ValueParser;
-}
-
-macro_rules! plain_flags {
-    ($($type:ty),*) => { $(impl Flag for $type {
-        type Value = $type;
-        fn parser() -> ValueParser {
-            value_parser!($type).into()
-        }
-    })* }
-}
-plain_flags!(String, PathBuf, Bytes);
-
-macro_rules! number_flags {
-    ($($type:ty: $expected:literal,)*) => { $(impl Flag for $type {
-        type Value = $type;
-        fn parser() -> ValueParser {
-            ValueParser::new(|text: &str| {
-                text.trim().parse::<$type>().map_err(|_| format!(concat!("expected ", $expected, ", found `{}`"), text))
-            })
-        }
-    })* }
-}
-number_flags! {
-    usize: "a whole number of at least 0",
-    u64: "a whole number of at least 0",
-    u16: "a whole number from 0 to 65535",
-    f32: "a number such as 0.15",
-}
-
-impl Flag for bool {
-    type Value = bool;
-    const SWITCH: bool = true;
-    fn parser() -> ValueParser {
-        value_parser!(bool)
-    }
-}
-impl Flag for Secret {
-    type Value = Secret;
-    const SECRET: bool = true;
-    fn parser() -> ValueParser {
-        ValueParser::new(|text: &str| text.parse::<Secret>())
-    }
-}
-impl<T> Flag for Named<T>
-where
-    T: Clone + Send + Sync + FromStr<Err: Display> + 'static,
-{
-    type Value = Named<T>;
-    fn parser() -> ValueParser {
-        ValueParser::new(|text: &str| text.parse::<T>().map(Named).map_err(|e| e.to_string()))
-    }
-}
-impl<T: Flag> Flag for Option<T> {
-    type Value = T::Value;
-    fn parser() -> ValueParser {
-        T::parser()
-    }
-    const SWITCH: bool = T::SWITCH;
-    const SECRET: bool = T::SECRET;
-}
-
 settings! {
     "Model", MODEL, ANYONE {
         /// The model: a folder as Hugging Face publishes it, or OWNER/NAME that `quire pull` fetched
@@ -249,6 +210,12 @@ settings! {
     "Documents", COLLECTION, ANYONE {
         /// Collection of documents to use
         collection: String = "default".into(), "default";
+    }
+    "Documents", INGESTING, ANYONE {
+        /// Leave the state of chunks to their first use: documents are found at once, first answers from them take longer
+        lazy: bool = false, "false";
+        /// Whose endings of words the collection knows: auto (each document's own language), or a language such as de
+        language: Option<String> = None, "what the collection has; auto for a new one";
     }
     "Documents", SPLITTING, ANYONE {
         /// Tokens of a chunk at most
@@ -424,6 +391,9 @@ impl Settings {
         check_hosts(&self.allowed_hosts.0).or_else(|problem| refuse("allowed_hosts", problem))?;
         check_origins(&self.cors_origins.0).or_else(|problem| refuse("cors_origins", problem))?;
         self.attention().validate().or_else(|e| refuse("strategy", e.to_string()))?;
+        if let Some(language) = &self.language {
+            documents::parse_language(language).map(|_| ()).or_else(|e| refuse("language", e.to_string()))?;
+        }
         documents::check_collection_name(&self.collection).or_else(|e| refuse("collection", e.to_string()))
     }
 
@@ -457,6 +427,15 @@ impl Settings {
             GenerationSource::None => GenerationConfig::default(),
         };
         Ok(GenerationConfig { temperature: self.temperature.or(generation.temperature), ..generation }.sampling())
+    }
+
+    /// How documents are ingested.
+    ///
+    /// # Errors
+    /// [`DocumentsError::UnknownLanguage`](documents::DocumentsError::UnknownLanguage).
+    pub fn ingesting(&self) -> Result<IngestOptions> {
+        let language = self.language.as_deref().map(documents::parse_language).transpose()?;
+        Ok(IngestOptions { lazy: self.lazy, sync: false, language })
     }
 
     /// What becomes of cached chunks.

@@ -167,6 +167,17 @@ impl KvStore {
         }
     }
 
+    /// Removes chunks whose documents are gone for good; says how many there were. A store that can only be read keeps them.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn remove(&self, keys: &[ChunkKey]) -> Result<u64> {
+        match self.kept.as_ref().filter(|kept| kept.store.access() == Access::Write) {
+            Some(kept) => Ok(kept.store.remove_all(keys)?),
+            None => Ok(0),
+        }
+    }
+
     /// Layers that were found damaged since the store was opened.
     #[must_use]
     pub fn corrupt_reads(&self) -> u64 {

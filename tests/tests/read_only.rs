@@ -123,17 +123,17 @@ fn damage_is_told_and_removed_only_when_asked() {
 fn a_data_folder_of_a_newer_version_is_named_by_every_command() {
     let dir = ingested();
     let data = dir.path().join("data");
-    std::fs::write(data.join("quire-data.json"), "{\"format\": 2}").unwrap();
+    std::fs::write(data.join("quire-data.json"), "{\"format\": 3}").unwrap();
     let before = traces(&data);
     let question = example().question;
     for words in
         [&["search", "river"][..], &["ask", &question], &["cache", "stats"], &["cache", "evict", "--all"], &["serve"]]
     {
-        fail(quire(&data).args(words), 1, &["data folder", "version 2", "newer quire"]);
+        fail(quire(&data).args(words), 1, &["data folder", "version 3", "newer quire"]);
     }
     let output = quire(&data).arg("doctor").output().unwrap();
     assert!(texts(&output).0.contains("newer quire") && output.status.code() == Some(1));
-    fail(quire(&data).arg("ingest").args(example().documents), 1, &["version 2", "newer quire"]);
+    fail(quire(&data).arg("ingest").args(example().documents), 1, &["version 3", "newer quire"]);
     assert!(traces(&data) == before);
 }
 

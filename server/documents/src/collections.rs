@@ -190,34 +190,31 @@ impl Library {
         self.collection(collection)?.search(query, limit, &|| true)
     }
 
-    /// Removes a collection, so that it can be restored until space is reclaimed; says whether there was one.
+    /// Removes a collection, so that it can be restored until space is reclaimed; `None` where there is none.
     ///
     /// # Errors
     /// As [`writable`](Self::writable).
-    pub fn remove_collection(&self, name: &str) -> Result<bool> {
+    pub fn remove_collection(&self, name: &str) -> Result<Option<CollectionInfo>> {
         let mut open = self.lock();
         let library = self.opened_for_writing(&mut open)?;
-        let Some(info) = library.catalog.remove_collection(name)? else { return Ok(false) };
-        library.collections.remove(&info.id);
-        Ok(true)
+        let removed = library.catalog.remove_collection(name)?;
+        if let Some(info) = &removed {
+            library.collections.remove(&info.id);
+        }
+        Ok(removed)
     }
 
-    /// Removes for good what was removed before: texts, passages, tokens, index entries, down to the bytes on disk. Returns what
-    /// that was, and the tokens of chunks that no document needs any more.
+    /// Removes for good what was removed before: all of it, or only the collection of number `only`. Says what that was. Its
+    /// bytes are gone from the disk after [`erase`](Self::erase).
     ///
     /// # Errors
     /// As [`writable`](Self::writable).
-    pub fn reclaim(&self) -> Result<(Reclaimed, Vec<Vec<u32>>)> {
-        let catalog = self.writable()?;
-        let reclaimed = catalog.reclaim()?;
-        for id in &reclaimed.value.collections {
-            if let Some(library) = self.lock().as_mut() {
-                library.collections.remove(id);
-            }
+    pub fn reclaim(&self, only: Option<u32>) -> Result<Reclaimed> {
+        let reclaimed = self.writable()?.reclaim(only)?.value;
+        for id in &reclaimed.collections {
             remove_folder(&index_dir(&self.data_dir, *id))?;
         }
-        self.erase()?;
-        Ok((reclaimed.value, reclaimed.orphans))
+        Ok(reclaimed)
     }
 
     /// Takes the bytes of everything that was removed for good off the disk, from the catalog and from all indexes.

@@ -16,7 +16,7 @@ mod split;
 pub use catalog::{
     Access, Attributes, Catalog, Changed, CollectionInfo, DocumentId, DocumentInfo, JobError, JobRecord,
     LanguageSetting, NewDocument, NewPassage, ParseDocumentIdError, Passage, PutKind, PutOutcome, Reclaimed,
-    RecordKind, TextHash, Transaction,
+    RecordKind, ReleasedChunk, TextHash, Transaction,
 };
 pub use collections::{Library, catalog_dir, collection_names};
 pub use error::{DocumentsError, Result};

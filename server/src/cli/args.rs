@@ -9,6 +9,7 @@ use clap_complete::Shell;
 use engine::Strategy;
 use eval::CheckpointShape;
 
+use super::eval::EvalArgs;
 use super::store_args::{CrashArgs, StoreArgs};
 use crate::config::{Bytes, Named, SettingsArgs};
 use hub::ModelId;
@@ -56,7 +57,34 @@ pub enum Command {
         /// Files and folders
         #[arg(required = true)]
         paths: Vec<PathBuf>,
+        /// Also remove documents of the collection whose files were below these paths and are gone
+        #[arg(long)]
+        sync: bool,
     },
+    /// List the documents of a collection
+    Ls {
+        /// The collection [default: that of --collection]
+        #[arg(value_name = "COLLECTION")]
+        name: Option<String>,
+    },
+    /// Remove documents from a collection, or with --collection alone the whole collection
+    ///
+    /// What is removed can be restored with --undo until `quire reclaim`; with --now it is gone for good, down to the bytes
+    /// on disk, which takes as long as reading and writing all documents.
+    Rm {
+        /// Documents: paths or other names as `quire ls` shows them, or ids
+        names: Vec<String>,
+        /// Remove for good
+        #[arg(long, conflicts_with = "undo")]
+        now: bool,
+        /// Bring back what was removed
+        #[arg(long)]
+        undo: bool,
+    },
+    /// List the collections
+    Collections,
+    /// Remove for good what was removed and could still be restored: texts, tokens, cached chunks, words of the index
+    Reclaim,
     /// Find passages by their words
     Search {
         /// What to look for; several words need no quotation marks
@@ -126,6 +154,10 @@ impl Command {
     pub(super) fn reads_documents(&self) -> bool {
         match self {
             Command::Ingest { .. }
+            | Command::Ls { .. }
+            | Command::Rm { .. }
+            | Command::Collections
+            | Command::Reclaim
             | Command::Search { .. }
             | Command::Ask { .. }
             | Command::Chat(_)
@@ -209,41 +241,6 @@ pub struct RecordArgs {
     /// Name of this machine in the records [default: cpu2 with two cores, otherwise a description]
     #[arg(long, value_name = "NAME", conflicts_with = "no_records")]
     pub machine: Option<String>,
-}
-
-/// What of quality is measured.
-#[derive(Debug, clap::Args)]
-pub struct EvalArgs {
-    /// Questions: `generated`, or a file or folder of JSON lines
-    #[arg(long, default_value = "generated")]
-    pub data: String,
-    /// Tasks, separated by commas [default: all]
-    #[arg(long, value_delimiter = ',')]
-    pub tasks: Vec<String>,
-    /// Context lengths in tokens, separated by commas [default: all up to --max-length]
-    #[arg(long, value_delimiter = ',')]
-    pub lengths: Vec<usize>,
-    /// Configurations, separated by commas [default: all]
-    #[arg(long, value_delimiter = ',')]
-    pub configs: Vec<String>,
-    /// Questions of a task and length at most
-    #[arg(long)]
-    pub limit: Option<usize>,
-    /// Longest context
-    #[arg(long, default_value_t = 8192)]
-    pub max_length: usize,
-    /// Generated contexts of a task and length
-    #[arg(long, default_value_t = 20)]
-    pub samples: usize,
-    /// Seed of generated questions
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Write all answers to this file
-    #[arg(long, value_name = "FILE")]
-    pub answers: Option<PathBuf>,
-    /// Records.
-    #[command(flatten)]
-    pub records: RecordArgs,
 }
 
 /// What of speed and safety is measured.

@@ -1,14 +1,51 @@
 //! `quire eval`: the quality tasks, from the command line to their options.
 
+use std::path::PathBuf;
+
 use engine::{Engine, EngineConfig};
 use eval::{Output, Progress, QualityOptions, run_quality};
 use indicatif::ProgressBar;
 
-use super::args::{EvalArgs, RecordArgs};
+use super::args::RecordArgs;
 use super::output::Out;
 use super::terminal::safe;
 use crate::config::Settings;
 use crate::error::{QuireError, Result};
+
+/// What of quality is measured.
+#[derive(Debug, clap::Args)]
+pub struct EvalArgs {
+    /// Questions: `generated`, or a file or folder of JSON lines
+    #[arg(long, default_value = "generated")]
+    pub data: String,
+    /// Tasks, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Context lengths in tokens, separated by commas [default: all up to --max-length]
+    #[arg(long, value_delimiter = ',')]
+    pub lengths: Vec<usize>,
+    /// Configurations, separated by commas [default: all]
+    #[arg(long, value_delimiter = ',')]
+    pub configs: Vec<String>,
+    /// Questions of a task and length at most
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Longest context
+    #[arg(long, default_value_t = 8192)]
+    pub max_length: usize,
+    /// Generated contexts of a task and length
+    #[arg(long, default_value_t = 20)]
+    pub samples: usize,
+    /// Seed of generated questions
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Write all answers to this file
+    #[arg(long, value_name = "FILE")]
+    pub answers: Option<PathBuf>,
+    /// Records.
+    #[command(flatten)]
+    pub records: RecordArgs,
+}
 
 pub(super) fn run(settings: &Settings, args: EvalArgs, out: &Out) -> Result<()> {
     let defaults = QualityOptions::default();

@@ -9,17 +9,18 @@ use serde_json::json;
 use super::output::{Out, count, seconds, short};
 use crate::config::Settings;
 use crate::error::Result;
-use crate::service::{DocumentState, IngestEvent, IngestReport, Purpose, Service};
+use crate::service::{DocumentState, IngestEvent, IngestOptions, IngestReport, Purpose, Service};
 use crate::store::Origin;
 use documents::Skipped;
 
-pub(super) fn run(settings: &Settings, paths: &[PathBuf], out: &Out) -> Result<()> {
+pub(super) fn run(settings: &Settings, paths: &[PathBuf], sync: bool, out: &Out) -> Result<()> {
+    let options = IngestOptions { sync, ..settings.ingesting()? };
     let spinner = out.spinner("loading the model");
     let service = Service::open(settings, Purpose::Ingest)?;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
-    let report = ingest(&service, &settings.collection, paths, out)?;
+    let report = ingest(&service, &settings.collection, paths, &options, out)?;
     service.engine().shutdown();
     if out.json {
         out.value(&json!({"event": "report", "report": report}));
@@ -34,10 +35,16 @@ const LINES: Duration = Duration::from_secs(10);
 
 /// Ingests and prints what happens: a bar on a terminal, else a line per document, else a JSON line per chunk and
 /// document. A line is an acknowledgement: what it names is on disk.
-pub(super) fn ingest(service: &Service, collection: &str, paths: &[PathBuf], out: &Out) -> Result<IngestReport> {
+pub(super) fn ingest(
+    service: &Service,
+    collection: &str,
+    paths: &[PathBuf],
+    options: &IngestOptions,
+    out: &Out,
+) -> Result<IngestReport> {
     let bar = out.bar();
     let mut told = Instant::now();
-    let report = service.ingest(collection, paths, &mut |event| match (&bar, out.json) {
+    let report = service.ingest_with(collection, paths, options, &mut |event| match (&bar, out.json) {
         (_, true) => print_json(event, out),
         (Some(bar), false) => show(event, bar, out),
         (None, false) => print_line(event, &mut told, out),

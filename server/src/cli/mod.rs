@@ -14,6 +14,7 @@ mod config;
 pub mod crash;
 mod demo;
 mod doctor;
+mod documents;
 mod eval;
 mod ingest;
 mod output;
@@ -82,7 +83,14 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         crate::process::keep_files_private();
     }
     match cli.command {
-        Command::Ingest { paths } => ingest::run(settings, &paths, out),
+        Command::Ingest { paths, sync } => ingest::run(settings, &paths, sync, out),
+        Command::Ls { name } => documents::ls(settings, name, out),
+        Command::Rm { names, now, undo } => {
+            let whole = cli.settings.collection.is_some();
+            documents::rm(settings, &documents::Removal { names, now, undo, whole }, out)
+        }
+        Command::Collections => documents::collections(settings, out),
+        Command::Reclaim => documents::reclaim(settings, out),
         Command::Search { query } => ask::search(settings, &query.join(" "), out),
         Command::Ask { question, compare } => ask::run(settings, &question.join(" "), compare, out),
         Command::Chat(args) => {

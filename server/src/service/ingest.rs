@@ -360,11 +360,11 @@ impl<'a> Run<'a> {
         let new = || waiting.iter().filter_map(|waiting| waiting.document.as_ref());
         let mut states = Vec::new();
         if new().next().is_some() {
-            let (put, orphans) = self.writer.change(|transaction, collection| {
+            let (put, _) = self.writer.change(|transaction, collection| {
                 new().map(|document| Ok(transaction.put(collection, document)?.kind.into())).collect()
             })?;
             states = put;
-            self.service.release_chunks(&orphans);
+            self.service.release_chunks()?;
         }
         let mut states = states.into_iter();
         for Waiting { path, document, chunks, computed } in waiting {
@@ -386,10 +386,10 @@ impl<'a> Run<'a> {
         let gone: Vec<String> =
             names.into_iter().map(|(name, _)| name).filter(|name| below(name) && prepare::is_gone(name)).collect();
         for some in gone.chunks(BATCH) {
-            let ((), orphans) = self.writer.change(|transaction, collection| {
+            let ((), _) = self.writer.change(|transaction, collection| {
                 some.iter().try_for_each(|name| transaction.remove_name(collection, name).map(|_| ()))
             })?;
-            self.service.release_chunks(&orphans);
+            self.service.release_chunks()?;
             self.report.removed += some.len();
             for name in some {
                 (self.on_event)(&IngestEvent::Removed { path: Path::new(name) });

@@ -8,12 +8,16 @@ mod context;
 mod conversation;
 mod ingest;
 mod length;
+mod manage;
 mod passages;
 
 pub use answer::{Answer, Answering, Citation, Piece, Stats};
 pub use context::{ContextChunk, Passage, Passages, Question, Search};
 pub use conversation::Conversation;
 pub use ingest::{DocumentState, IngestEvent, IngestOptions, IngestReport};
+pub use manage::{
+    CollectionSummary, DocumentName, DocumentSummary, DocumentsCommand, DocumentsEvent, manage_documents,
+};
 pub use passages::{GivenChunk, GivenPassage};
 
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
@@ -22,7 +26,7 @@ use crate::config::Settings;
 use crate::error::Result;
 use crate::metrics::Metrics;
 use crate::store::KvStore;
-use documents::{DocumentsError, Found, Library, Limits, data_dir};
+use documents::{Access, DocumentsError, Found, Library, Limits, data_dir};
 
 /// How an answer is made.
 #[derive(Clone, Debug)]
@@ -210,11 +214,28 @@ impl Service {
         [tokens, &self.chunk_suffix].concat()
     }
 
-    /// Chunks that no document needs any more, by the tokens of their passages: these make way first.
-    fn release_chunks(&self, passages: &[Vec<u32>]) {
-        for tokens in passages {
-            let key = self.store.key(&self.chunk_prefix, &self.with_suffix(tokens));
-            tracing::debug!(%key, "no document needs this chunk any more");
+    /// Tells the chunk store of chunks that no document needs any more: they make way first, and those whose documents are gone
+    /// for good are removed; says how many.
+    ///
+    /// # Errors
+    /// Those of the catalog and the store.
+    pub fn release_chunks(&self) -> Result<u64> {
+        let Some(catalog) = self.library.catalog()?.filter(|catalog| catalog.access() == Access::Write) else {
+            return Ok(0);
+        };
+        let mut removed = 0;
+        loop {
+            let released = catalog.released(RELEASED_AT_A_TIME)?;
+            if released.is_empty() {
+                return Ok(removed);
+            }
+            let keys = |gone| -> Vec<_> {
+                let chunks = released.iter().filter(|chunk| chunk.gone == gone);
+                chunks.map(|chunk| self.store.key(&self.chunk_prefix, &self.with_suffix(&chunk.tokens))).collect()
+            };
+            self.store.demote(&keys(false))?;
+            removed += self.store.remove(&keys(true))?;
+            catalog.forget_released(&released)?;
         }
     }
 
@@ -264,6 +285,9 @@ pub fn generate(
     let stream = engine.submit(options.request(prompt))?;
     Ok(Answering::new(stream, started, std::sync::Arc::clone(metrics), options).with_notes(notes))
 }
+
+/// Chunks that the chunk store is told of at a time.
+const RELEASED_AT_A_TIME: usize = 1000;
 
 /// Who serves owns the documents; where they cannot be written, they are read.
 fn open_documents(library: &Library) -> Result<()> {

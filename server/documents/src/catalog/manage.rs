@@ -2,10 +2,12 @@
 
 use super::batch::{Batch, read};
 use super::error::CatalogError;
-use super::rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, from_json, to_json, unseal};
+use super::rows::{
+    Attributes, CollectionInfo, DocumentInfo, LanguageSetting, ReleasedChunk, from_json, to_json, tokens_hash, unseal,
+};
 use super::store::Family;
 use super::transaction::{Transaction, now};
-use super::{Catalog, Changed, DocumentId, IMPORTED, NEXT_COLLECTION, keys};
+use super::{Access, Catalog, Changed, DocumentId, IMPORTED, NEXT_COLLECTION, keys};
 use crate::error::{DocumentsError, Result};
 
 /// What was removed for good.
@@ -143,16 +145,19 @@ impl Catalog {
         Ok(documents)
     }
 
-    /// Removes for good what was removed before: all documents and collections that could still be restored. The rows are gone when this
-    /// returns; [`erase`](Self::erase) takes their bytes off the disk.
+    /// Removes for good what was removed before: all documents and collections that could still be restored, or only the
+    /// collection of number `only`. The rows are gone when this returns; [`erase`](Self::erase) takes their bytes off the
+    /// disk.
     ///
     /// # Errors
     /// As [`change`](Self::change).
-    pub fn reclaim(&self) -> Result<Changed<Reclaimed>> {
-        let collections: Vec<u32> = self.collections_in(&[1])?.iter().map(|info| info.id).collect();
-        let documents = self.all_documents()?;
-        let gone = |info: &&DocumentInfo| info.removed.is_some() || collections.contains(&info.collection);
-        let ids: Vec<DocumentId> = documents.iter().filter(gone).map(|info| info.id).collect();
+    pub fn reclaim(&self, only: Option<u32>) -> Result<Changed<Reclaimed>> {
+        let wanted = |id: u32| only.is_none_or(|only| only == id);
+        let removed = self.collections_in(&[1])?;
+        let collections: Vec<u32> = removed.iter().map(|info| info.id).filter(|id| wanted(*id)).collect();
+        let gone =
+            |info: &DocumentInfo| collections.contains(&info.collection) || only.is_none() && info.removed.is_some();
+        let ids: Vec<DocumentId> = self.all_documents()?.iter().filter(|info| gone(info)).map(|info| info.id).collect();
         let mut orphans = Vec::new();
         // A transaction is held in memory.
         for some in ids.chunks(1000) {
@@ -162,6 +167,9 @@ impl Catalog {
             for id in &collections {
                 transaction.batch().delete(Family::Collections, keys::removed_collection(*id));
                 forget_collection(transaction, *id)?;
+            }
+            if only.is_none() {
+                forget_removed_names(transaction)?;
             }
             Ok(())
         })?;
@@ -208,6 +216,46 @@ impl Catalog {
         })
     }
 
+    /// Some of the chunks that no document needs any more and that the chunk store has not been told of; `limit` at most. A chunk
+    /// that some document needs again is forgotten.
+    ///
+    /// # Errors
+    /// [`DocumentsError::Catalog`].
+    pub fn released(&self, limit: usize) -> Result<Vec<ReleasedChunk>> {
+        let mut chunks = Vec::new();
+        let mut wanted = Vec::new();
+        for row in self.store.scan(Family::Released, b"", b"") {
+            let (key, row) = row?;
+            let needed = self.store.scan(Family::ChunkRefs, &key, &key).next().transpose()?.is_some();
+            match unseal(Family::Released, &key, &row).and_then(from_json) {
+                Ok(chunk) if !needed => chunks.push(chunk),
+                // A damaged one costs room in the chunk store, for a while.
+                _ => wanted.push(((Family::Released, key), None)),
+            }
+            if chunks.len() == limit {
+                break;
+            }
+        }
+        if self.access() == Access::Write {
+            self.store.write(wanted, false)?;
+        }
+        Ok(chunks)
+    }
+
+    /// Forgets chunks that the chunk store was told of.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn forget_released(&self, chunks: &[ReleasedChunk]) -> Result<()> {
+        self.change(|transaction| {
+            for chunk in chunks {
+                transaction.batch().delete(Family::Released, tokens_hash(&chunk.tokens).to_vec());
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
     /// Takes the bytes of everything that was removed for good off the disk. Takes as long as reading and writing the
     /// whole catalog.
     ///
@@ -223,6 +271,17 @@ fn next_collection(batch: &mut Batch<'_>) -> Result<u32, CatalogError> {
     let last = last.and_then(|content| content.try_into().ok()).map_or(0, u64::from_be_bytes);
     batch.put(Family::Meta, NEXT_COLLECTION.to_vec(), (last + 1).to_be_bytes().to_vec());
     u32::try_from(last + 1).map_err(|_| DocumentsError::Internal("no number is left for a collection".into()).into())
+}
+
+/// Forgets names that could be restored: all that they stood for is gone, or known by other names.
+fn forget_removed_names(transaction: &mut Transaction<'_>) -> Result<(), CatalogError> {
+    let batch = transaction.batch();
+    for key in batch.keys(Family::Names, b"")? {
+        if key.get(4) == Some(&1) {
+            batch.delete(Family::Names, key);
+        }
+    }
+    Ok(())
 }
 
 /// Removes what a collection without documents has left: names that could be restored, and its log.

@@ -33,7 +33,7 @@ pub use id::{DocumentId, ParseDocumentIdError};
 pub use manage::Reclaimed;
 pub use records::{JobError, JobRecord, RecordKind};
 pub(crate) use rows::LogEntry;
-pub use rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, Passage, TextHash};
+pub use rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, Passage, ReleasedChunk, TextHash};
 pub use store::Access;
 pub(crate) use store::{Family, is_in_use};
 

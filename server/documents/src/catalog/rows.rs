@@ -35,6 +35,15 @@ pub enum LanguageSetting {
     Fixed(String),
 }
 
+impl std::fmt::Display for LanguageSetting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            LanguageSetting::Auto => "auto",
+            LanguageSetting::Fixed(name) => name,
+        })
+    }
+}
+
 /// What the catalog keeps of a collection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CollectionInfo {
@@ -115,6 +124,15 @@ pub(crate) enum LogEntry {
     Put(DocumentId),
     /// A document is gone.
     Removed(DocumentId),
+}
+
+/// A chunk that no document needs any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleasedChunk {
+    /// The tokens of its passage.
+    pub tokens: Vec<u32>,
+    /// Whether it is to be removed for good; else it only makes way before others, as its document may come back.
+    pub gone: bool,
 }
 
 /// A row that cannot be what was written.

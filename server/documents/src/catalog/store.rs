@@ -32,6 +32,8 @@ pub(crate) enum Family {
     Passages,
     /// Hash of a passage's tokens, a document's id -> nothing: who needs the chunk.
     ChunkRefs,
+    /// Hash of a passage's tokens -> [`super::ReleasedChunk`]: chunks that the chunk store has yet to be told of.
+    Released,
     /// An id -> [`super::JobRecord`], of uploaded files.
     Files,
     /// An id -> [`super::JobRecord`], of work that goes on in the background.
@@ -41,7 +43,7 @@ pub(crate) enum Family {
 }
 
 impl Family {
-    pub(crate) const ALL: [Family; 12] = [
+    pub(crate) const ALL: [Family; 13] = [
         Family::Meta,
         Family::Collections,
         Family::Documents,
@@ -51,6 +53,7 @@ impl Family {
         Family::TextRefs,
         Family::Passages,
         Family::ChunkRefs,
+        Family::Released,
         Family::Files,
         Family::Jobs,
         Family::Log,
@@ -67,6 +70,7 @@ impl Family {
             Family::TextRefs => "text-refs",
             Family::Passages => "passages",
             Family::ChunkRefs => "chunk-refs",
+            Family::Released => "released",
             Family::Files => "files",
             Family::Jobs => "jobs",
             Family::Log => "log",

@@ -68,11 +68,11 @@ fn the_same_text_under_two_names_is_one_document_and_removing_one_name_keeps_it(
     assert_eq!(notes.kind("b", "one two"), (PutKind::AnotherName, 0));
     assert_eq!((notes.rows(Family::Documents), notes.rows(Family::Texts), notes.rows(Family::Passages)), (1, 1, 2));
     let remove = |name| notes.catalog.change(|t| t.remove_name(&notes.info, name)).unwrap();
-    assert!(remove("a").value && !remove("a").value);
+    assert!(remove("a").value.is_some() && remove("a").value.is_none());
     assert_eq!((notes.text("a"), notes.text("b").as_deref()), (None, Some("one two")));
     // The last name takes the document with it, and then nobody needs its chunks.
     let removed = remove("b");
-    assert!(removed.value && removed.orphans.len() == 2, "{removed:?}");
+    assert!(removed.value.is_some() && removed.orphans.len() == 2, "{removed:?}");
     assert_eq!(notes.text("b"), None);
 }
 
@@ -114,7 +114,7 @@ fn what_was_removed_comes_back_until_space_is_reclaimed() {
     let notes = Notes::new();
     notes.kind("a", "one two");
     let before = notes.catalog.document(&notes.catalog.named(1, "a").unwrap().unwrap()).unwrap().unwrap();
-    let remove = || assert!(notes.catalog.change(|t| t.remove_name(&notes.info, "a")).unwrap().value);
+    let remove = || assert!(notes.catalog.change(|t| t.remove_name(&notes.info, "a")).unwrap().value.is_some());
     let restore = || notes.catalog.change(|t| t.restore(&notes.info, "a")).map(|changed| changed.value);
     remove();
     assert_eq!(restore().unwrap(), Some(before.id));
@@ -128,10 +128,10 @@ fn what_was_removed_comes_back_until_space_is_reclaimed() {
     assert_eq!(back, notes.catalog.named(notes.info.id, "b").unwrap());
     assert_eq!(notes.rows(Family::Documents), 1);
     notes.catalog.change(|t| t.remove(&back.unwrap())).unwrap();
-    assert_eq!(notes.catalog.reclaim().unwrap().value.documents, 1);
+    assert_eq!(notes.catalog.reclaim(None).unwrap().value.documents, 1);
     assert_eq!(restore().unwrap(), None);
     for family in Family::ALL {
-        let left = matches!(family, Family::Meta | Family::Collections | Family::Log);
+        let left = matches!(family, Family::Meta | Family::Collections | Family::Log | Family::Released);
         assert!(left || notes.rows(family) == 0, "{family:?}");
     }
 }
@@ -149,7 +149,7 @@ fn a_removed_collection_comes_back_with_its_documents_until_space_is_reclaimed()
     let again = notes.catalog.create_collection("notes", LanguageSetting::Auto).unwrap();
     assert!(again.id != notes.info.id && notes.catalog.named(again.id, "a").unwrap().is_none());
     assert!(matches!(notes.catalog.restore_collection("notes"), Err(DocumentsError::NameTaken { .. })));
-    let reclaimed = notes.catalog.reclaim().unwrap();
+    let reclaimed = notes.catalog.reclaim(None).unwrap();
     assert_eq!(reclaimed.value, Reclaimed { collections: vec![notes.info.id], documents: 1 });
     assert_eq!((reclaimed.orphans.len(), notes.rows(Family::Texts), notes.rows(Family::Names)), (2, 0, 0));
 }
@@ -212,7 +212,7 @@ fn the_log_tells_what_changed_once_each_and_is_trimmed() {
         transaction.put(&notes.info, &document("a", "two"))?;
         transaction.remove_name(&notes.info, "a")
     });
-    assert!(both.unwrap().value);
+    assert!(both.unwrap().value.is_some());
     assert_eq!(changes(1), [(2, LogEntry::Removed(outcome.id))]);
     notes.catalog.trim_log(notes.info.id, 1).unwrap();
     assert_eq!((changes(0).len(), notes.catalog.sequence()), (1, 2));
@@ -239,4 +239,24 @@ fn files_and_jobs_are_kept_in_the_order_of_their_ids() {
     assert_eq!(notes.catalog.record(RecordKind::File, "a").unwrap(), None);
     assert!(notes.catalog.remove_record(RecordKind::Job, "a").unwrap());
     assert!(!notes.catalog.remove_record(RecordKind::Job, "a").unwrap());
+}
+
+#[test]
+fn chunks_that_nobody_needs_wait_until_the_chunk_store_was_told_and_those_needed_again_do_not() {
+    let notes = Notes::new();
+    notes.kind("a", "one two");
+    notes.kind("b", "two");
+    assert!(notes.catalog.released(9).unwrap().is_empty());
+    notes.catalog.change(|t| t.remove_name(&notes.info, "a")).unwrap();
+    let released = notes.catalog.released(9).unwrap();
+    assert_eq!(released.iter().map(|chunk| chunk.gone).collect::<Vec<_>>(), [false], "`two` is needed by b");
+    assert_eq!(notes.catalog.released(9).unwrap(), released, "they are told of until they are forgotten");
+    notes.catalog.reclaim(None).unwrap();
+    let gone = notes.catalog.released(9).unwrap();
+    assert!(gone.len() == 1 && gone[0].gone && gone[0].tokens == released[0].tokens);
+    notes.kind("c", "one");
+    assert!(notes.catalog.released(9).unwrap().is_empty(), "it is needed again");
+    notes.catalog.change(|t| t.remove_name(&notes.info, "c")).unwrap();
+    notes.catalog.forget_released(&notes.catalog.released(9).unwrap()).unwrap();
+    assert!(notes.catalog.released(9).unwrap().is_empty());
 }

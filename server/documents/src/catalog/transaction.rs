@@ -7,7 +7,8 @@ use super::batch::Batch;
 use super::error::CatalogError;
 use super::id::DocumentId;
 use super::rows::{
-    Attributes, CollectionInfo, DamagedRow, DocumentInfo, LogEntry, Passage, TextHash, from_json, to_json, tokens_hash,
+    Attributes, CollectionInfo, DamagedRow, DocumentInfo, LogEntry, Passage, ReleasedChunk, TextHash, from_json,
+    to_json, tokens_hash,
 };
 use super::store::{Family, Store};
 use super::{keys, texts};
@@ -74,8 +75,8 @@ pub struct PutOutcome {
 pub struct Transaction<'a> {
     batch: Batch<'a>,
     log: Vec<(u32, LogEntry)>,
-    /// Chunks that lost a document: hash of their tokens, and these.
-    released: HashMap<[u8; 32], Vec<u32>>,
+    /// Chunks that lost a document, by the hash of their tokens.
+    released: HashMap<[u8; 32], ReleasedChunk>,
     now: u64,
 }
 
@@ -201,27 +202,27 @@ impl<'a> Transaction<'a> {
     }
 
     /// Removes a document by a name of it, so that it can be restored until space is reclaimed. A document with further names
-    /// stays, without this one. Says whether there was one.
+    /// stays, without this one. Returns its id, if there is one.
     ///
     /// # Errors
     /// As [`put`](Self::put).
-    pub fn remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<bool> {
+    pub fn remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>> {
         let removed = self.try_remove_name(collection, name);
         removed.map_err(|error| error.of(|| format!("document {name}")))
     }
 
-    fn try_remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<bool, CatalogError> {
-        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, false, name))? else { return Ok(false) };
+    fn try_remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>, CatalogError> {
+        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, false, name))? else { return Ok(None) };
         let mut info = self.known(&id)?;
         if info.names.len() < 2 {
             self.hide(info)?;
-            return Ok(true);
+            return Ok(Some(id));
         }
         info.names.retain(|known| known != name);
         self.batch.delete(Family::Names, keys::name(collection.id, false, name));
         self.batch.put(Family::Names, keys::name(collection.id, true, name), id.bytes().to_vec());
         self.write_info(&info);
-        Ok(true)
+        Ok(Some(id))
     }
 
     /// Removes a document with all of its names, so that it can be restored until space is reclaimed. Says whether there
@@ -288,7 +289,7 @@ impl<'a> Transaction<'a> {
     /// As [`put`](Self::put).
     pub(super) fn purge(&mut self, id: &DocumentId) -> Result<(), CatalogError> {
         let Some(info) = self.info(id)? else { return Ok(()) };
-        self.drop_passages(&info)?;
+        self.drop_passages(&info, true)?;
         texts::release(&mut self.batch, &info.content, id)?;
         let removed = info.removed.is_some();
         for name in &info.names {
@@ -345,7 +346,7 @@ impl<'a> Transaction<'a> {
         }
         self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
         for passage in self.passages(&info)? {
-            self.release(&passage, &info.id);
+            self.release(&passage, &info.id, false);
         }
         info.removed = Some(self.now);
         self.write_info(&info);
@@ -366,7 +367,7 @@ impl<'a> Transaction<'a> {
 
     /// Replaces the passages of a document whose text is kept.
     fn rewrite(&mut self, info: &mut DocumentInfo, new: &NewDocument) -> Result<(), CatalogError> {
-        self.drop_passages(info)?;
+        self.drop_passages(info, false)?;
         let (mut line, mut at) = (1, 0);
         for (number, found) in (0u32..).zip(&new.passages) {
             let range = found.place.bytes.clone();
@@ -393,12 +394,13 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    fn drop_passages(&mut self, info: &DocumentInfo) -> Result<(), CatalogError> {
+    /// `gone`: for good, and nothing else comes in their place.
+    fn drop_passages(&mut self, info: &DocumentInfo, gone: bool) -> Result<(), CatalogError> {
         // What cannot be read is dropped all the same: this is how a damaged document is mended.
         for key in self.batch.keys(Family::Passages, info.id.bytes())? {
             let content = self.batch.get(Family::Passages, &key);
             if let Ok(Some(passage)) = content.and_then(|c| Ok(c.map(|c| Passage::decode(&c)).transpose()?)) {
-                self.release(&passage, &info.id);
+                self.release(&passage, &info.id, gone);
             }
             self.batch.delete(Family::Passages, key);
         }
@@ -416,15 +418,17 @@ impl<'a> Transaction<'a> {
 
     fn refer(&mut self, passage: &Passage, id: &DocumentId) {
         if !passage.tokens.is_empty() {
-            self.batch.put(Family::ChunkRefs, keys::reference(&tokens_hash(&passage.tokens), id), Vec::new());
+            let hash = tokens_hash(&passage.tokens);
+            self.batch.put(Family::ChunkRefs, keys::reference(&hash, id), Vec::new());
         }
     }
 
-    fn release(&mut self, passage: &Passage, id: &DocumentId) {
+    fn release(&mut self, passage: &Passage, id: &DocumentId, gone: bool) {
         if !passage.tokens.is_empty() {
             let hash = tokens_hash(&passage.tokens);
             self.batch.delete(Family::ChunkRefs, keys::reference(&hash, id));
-            self.released.entry(hash).or_insert_with(|| passage.tokens.clone());
+            let new = || ReleasedChunk { tokens: passage.tokens.clone(), gone };
+            self.released.entry(hash).or_insert_with(new).gone |= gone;
         }
     }
 
@@ -492,11 +496,13 @@ impl<'a> Transaction<'a> {
         Ok(orphans)
     }
 
+    /// Notes the chunks that no document needs any more, so that the chunk store is told even if the process ends here.
     fn orphans(&mut self) -> Result<Vec<Vec<u32>>, CatalogError> {
         let mut orphans = Vec::new();
-        for (hash, tokens) in std::mem::take(&mut self.released) {
+        for (hash, chunk) in std::mem::take(&mut self.released) {
             if !self.batch.any(Family::ChunkRefs, &hash)? {
-                orphans.push(tokens);
+                self.batch.put(Family::Released, hash.to_vec(), to_json(&chunk));
+                orphans.push(chunk.tokens);
             }
         }
         Ok(orphans)

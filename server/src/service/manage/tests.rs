@@ -1,0 +1,160 @@
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use documents::{Format, LanguageSetting, NewDocument, NewPassage, Span};
+
+use super::*;
+
+fn put(library: &Library, name: &str, text: &str) {
+    let place = documents::ChunkSpan { chars: Span { start: 0, end: text.len() }, bytes: 0..text.len() };
+    let document = NewDocument {
+        name: name.into(),
+        text: text.into(),
+        format: Format::Text,
+        fingerprint: "one".into(),
+        tokenizer: Some([1; 32]),
+        passages: vec![NewPassage { place, page: None, tokens: text.bytes().map(u32::from).collect() }],
+        attributes: None,
+        instead_of: Vec::new(),
+    };
+    let collection = library.collection_or_new("notes").unwrap();
+    collection.writer().unwrap().change(|t, info| t.put(info, &document)).unwrap();
+}
+
+/// What a command tells, as names, and whether it failed.
+fn told(library: &Library, command: DocumentsCommand) -> (Vec<String>, bool) {
+    let mut events = Vec::new();
+    let done = manage_documents(library, &command, &|| Ok(0), &mut |event| {
+        events.push(match event {
+            DocumentsEvent::Document(document) => document.names.join("="),
+            DocumentsEvent::Collection(sum) => format!("{} {}", sum.name, sum.documents),
+            DocumentsEvent::Removed { name } => format!("-{name}"),
+            DocumentsEvent::Restored { name } => format!("+{name}"),
+            DocumentsEvent::Failed { name, .. } => format!("?{name}"),
+            DocumentsEvent::Reclaimed { collections, documents, .. } => format!("{collections} {documents}"),
+        });
+    });
+    (events, done.is_err())
+}
+
+fn list() -> DocumentsCommand {
+    DocumentsCommand::List { collection: "notes".into() }
+}
+
+fn names(names: &[&str]) -> Vec<DocumentName> {
+    names.iter().map(|name| DocumentName { given: (*name).into(), paths: vec![format!("/d/{name}")] }).collect()
+}
+
+fn remove(what: &[&str], now: bool) -> DocumentsCommand {
+    DocumentsCommand::Remove { collection: "notes".into(), names: names(what), now }
+}
+
+fn restore(what: &[&str]) -> DocumentsCommand {
+    DocumentsCommand::Restore { collection: "notes".into(), names: names(what) }
+}
+
+fn found(library: &Library, query: &str) -> usize {
+    library.search("notes", query, 10).unwrap().len()
+}
+
+#[test]
+fn documents_are_listed_removed_by_path_name_or_id_and_restored() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    for (name, text) in [("/d/a", "One lamp."), ("/d/b", "Two lamps."), ("c", "Two lamps."), ("/d/e", "A pilot.")] {
+        put(&library, name, text);
+    }
+    assert_eq!(told(&library, list()), (vec!["/d/a".into(), "/d/b=c".into(), "/d/e".into()], false));
+    assert_eq!(told(&library, DocumentsCommand::Collections), (vec!["notes 3".into()], false));
+    // By path, one of two names, a name that stands for nothing, and an id.
+    let id = library.collection("notes").unwrap().document_info("/d/e").unwrap().unwrap().id.to_string();
+    let removed = told(&library, remove(&["a", "c", "x", &id], false));
+    assert_eq!(removed, (vec!["-a".into(), "-c".into(), "?x".into(), format!("-{id}")], true));
+    assert_eq!((told(&library, list()).0, found(&library, "lamp pilot")), (vec!["/d/b".to_string()], 1));
+    assert_eq!(told(&library, restore(&["a", "c", "e", "x"])).0, ["+a", "+c", "+e", "?x"]);
+    assert_eq!(
+        (told(&library, list()).0, found(&library, "lamp pilot")),
+        (vec!["/d/a".into(), "/d/b=c".into(), "/d/e".to_string()], 3)
+    );
+    assert_eq!(told(&library, remove(&[], false)), (vec!["-notes".into()], false));
+    assert!(library.collection("notes").is_err());
+    assert_eq!(told(&library, restore(&[])).0, ["+notes"]);
+    assert_eq!(found(&library, "lamp pilot"), 3);
+    assert_eq!(told(&library, remove(&["a"], false)).0, ["-a"]);
+    assert_eq!(told(&library, DocumentsCommand::Reclaim).0, ["0 1"]);
+    assert_eq!(told(&library, restore(&["a"])), (vec!["?a".into()], true));
+}
+
+#[test]
+fn removing_for_good_leaves_what_was_removed_before_to_be_restored() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    put(&library, "/d/a", "One lamp.");
+    put(&library, "/d/b", "Two lamps.");
+    told(&library, remove(&["a"], false));
+    assert_eq!(told(&library, remove(&["b"], true)), (vec!["-b".into()], false));
+    assert_eq!(told(&library, restore(&["a", "b"])).0, ["+a", "?b"]);
+    assert_eq!(told(&library, remove(&[], true)), (vec!["-notes".into()], false));
+    assert_eq!(told(&library, restore(&[])), (vec![], true));
+}
+
+/// Whether any file below `dir` has these bytes.
+fn is_anywhere(dir: &Path, marker: &[u8]) -> Option<std::path::PathBuf> {
+    std::fs::read_dir(dir).unwrap().flatten().find_map(|entry| match entry.path() {
+        path if path.is_dir() => is_anywhere(&path, marker),
+        path => std::fs::read(&path).unwrap().windows(marker.len()).any(|bytes| bytes == marker).then_some(path),
+    })
+}
+
+#[test]
+fn no_byte_of_what_is_removed_for_good_is_left_in_the_data_folder() {
+    // Words that nothing compresses (lz4 keeps what does not repeat as it is), as the index has them too: in lower case.
+    let marker = "kq7zv9x1mw4tj8rb2nd6hp3y";
+    let other = "u5gs0fqe8zk4vx9bn1wj7mtc";
+    type Remove = fn(&Library);
+    let ways: [(&str, Remove); 4] = [
+        ("rm --now", |library| drop(told(library, remove(&["a"], true)))),
+        ("reclaim", |library| {
+            told(library, remove(&["a"], false));
+            told(library, DocumentsCommand::Reclaim);
+        }),
+        ("rm --now of a collection", |library| {
+            put(library, "/d/a", "something else");
+            library.collection_or_new("kept").unwrap();
+            told(library, remove(&["b"], false));
+            told(library, remove(&[], true));
+        }),
+        ("another text, then reclaim", |library| {
+            put(library, "/d/a", "Another text.");
+            told(library, DocumentsCommand::Reclaim);
+        }),
+    ];
+    for (way, remove) in ways {
+        let dir = tempfile::tempdir().unwrap();
+        let library = Library::new(dir.path());
+        put(&library, "/d/b", &format!("A harbour. {other}"));
+        put(&library, "/d/a", &format!("A lighthouse. {marker}"));
+        library.erase().unwrap();
+        put(&library, "/d/c", "A pier.");
+        assert!(is_anywhere(dir.path(), marker.as_bytes()).is_some(), "the search finds what is there");
+        assert_eq!(found(&library, marker), 1);
+        remove(&library);
+        assert_eq!(is_anywhere(dir.path(), marker.as_bytes()), None, "{way}");
+        let whole = way.ends_with("collection");
+        assert!(whole || is_anywhere(dir.path(), other.as_bytes()).is_some(), "{way}");
+        drop(library);
+        assert_eq!(is_anywhere(dir.path(), marker.as_bytes()), None, "{way}, after closing");
+        let reopened = Library::new(dir.path());
+        assert!(whole || found(&reopened, marker) == 0 && found(&reopened, "harbour") == 1, "{way}");
+    }
+}
+
+#[test]
+fn a_name_means_what_it_means_in_the_current_folder() {
+    let name = DocumentName::here("no/such/../file.txt");
+    let here = std::env::current_dir().unwrap();
+    assert_eq!((name.given.as_str(), name.paths.len()), ("no/such/../file.txt", 1));
+    assert!(Path::new(&name.paths[0]).starts_with(here), "{name:?}");
+    assert_eq!(LanguageSetting::Fixed("de".into()).to_string(), "de");
+}
