@@ -19,6 +19,12 @@ if ! cmp -s scripts/requirements-test.txt "$venv/requirements-test.txt"; then
     cp scripts/requirements-test.txt "$venv/"
 fi
 export QUIRE_TEST_PYTHON=$venv/bin/python
+# Where there is Node, its openai client drives the server too.
+if command -v npm >/dev/null; then
+    export QUIRE_TEST_NODE=$QUIRE_CACHE/test-node
+    [ -d "$QUIRE_TEST_NODE/node_modules/openai" ] ||
+        npm install --prefix "$QUIRE_TEST_NODE" --no-audit --no-fund --silent openai
+fi
 
 step() { printf '\n[test] %s\n' "$*"; }
 step format

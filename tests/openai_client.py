@@ -65,7 +65,7 @@ def whole():
     assert any(c["contains_answer"] for c in extra["citations"]), extra["citations"]
     for c in extra["citations"]:
         # The name alone: folders of the server are its own.
-        assert os.path.basename(c["document"]) == c["document"] and c["document_id"].startswith("doc-"), c
+        assert os.path.basename(c["document"]) == c["document"] and c["document_id"].startswith("doc_"), c
         with open(os.path.join(examples, c["document"]), encoding="utf-8", newline="") as file:
             text = file.read()
         assert text[c["span"]["start"] : c["span"]["end"]] == c["passage"], c
@@ -85,7 +85,7 @@ def annotated(message, citations):
             start, end = place.start_index, place.end_index
         else:
             assert annotation.type == "file_citation", annotation
-            given = citation.get("document_id") or citation.get("id") or citation["document"]
+            given = citation.get("file_id") or citation.get("document_id") or citation.get("id") or citation["document"]
             assert (extra["file_id"], extra["filename"]) == (given, citation["document"]), (annotation, citation)
             start, end = extra["start_index"], extra["end_index"]
         span = citation.get("answer_span") or {"start": 0, "end": len(message.content)}

@@ -278,6 +278,8 @@ settings! {
         cors_origins: Named<Names> = Named(Names::default()), "none";
         /// Largest request body in bytes
         body_limit_bytes: Bytes = Bytes(8 << 20), "8M";
+        /// Largest file that can be uploaded, in bytes; documents of up to 64M can be attached to a vector store
+        upload_limit_bytes: Bytes = Bytes(512 << 20), "512M";
     }
     "Server", SERVING, ANYONE {
         /// Port to listen on; 0: any free one
@@ -345,6 +347,7 @@ impl Settings {
             ("prefill_chunk", self.prefill_chunk),
             ("top_chunks", self.top_chunks),
             ("body_limit_bytes", self.body_limit_bytes.0 as usize),
+            ("upload_limit_bytes", self.upload_limit_bytes.0 as usize),
             ("keepalive_seconds", self.keepalive_seconds as usize),
             ("max_connections", self.max_connections),
             ("header_seconds", self.header_seconds as usize),

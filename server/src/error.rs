@@ -10,7 +10,7 @@ use documents::DocumentsError;
 use hub::HubError;
 
 /// This crate's result type.
-pub type Result<T> = std::result::Result<T, QuireError>;
+pub type Result<T, E = QuireError> = std::result::Result<T, E>;
 
 /// What can go wrong between a user and an answer.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +110,24 @@ pub enum QuireError {
         param: String,
         /// What would be accepted.
         hint: &'static str,
+    },
+
+    /// A request names something that is not there.
+    #[error("no {what} has the id `{id}`: it never existed, was deleted, or has expired")]
+    NotFound {
+        /// What it would be.
+        what: &'static str,
+        /// The id.
+        id: String,
+        /// Where the request names it.
+        param: String,
+    },
+
+    /// A file is larger than those that are taken.
+    #[error("expected a file of at most {limit} bytes; split it, or raise upload_limit_bytes")]
+    UploadTooLarge {
+        /// Bytes that a file may have.
+        limit: u64,
     },
 
     /// The request names another model.

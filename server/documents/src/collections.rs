@@ -204,6 +204,20 @@ impl Library {
         Ok(removed)
     }
 
+    /// Removes a collection for good: its documents, its index and what it was called. Its bytes are gone from the disk after
+    /// [`erase`](Self::erase).
+    ///
+    /// # Errors
+    /// As [`writable`](Self::writable).
+    pub fn purge_collection(&self, name: &str) -> Result<()> {
+        let mut open = self.lock();
+        let library = self.opened_for_writing(&mut open)?;
+        let Some(info) = library.catalog.collection(name)? else { return Ok(()) };
+        library.catalog.purge_collection(name)?;
+        library.collections.remove(&info.id);
+        remove_folder(&index_dir(&self.data_dir, info.id))
+    }
+
     /// Removes for good what was removed before: all of it, or only the collection of number `only`. Says what that was. Its
     /// bytes are gone from the disk after [`erase`](Self::erase).
     ///

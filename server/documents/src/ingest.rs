@@ -153,12 +153,38 @@ pub fn read_document(path: &Path) -> Result<Document> {
     if path.to_str().is_none() {
         return Err(DocumentsError::DocumentName { path: path.into() });
     }
-    let text = decode(path, read_bytes(path, DOCUMENT_LIMIT)?)?;
+    let bytes = read_bytes(path, DOCUMENT_LIMIT)?;
+    document(path, Format::of_name(path).unwrap_or(Format::Text), bytes)
+}
+
+impl Document {
+    /// Bytes of a document at most.
+    pub const LIMIT: u64 = DOCUMENT_LIMIT;
+
+    /// A document whose bytes came by another way than as a file; its name tells its format.
+    ///
+    /// # Errors
+    /// As [`read_document`], and [`DocumentsError::UnsupportedDocument`] for a format that is not read.
+    pub fn from_bytes(name: &Path, bytes: Vec<u8>) -> Result<Document> {
+        let Some(format) = Format::of_name(name) else {
+            let ending = name.extension().map(|ending| format!(".{}", ending.to_string_lossy()));
+            let found = ending.unwrap_or_else(|| "no extension".into());
+            return Err(DocumentsError::UnsupportedDocument { path: name.into(), found });
+        };
+        if bytes.len() as u64 > DOCUMENT_LIMIT {
+            let found = bytes.len() as u64;
+            return Err(DocumentsError::DocumentTooLarge { path: name.into(), found, limit: DOCUMENT_LIMIT });
+        }
+        document(name, format, bytes)
+    }
+}
+
+fn document(path: &Path, format: Format, bytes: Vec<u8>) -> Result<Document> {
+    let text = decode(path, bytes)?;
     if text.trim_start_matches('\u{feff}').trim().is_empty() {
         let found = if text.is_empty() { "no bytes" } else { "only white space" };
         return Err(DocumentsError::EmptyDocument { path: path.into(), found });
     }
-    let format = Format::of_name(path).unwrap_or(Format::Text);
     Ok(Document { path: path.into(), text, format })
 }
 

@@ -15,7 +15,7 @@ const FROM_ENVIRONMENT: &str = "environment";
 const FROM_FLAGS: &str = "flag";
 
 /// `QUIRE_*` variables that are no settings: the path of the file, and those of scripts and tests.
-const OTHER_VARIABLES: &[&str] = &["QUIRE_CONFIG", "QUIRE_CACHE", "QUIRE_TEST_PYTHON"];
+const OTHER_VARIABLES: &[&str] = &["QUIRE_CONFIG", "QUIRE_CACHE", "QUIRE_TEST_PYTHON", "QUIRE_TEST_NODE"];
 
 /// The effective settings with their origins.
 #[derive(Clone, Debug)]

@@ -8,13 +8,14 @@ use axum::body::{Body, BodyDataStream, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use futures::StreamExt;
+use http_body::Body as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::connections::Connection;
 use super::error::{ApiError, bounded};
 use super::observe::Account;
 use super::queue::Place;
-use super::state::App;
+use super::state::{App, State};
 use crate::service::Service;
 
 /// Bytes of a body that need no room of the budget: ordinary requests do not depend on what others send.
@@ -42,27 +43,58 @@ impl FromRequest<App> for Admitted {
 
     async fn from_request(request: Request, app: &App) -> Result<Admitted, ApiError> {
         let (parts, body) = request.into_parts();
-        if let Err(refusal) = may_send(app, &parts.headers) {
-            linger(&parts.headers, body);
-            return Err(refusal);
-        }
-        let limit = app.body_limit();
-        let time = Duration::from_secs(app.settings().body_seconds);
-        let mut reader = Reader { stream: body.into_data_stream(), limit, budget: app.bodies(), room: None };
-        let bytes = match tokio::time::timeout(time, reader.read()).await {
-            Ok(Ok(bytes)) => bytes,
-            Ok(Err(refusal)) => {
-                linger(&parts.headers, Body::from_stream(reader.stream));
-                return Err(refusal);
-            }
-            Err(_) => {
-                let message = format!("expected the request's body within {} s; send it faster", time.as_secs());
-                return Err(ApiError::body(StatusCode::REQUEST_TIMEOUT, "request_timeout", message));
-            }
-        };
+        let body = take_body(app, &parts.headers, body, State::may_admit).await?;
         let (service, place) = app.admit(parts.extensions.get::<Connection>())?;
         let account = parts.extensions.get::<Account>().cloned().unwrap_or_default();
-        Ok(Admitted { service, body: Buffered { bytes, _room: reader.room }, place, account })
+        Ok(Admitted { service, body, place, account })
+    }
+}
+
+/// A request about documents: it has a body, if any, within the same limits, and takes no place in the queue of answers.
+pub(super) struct Received {
+    pub(super) service: Arc<Service>,
+    pub(super) body: Buffered,
+}
+
+impl FromRequest<App> for Received {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Received, ApiError> {
+        let (parts, body) = request.into_parts();
+        let service = app.serving()?;
+        // What has no body says nothing of its type.
+        if body.is_end_stream() {
+            return Ok(Received { service, body: Buffered { bytes: Bytes::new(), _room: None } });
+        }
+        let body = take_body(app, &parts.headers, body, |state| state.serving().map(drop)).await?;
+        Ok(Received { service, body })
+    }
+}
+
+/// Reads a body of JSON, unless it can be refused before that; `admits` says whether requests are taken at all.
+async fn take_body(
+    app: &App,
+    headers: &HeaderMap,
+    body: Body,
+    admits: impl Fn(&State) -> crate::error::Result<()>,
+) -> Result<Buffered, ApiError> {
+    if let Err(refusal) = may_send(app, headers).and_then(|()| Ok(admits(app)?)) {
+        linger(headers, body);
+        return Err(refusal);
+    }
+    let limit = app.body_limit();
+    let time = Duration::from_secs(app.settings().body_seconds);
+    let mut reader = Reader { stream: body.into_data_stream(), limit, budget: app.bodies(), room: None };
+    match tokio::time::timeout(time, reader.read()).await {
+        Ok(Ok(bytes)) => Ok(Buffered { bytes, _room: reader.room }),
+        Ok(Err(refusal)) => {
+            linger(headers, Body::from_stream(reader.stream));
+            Err(refusal)
+        }
+        Err(_) => {
+            let message = format!("expected the request's body within {} s; send it faster", time.as_secs());
+            Err(ApiError::body(StatusCode::REQUEST_TIMEOUT, "request_timeout", message))
+        }
     }
 }
 
@@ -87,7 +119,7 @@ fn may_send(app: &App, headers: &HeaderMap) -> Result<(), ApiError> {
     if length.is_some_and(|length| length > limit as u64) {
         return Err(too_large(limit));
     }
-    Ok(app.may_admit()?)
+    Ok(())
 }
 
 /// A browser sends other types from any page to any server, without asking the server first.
@@ -113,7 +145,7 @@ fn too_large(limit: usize) -> ApiError {
 
 /// A connection that is closed while something is unread is reset, and with it goes the answer: reads on for a moment.
 /// Who waits for a `100 Continue` sends nothing.
-fn linger(headers: &HeaderMap, body: Body) {
+pub(super) fn linger(headers: &HeaderMap, body: Body) {
     if headers.contains_key(header::EXPECT) {
         return;
     }

@@ -4,15 +4,14 @@
 mod messages;
 mod neutral;
 mod retrieval;
-mod values;
 
 use engine::{ChatMessage, MAX_TOP_LOGPROBS};
 use serde_json::{Map, Value};
 
+use super::values::{boolean, brief, cut, invalid, named, number, share, size, text};
 use crate::error::{QuireError, Result};
 use crate::service::{Options, Passages};
 use retrieval::Retrieval;
-use values::{boolean, brief, cut, invalid, named, number, share, size, text};
 
 /// Most texts in `stop`.
 const MAX_STOPS: usize = 16;

@@ -3,12 +3,11 @@
 //! Every citation is shown twice: whole in the answer's `quire.citations`, and in the same order as an annotation of the
 //! message, in the shapes of OpenAI's API.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::service::{Answer, Citation, GivenPassage};
+use crate::service::{Answer, Citation, GivenPassage, attached_name};
 
 /// A citation with the document's name in place of its path, and an id that tells documents of one name apart. What came
 /// with the question has its own names.
@@ -18,7 +17,10 @@ pub(super) fn public(citation: &Citation) -> Value {
         Some(given) => add_given(&mut shown, given),
         None => {
             shown["document"] = json!(file_name(&citation.document));
-            shown["document_id"] = json!(document_id(&citation.document));
+            shown["document_id"] = json!(document_id(citation));
+            if let Some((file, _)) = citation.document.to_str().and_then(attached_name) {
+                shown["file_id"] = json!(file);
+            }
         }
     }
     shown
@@ -63,11 +65,14 @@ fn annotation(index: usize, citation: &Citation, characters: usize) -> Value {
     shown
 }
 
-/// The id that a passage came with, else its name there; for documents of the server, theirs.
+/// The id that a passage came with, else its name there; of a file that a client attached, the file's; else the document's.
 fn file_id(citation: &Citation) -> String {
     match &citation.given {
         Some(given) => given.id.clone().unwrap_or_else(|| given.name().into()),
-        None => document_id(&citation.document),
+        None => {
+            let attached = citation.document.to_str().and_then(attached_name);
+            attached.map_or_else(|| document_id(citation), |(file, _)| file.into())
+        }
     }
 }
 
@@ -82,10 +87,9 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into()
 }
 
-/// The same for the same path, today and tomorrow.
-fn document_id(path: &Path) -> String {
-    let hash = blake3::Hasher::new_derive_key("quire document id 1").update(path.as_os_str().as_bytes()).finalize();
-    format!("doc-{}", &hash.to_hex()[..16])
+/// The document's id, which stays whatever becomes of its file.
+fn document_id(citation: &Citation) -> String {
+    citation.document_id.map(|id| id.to_string()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -93,7 +97,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::service::Stats;
-    use documents::Span;
+    use documents::{DocumentId, Span};
     use std::sync::Arc;
 
     fn citation(given: Option<GivenPassage>, answer_span: Option<Span>) -> Citation {
@@ -106,17 +110,27 @@ mod tests {
             score: given.is_none().then_some(2.5),
             contains_answer: answer_span.is_some(),
             answer_span,
+            document_id: given.is_none().then(DocumentId::random),
             given: given.map(Arc::new),
         }
     }
 
     #[test]
     fn documents_of_one_name_are_told_apart_without_their_folders() {
-        let [one, other] = ["/home/ann/secret/notes.txt", "/srv/notes.txt"].map(|path| document_id(Path::new(path)));
-        assert_ne!(one, other);
-        assert_eq!(one, document_id(Path::new("/home/ann/secret/notes.txt")));
-        let shown = public(&citation(None, None)).to_string();
-        assert!(shown.contains("notes.txt") && !shown.contains("secret"), "{shown}");
+        let [one, other] = [citation(None, None), citation(None, None)].map(|citation| public(&citation));
+        assert_ne!(one["document_id"], other["document_id"]);
+        assert!(one["document"] == "notes.txt" && !one.to_string().contains("secret"), "{one}");
+    }
+
+    #[test]
+    fn a_file_that_was_attached_goes_by_its_own_id() {
+        let file = format!("file-{}", "0".repeat(24));
+        let attached = Citation { document: format!("{file}/notes.md").into(), ..citation(None, None) };
+        let shown = public(&attached);
+        assert_eq!((&shown["document"], &shown["file_id"]), (&json!("notes.md"), &json!(file)));
+        let annotation = annotation(0, &attached, 9);
+        assert_eq!((&annotation["file_id"], &annotation["filename"]), (&json!(file), &json!("notes.md")));
+        assert!(shown["document_id"].as_str().unwrap().starts_with("doc_"));
     }
 
     #[test]

@@ -104,6 +104,12 @@ impl ApiError {
         ApiError::new(status, "invalid_request_error", message).code(code).param(param)
     }
 
+    /// Other files are being uploaded.
+    pub(super) fn uploads_full() -> ApiError {
+        let message = "too many files are being uploaded at once. Try again later";
+        ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).code("uploads_full").retry_after(5)
+    }
+
     /// Other large bodies are being read.
     pub(super) fn bodies_full() -> ApiError {
         let message = "too many large requests are being read at once. Try again later";
@@ -163,6 +169,16 @@ impl From<&QuireError> for ApiError {
                     .param("quire.collection")
                     .code("collection_not_found")
             }
+            QuireError::NotFound { param, .. } => ApiError::not_found(message).param(param),
+            QuireError::UploadTooLarge { .. } => {
+                ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+                    .code("file_too_large")
+                    .param("file")
+            }
+            QuireError::Documents(DocumentsError::DataDir { source, .. }) => {
+                tracing::error!(error = bounded(&message, LONGEST_LOGGED), "a request could not write");
+                cannot_write(source.kind())
+            }
             QuireError::UnknownModel { .. } => ApiError::not_found(message).param("model").code("model_not_found"),
             QuireError::TooManyRequests { retry_after_seconds, .. } => {
                 overloaded().code("queue_full").retry_after(*retry_after_seconds)
@@ -192,6 +208,24 @@ impl From<&QuireError> for ApiError {
             }
         }
     }
+}
+
+/// The disk or the folder does not take what a request brings.
+fn cannot_write(kind: std::io::ErrorKind) -> ApiError {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    let (status, code, message) = match kind {
+        StorageFull | QuotaExceeded => (
+            StatusCode::INSUFFICIENT_STORAGE,
+            "disk_full",
+            "the server's disk is full: nothing was kept of this request",
+        ),
+        _ => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "read_only",
+            "the server cannot write its data folder; its log says why, under this answer's x-request-id",
+        ),
+    };
+    ApiError::new(status, "server_error", message).code(code)
 }
 
 impl From<QuireError> for ApiError {

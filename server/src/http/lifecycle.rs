@@ -59,7 +59,11 @@ pub async fn serve(
     let upkeep = tokio::spawn(every(UPKEEP, move || recorder.run_upkeep()));
 
     let to_load = settings.clone();
-    let mut loading = tokio::task::spawn_blocking(move || Service::open(&to_load, Purpose::Serve));
+    let mut loading = tokio::task::spawn_blocking(move || {
+        let service = Service::open(&to_load, Purpose::Serve)?;
+        service.recover();
+        Ok::<_, QuireError>(service)
+    });
     let mut loaded = false;
     loop {
         tokio::select! {
@@ -67,6 +71,7 @@ pub async fn serve(
                 let service = service.map_err(|e| QuireError::Internal(format!("loading panicked: {e}")))?;
                 app.become_ready(service?);
                 loaded = true;
+                begin_work(&app);
                 ready();
             }
             _ = terminate.recv() => break,
@@ -75,6 +80,9 @@ pub async fn serve(
     }
 
     app.drain();
+    if let Some(service) = app.loaded() {
+        service.stop_working();
+    }
     tracing::info!("draining: requests are refused, running ones get {} s", settings.drain_seconds);
     tokio::select! {
         idle = tokio::time::timeout(Duration::from_secs(settings.drain_seconds), app.idle()) => if idle.is_err() {
@@ -98,6 +106,15 @@ async fn every(period: Duration, round: impl Fn()) {
     loop {
         rounds.tick().await;
         round();
+    }
+}
+
+/// Has files that are attached read in the background, until the server stops.
+fn begin_work(app: &App) {
+    let Some(service) = app.loaded().map(Arc::clone) else { return };
+    let started = std::thread::Builder::new().name("background".into()).spawn(move || service.work());
+    if let Err(error) = started {
+        tracing::error!(%error, "no thread for work in the background: files that are attached wait for the next start");
     }
 }
 

@@ -4,6 +4,8 @@
 //! long), `observe` (id, log, counts), `origin` (which pages may ask), `auth` (who may ask) and `admission` (its body,
 //! within limits), and takes a place in the `queue`; `chat_request` turns its body into a question, `chat` answers it in the
 //! shapes of `chat_response`, `citation` shows what it was answered from.
+//! `files` and `vector_stores` are documents over HTTP; `upload` takes files in, `fields`, `page` and `values` read what all
+//! requests are made of.
 //! `probes` is for those who operate the server, `state` is what handlers share, `error` what they answer when something
 //! is wrong.
 
@@ -15,12 +17,18 @@ mod chat_response;
 mod citation;
 mod connections;
 mod error;
+mod fields;
+mod files;
 mod lifecycle;
 mod observe;
 mod origin;
+mod page;
 mod probes;
 mod queue;
 mod state;
+mod upload;
+mod values;
+mod vector_stores;
 
 pub(crate) use auth::check_key;
 pub use lifecycle::{close, serve};
@@ -47,6 +55,8 @@ fn routes(app: App) -> NormalizePath<Router> {
         // Names on the hub have a slash.
         .route("/v1/models/{*model}", get(probes::model))
         .route("/v1/chat/completions", post(chat::completions))
+        .merge(files::routes())
+        .merge(vector_stores::routes())
         .route("/metrics", get(probes::metrics))
         .route("/version", get(probes::version))
         .fallback(not_found)

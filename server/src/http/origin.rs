@@ -95,7 +95,7 @@ pub(super) fn cors(origins: &Names) -> Option<CorsLayer> {
     let allowed = if origins.is_everything() { AllowOrigin::any() } else { AllowOrigin::list(listed) };
     let layer = CorsLayer::new()
         .allow_origin(allowed)
-        .allow_methods([Method::GET, Method::POST])
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
         // Clients send many headers of their own; none of them lets anybody in.
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([REQUEST_ID, header::RETRY_AFTER, HeaderName::from_static("x-quire-notes")])

@@ -31,6 +31,9 @@ pub(super) enum Phase {
 /// Requests a core that are prepared at the same time: more only take the processor from one another.
 const PREPARING_A_CORE: usize = 2;
 
+/// Files that are uploaded at the same time.
+const UPLOADS: usize = 16;
+
 /// Cheap to clone.
 #[derive(Clone)]
 pub(super) struct App(Arc<State>);
@@ -50,6 +53,7 @@ pub(super) struct State {
     phase: AtomicU8,
     queue: Queue,
     bodies: Arc<Semaphore>,
+    uploads: Arc<Semaphore>,
     preparing: Arc<Semaphore>,
     address: SocketAddr,
     recorder: PrometheusHandle,
@@ -71,6 +75,7 @@ impl App {
         App(Arc::new(State {
             key: settings.api_key.as_deref().map(hash_key),
             bodies: body_budget(body_limit(settings)),
+            uploads: Arc::new(Semaphore::new(UPLOADS)),
             settings: settings.clone(),
             model,
             service: OnceLock::new(),
@@ -112,6 +117,11 @@ impl State {
     /// Room for bodies of requests.
     pub(super) fn bodies(&self) -> &Arc<Semaphore> {
         &self.bodies
+    }
+
+    /// Turns of files that are uploaded.
+    pub(super) fn uploads(&self) -> &Arc<Semaphore> {
+        &self.uploads
     }
 
     /// Turns of searching, tokenising and computing missing chunks.
@@ -163,6 +173,15 @@ impl State {
         match (self.phase(), self.service.get()) {
             (Phase::Draining, _) => Err(QuireError::Draining),
             (Phase::Ready, Some(service)) => Ok((Arc::clone(service), self.queue.enter(connection)?)),
+            _ => Err(QuireError::Loading),
+        }
+    }
+
+    /// The service, for requests that take no place in the queue.
+    pub(super) fn serving(&self) -> Result<Arc<Service>> {
+        match (self.phase(), self.service.get()) {
+            (Phase::Draining, _) => Err(QuireError::Draining),
+            (Phase::Ready, Some(service)) => Ok(Arc::clone(service)),
             _ => Err(QuireError::Loading),
         }
     }

@@ -13,7 +13,7 @@ use super::passages::GivenPassage;
 use crate::error::{QuireError, Result};
 use crate::metrics::Metrics;
 use crate::store::Origin;
-use documents::{Span, comparable};
+use documents::{DocumentId, Span, comparable};
 
 /// A passage that was in the context of an answer.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -35,6 +35,9 @@ pub struct Citation {
     /// Where in the answer's text that part is, in characters: the first one, the whole answer before its parts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answer_span: Option<Span>,
+    /// The id of the document in its collection.
+    #[serde(skip)]
+    pub document_id: Option<DocumentId>,
     /// The passage that came with the question and that this is of.
     #[serde(skip)]
     pub given: Option<Arc<GivenPassage>>,
@@ -349,14 +352,25 @@ fn cite(context: &[ContextChunk], answer: &str) -> Vec<Citation> {
 fn cite_one(passage: &Passage, parts: &[AnswerPart]) -> Citation {
     let text = comparable(passage.text());
     let answer_span = parts.iter().find(|part| text.contains(part.words.as_str())).map(|part| part.span);
-    let (document, span, line, score, given) = match passage {
-        Passage::Found(found) => (found.path.clone(), found.span, found.line, Some(found.score), None),
-        Passage::Given(chunk) => {
-            (PathBuf::from(chunk.given.name()), chunk.span.chars, chunk.line(), None, Some(Arc::clone(&chunk.given)))
-        }
+    let (document, span, line) = match passage {
+        Passage::Found(found) => (found.path.clone(), found.span, found.line),
+        Passage::Given(chunk) => (PathBuf::from(chunk.given.name()), chunk.span.chars, chunk.line()),
     };
-    let passage = passage.text().to_string();
-    Citation { document, span, line, passage, score, contains_answer: answer_span.is_some(), answer_span, given }
+    let (score, document_id, given) = match passage {
+        Passage::Found(found) => (Some(found.score), Some(found.id), None),
+        Passage::Given(chunk) => (None, None, Some(Arc::clone(&chunk.given))),
+    };
+    Citation {
+        document,
+        span,
+        line,
+        passage: passage.text().to_string(),
+        score,
+        contains_answer: answer_span.is_some(),
+        answer_span,
+        document_id,
+        given,
+    }
 }
 
 /// An answer as a whole, or what stands between two of its commas.

@@ -36,7 +36,7 @@ pub enum Passages {
 /// A search in a collection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Search {
-    /// Where is searched.
+    /// Where is searched: a collection's name, or the id of a vector store.
     pub collection: String,
     /// What is searched for.
     pub query: String,
@@ -130,7 +130,7 @@ impl Service {
         let mut notes = Vec::new();
         let (frame, chosen) = match &question.passages {
             Passages::Search(search) => {
-                let collection = self.library.collection(&search.collection)?;
+                let collection = self.library.collection(&self.collection_name(&search.collection)?)?;
                 let frame = self.frame(question, wanted)?;
                 let chosen = self.retrieve(&collection, search, frame.room.passages, wanted, &mut notes)?;
                 (frame, chosen)

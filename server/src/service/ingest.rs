@@ -17,8 +17,8 @@ use super::Service;
 use crate::error::{QuireError, Result};
 use crate::store::Origin;
 use documents::{
-    Collection, CollectionWriter, DocumentsError, Format, LanguageSetting, NewDocument, NewPassage, PutKind, Skipped,
-    Span, discover,
+    ChunkSpan, Collection, CollectionWriter, Document, DocumentsError, Format, LanguageSetting, Limits, NewDocument,
+    NewPassage, PutKind, Skipped, Span, discover, split,
 };
 use prepare::{Preparation, Prepared};
 
@@ -252,13 +252,26 @@ impl Service {
     }
 
     /// Identifies everything that decides how a text of this format is split.
-    fn split_fingerprint(&self, format: Format) -> String {
+    pub(super) fn split_fingerprint(&self, format: Format, limits: Limits) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("quire split 2");
         hasher.update(&self.engine.tokenizer_fingerprint());
-        for number in [self.limits.tokens, self.limits.overlap, usize::from(format == Format::Markdown)] {
+        for number in [limits.tokens, limits.overlap, usize::from(format == Format::Markdown)] {
             hasher.update(&(number as u64).to_le_bytes());
         }
         hasher.finalize().to_hex().to_string()
+    }
+
+    /// The passages of a document, split and tokenised.
+    pub(super) fn passages_of(&self, document: &Document, limits: Limits) -> Result<Vec<NewPassage>> {
+        let tokenizer = self.engine.tokenizer();
+        let places = split(&document.text, document.format, limits, &|text| {
+            tokenizer.encode_plain(text).map(|tokens| tokens.len())
+        })?;
+        let passage = |place: ChunkSpan| {
+            let tokens = tokenizer.encode_plain(&document.text[place.bytes.clone()])?;
+            Ok(NewPassage { place, page: None, tokens })
+        };
+        places.into_iter().map(passage).collect()
     }
 }
 

@@ -6,19 +6,32 @@
 mod answer;
 mod context;
 mod conversation;
+mod files;
+mod filter;
+mod ids;
 mod ingest;
+mod jobs;
 mod length;
 mod manage;
+mod paging;
 mod passages;
+mod vector_stores;
 
 pub use answer::{Answer, Answering, Citation, Piece, Stats};
 pub use context::{ContextChunk, Passage, Passages, Question, Search};
 pub use conversation::Conversation;
+pub use files::{FileContent, Upload, UploadedFile};
+pub use filter::{Comparison, Filter};
 pub use ingest::{DocumentState, IngestEvent, IngestOptions, IngestReport};
 pub use manage::{
     CollectionSummary, DocumentName, DocumentSummary, DocumentsCommand, DocumentsEvent, manage_documents,
 };
+pub use paging::{Page, PageRequest};
 pub use passages::{GivenChunk, GivenPassage};
+pub use vector_stores::{
+    AttachRequest, Attachment, AttachmentState, Batch, Chunking, FileCounts, StaticChunking, StoreChange, StoreHit,
+    StoreSearch, StoreSettings, VectorStore, attached_name,
+};
 
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};
 
@@ -96,6 +109,10 @@ pub struct Service {
     chunk_prefix: std::sync::Arc<[u32]>,
     /// Tokens behind every chunk's text.
     chunk_suffix: Vec<u32>,
+    data_dir: std::path::PathBuf,
+    jobs: jobs::JobQueue,
+    /// Held by whoever changes a file of a vector store: row and document change together.
+    attaching: std::sync::Mutex<()>,
 }
 
 /// What a service is opened for.
@@ -143,6 +160,9 @@ impl Service {
             chunk_prefix: engine.tokenizer().bos().into_iter().collect(),
             library,
             metrics: std::sync::Arc::new(Metrics::new(&settings.metrics_prefix, &model)),
+            data_dir: settings.data_dir.clone(),
+            jobs: jobs::JobQueue::default(),
+            attaching: std::sync::Mutex::default(),
             chunk_suffix,
             options,
             model,
@@ -265,6 +285,11 @@ impl Service {
         self.metrics.state(&load, chunks, bytes, self.store.corrupt_reads());
         Ok(())
     }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Answers a conversation with an engine alone: without documents, chunk store and data folder.

@@ -79,6 +79,19 @@ impl Catalog {
         Ok(())
     }
 
+    /// Writes several records, all or none. When this returns, they are on disk.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn put_records(&self, kind: RecordKind, records: &[JobRecord]) -> Result<()> {
+        self.change(|transaction| {
+            let batch = transaction.batch();
+            records.iter().for_each(|row| batch.put(kind.family(), row.id.clone().into_bytes(), to_json(row)));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
     /// Removes a record; says whether there was one.
     ///
     /// # Errors
@@ -108,8 +121,16 @@ impl Catalog {
     /// # Errors
     /// [`crate::DocumentsError::Catalog`].
     pub fn records(&self, kind: RecordKind) -> Result<Vec<JobRecord>> {
+        self.records_under(kind, "")
+    }
+
+    /// As [`records`](Self::records), those whose ids begin with `prefix`.
+    ///
+    /// # Errors
+    /// As [`records`](Self::records).
+    pub fn records_under(&self, kind: RecordKind, prefix: &str) -> Result<Vec<JobRecord>> {
         let mut records = Vec::new();
-        for row in self.store.scan(kind.family(), b"", b"") {
+        for row in self.store.scan(kind.family(), prefix.as_bytes(), prefix.as_bytes()) {
             let (key, row) = row?;
             match unseal(kind.family(), &key, &row).and_then(from_json) {
                 Ok(record) => records.push(record),

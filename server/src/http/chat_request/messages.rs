@@ -4,7 +4,7 @@
 use engine::ChatMessage;
 use serde_json::{Map, Value};
 
-use super::values::{boolean, brief, cut, invalid, text};
+use super::super::values::{boolean, brief, cut, invalid, text};
 use crate::error::{QuireError, Result};
 
 pub(super) fn read(value: &Value) -> Result<Vec<ChatMessage>> {

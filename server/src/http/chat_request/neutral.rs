@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::values::{boolean, brief, cut, invalid, text};
+use super::super::values::{boolean, brief, cut, invalid, text};
 use crate::error::{QuireError, Result};
 
 pub(super) fn check(key: &str, value: &Value) -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use engine::ChatMessage;
 use serde_json::{Map, Value};
 
-use super::values::{brief, cut, invalid, share, size, text};
+use super::super::values::{brief, cut, invalid, share, size, text};
 use crate::config::MAX_TOP_CHUNKS;
 use crate::error::{QuireError, Result};
 use crate::service::{GivenPassage, Passages, Search};

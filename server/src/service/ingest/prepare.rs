@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Service;
 use crate::error::{QuireError, Result};
-use documents::{Collection, Document, DocumentInfo, DocumentsError, NewDocument, NewPassage, read_document, split};
+use documents::{Collection, Document, DocumentInfo, DocumentsError, NewDocument, NewPassage, read_document};
 
 /// What became of a document before its chunks are stored.
 pub(super) enum Prepared {
@@ -64,7 +64,7 @@ impl Preparation<'_> {
 
     /// A document that was read: what the collection has of its text is not made again.
     fn document(&self, name: &str, document: Document) -> Result<Prepared> {
-        let fingerprint = self.service.split_fingerprint(document.format);
+        let fingerprint = self.service.split_fingerprint(document.format, self.service.limits);
         let tokenizer = Some(self.service.engine.tokenizer_fingerprint());
         let mut instead_of = Vec::new();
         let mut passages = None;
@@ -77,7 +77,7 @@ impl Preparation<'_> {
                 return Ok(Prepared::Unchanged(passages));
             }
         }
-        let passages = passages.map_or_else(|| self.split(&document), Ok)?;
+        let passages = passages.map_or_else(|| self.service.passages_of(&document, self.service.limits), Ok)?;
         let Document { text, format, .. } = document;
         let (name, attributes) = (name.to_string(), None);
         let new = NewDocument { name, text, format, fingerprint, tokenizer, passages, attributes, instead_of };
@@ -106,18 +106,6 @@ impl Preparation<'_> {
             tokens: passage.tokens,
         };
         Some(passages.into_iter().map(again).collect())
-    }
-
-    fn split(&self, document: &Document) -> Result<Vec<NewPassage>> {
-        let tokenizer = self.service.engine.tokenizer();
-        let places = split(&document.text, document.format, self.service.limits, &|text| {
-            tokenizer.encode_plain(text).map(|tokens| tokens.len())
-        })?;
-        let passage = |place: documents::ChunkSpan| {
-            let tokens = tokenizer.encode_plain(&document.text[place.bytes.clone()])?;
-            Ok(NewPassage { place, page: None, tokens })
-        };
-        places.into_iter().map(passage).collect()
     }
 }
 

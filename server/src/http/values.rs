@@ -65,3 +65,13 @@ pub(super) fn named<T: FromStr<Err: Display>>(param: &str, value: &Value) -> Res
     // The error shows the name.
     cut(&name).parse().map_err(|e| invalid(param, format!("{e}")))
 }
+
+/// The parameter that an error is about.
+#[cfg(test)]
+#[allow(clippy::panic)]
+pub(super) fn param_of(error: QuireError) -> String {
+    match error {
+        QuireError::InvalidParameter { param, .. } | QuireError::UnsupportedParameter { param, .. } => param,
+        other => panic!("{other:?}"),
+    }
+}

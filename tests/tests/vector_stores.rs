@@ -1,0 +1,243 @@
+//! Files and vector stores over HTTP: through the public `openai` clients, across restarts, and when their time has come.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use quire::config::Settings;
+use quire::service::{AttachRequest, AttachmentState, Chunking, Purpose, Service, StoreSettings};
+use serde_json::{Value, json};
+use support::{Response, Server, eventually, example, ingested, model, python, read, request, root, send, texts};
+
+const JSON: &[(&str, &str)] = &[("content-type", "application/json")];
+
+/// Runs a client of `tests` against a server and expects it to be content.
+fn content(client: &mut Command, server: &Server, more: &[&Path]) {
+    let example = example();
+    client.args([format!("http://{}/v1", server.address), "secret-7".into(), "reference".into()]);
+    let output = client.args([&example.question, &example.answer]).args(more).output().unwrap();
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success() && stdout.trim() == "ok", "{stdout}\n{stderr}");
+}
+
+#[test]
+fn the_public_openai_client_uploads_attaches_searches_and_deletes() {
+    let python = python("openai");
+    let dir = ingested();
+    let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7", "--upload-limit-bytes", "8M"]);
+    let documents = example().documents;
+    let script = root().join("tests/vector_stores_client.py");
+    content(Command::new(python).arg(script), &server, &[&documents[0], &documents[1]]);
+}
+
+#[test]
+fn the_public_openai_client_for_node_does_so_too() {
+    let Some(node) = std::env::var_os("QUIRE_TEST_NODE") else {
+        eprintln!("not tested: QUIRE_TEST_NODE names no folder with the `openai` package for Node");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--api-key", "secret-7"]);
+    let script = root().join("tests/vector_stores_client.mjs");
+    content(Command::new("node").arg(script).env("QUIRE_TEST_NODE", node), &server, &[&example().documents[0]]);
+}
+
+/// The blocks of a language in a Markdown file.
+fn blocks(text: &str, language: &str) -> Vec<String> {
+    let parts = text.split("```").skip(1).step_by(2);
+    parts.filter_map(|part| part.strip_prefix(language)?.strip_prefix('\n')).map(str::to_string).collect()
+}
+
+#[test]
+fn the_retrievers_of_the_documentation_find_passages() {
+    let guide = std::fs::read_to_string(root().join("docs/clients.md")).unwrap();
+    let dir = ingested();
+    let server = Server::start(&dir.path().join("data"), &[]);
+    let stores = server.get("/v1/vector_stores").json();
+    let store = stores["data"][0]["id"].as_str().unwrap();
+    let found: Vec<String> = blocks(&guide, "python").into_iter().filter(|block| block.contains("Retriever")).collect();
+    assert_eq!(found.len(), 2, "{guide}");
+    for (block, package) in found.iter().zip(["langchain_core", "llama_index.core"]) {
+        assert!(block.contains(package), "{block}");
+        let example = example();
+        let block = block
+            .replace("http://127.0.0.1:8080", &format!("http://{}", server.address))
+            .replace("VECTOR_STORE_ID", store)
+            .replace("QUESTION", &example.question);
+        let output = Command::new(python(package)).args(["-c", &block]).output().unwrap();
+        let (stdout, stderr) = texts(&output);
+        assert!(output.status.success(), "{block}\n{stdout}\n{stderr}");
+        assert!(stdout.to_lowercase().contains(&example.answer.to_lowercase()), "{block}\n{stdout}\n{stderr}");
+    }
+}
+
+/// A form with one file, as bytes, and its header.
+fn form(name: &str, text: &str) -> (String, Vec<u8>) {
+    let body = format!(
+        "--edge\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nassistants\r\n--edge\r\nContent-Disposition: \
+         form-data; name=\"file\"; filename=\"{name}\"\r\n\r\n{text}\r\n--edge--\r\n"
+    );
+    ("multipart/form-data; boundary=edge".into(), body.into_bytes())
+}
+
+fn upload(server: &Server, name: &str, text: &str) -> String {
+    let (kind, body) = form(name, text);
+    let made = request(server.address, "POST", "/v1/files", &[("content-type", &kind)], &body);
+    assert_eq!(made.status, 200, "{}", made.text());
+    made.json()["id"].as_str().unwrap().into()
+}
+
+fn post(server: &Server, path: &str, body: Value) -> Response {
+    request(server.address, "POST", path, JSON, body.to_string().as_bytes())
+}
+
+#[test]
+fn files_that_were_attached_are_read_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let text = |number: usize| -> String {
+        let lines = (0..400).map(|line| format!("Line {line} of the book {number} about the moon over the marsh.\n\n"));
+        lines.collect()
+    };
+    let mut server = Server::start(&data, &[]);
+    let files: Vec<String> = (0..3).map(|number| upload(&server, &format!("{number}.txt"), &text(number))).collect();
+    let store = post(&server, "/v1/vector_stores", json!({"file_ids": files})).json();
+    assert_eq!((&store["status"], &store["file_counts"]["total"]), (&json!("in_progress"), &json!(3)));
+    let path = format!("/v1/vector_stores/{}", store["id"].as_str().unwrap());
+    // No time for anything.
+    server.child.kill().unwrap();
+    server.wait();
+    // What an upload leaves that was cut off is swept.
+    std::fs::write(data.join("files").join(format!("partial-{}", "0".repeat(24))), "x").unwrap();
+    let server = Server::start(&data, &[]);
+    eventually("all files are read", || server.get(&path).json()["file_counts"]["completed"] == 3);
+    let found = post(&server, &format!("{path}/search"), json!({"query": "moon over the marsh book 2"})).json();
+    assert!(found["data"].as_array().unwrap().iter().any(|hit| hit["filename"] == "2.txt"), "{found}");
+    let kept = || std::fs::read_dir(data.join("files")).unwrap().count();
+    assert_eq!(kept(), 3, "{:?}", std::fs::read_dir(data.join("files")).unwrap().collect::<Vec<_>>());
+    // Uploads that are not completed leave nothing, and do not disturb others.
+    let (kind, body) = form("cut.txt", &text(4));
+    let head = format!(
+        "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut cut = TcpStream::connect(server.address).unwrap();
+    cut.write_all(head.as_bytes()).unwrap();
+    cut.write_all(&body[..body.len() / 2]).unwrap();
+    eventually("the upload has begun", || kept() == 4);
+    drop(cut);
+    eventually("the upload that was cut off is gone", || kept() == 3);
+}
+
+#[test]
+fn wrong_forms_are_refused_with_what_was_expected() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--upload-limit-bytes", "100K"]);
+    let refused = |kind: &str, body: &[u8], status: u16, code: &str| {
+        let response = read(send(server.address, "POST", "/v1/files", &[("content-type", kind)], body));
+        assert_eq!((response.status, &response.json()["error"]["code"]), (status, &json!(code)), "{}", response.text());
+    };
+    let (kind, body) = form("a.txt", "text");
+    refused("application/json", b"{}", 415, "unsupported_media_type");
+    refused("multipart/form-data", &body, 400, "invalid_form");
+    refused(&kind, &body[..body.len() - 20], 400, "invalid_form");
+    refused(&kind, b"--edge--\r\n", 400, "invalid_value");
+    let (kind, body) = form("a.txt", &"x".repeat(101 << 10));
+    refused(&kind, &body, 413, "file_too_large");
+    let (kind, body) = form("a.txt", &"x".repeat(3 << 20));
+    refused(&kind, &body, 413, "file_too_large");
+    assert_eq!(server.get("/v1/files").json()["data"], json!([]));
+    assert_eq!(std::fs::read_dir(dir.path().join("data/files")).unwrap().count(), 0);
+}
+
+#[test]
+fn an_upload_goes_to_disk_and_not_into_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &[]);
+    let most = || -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    upload(&server, "small.txt", "text");
+    let before = most();
+    upload(&server, "large.txt", &"x".repeat(160 << 20));
+    let grown = (most() - before) >> 10;
+    assert!(grown < 40, "{grown} MiB");
+}
+
+/// Whether any file below a folder has these bytes.
+fn somewhere(folder: &Path, bytes: &[u8]) -> Option<std::path::PathBuf> {
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        let path = entry.path();
+        let found = match path.is_dir() {
+            true => somewhere(&path, bytes),
+            false => {
+                let content = std::fs::read(&path).unwrap_or_default();
+                content.windows(bytes.len()).any(|window| window == bytes).then_some(path)
+            }
+        };
+        if found.is_some() {
+            return found;
+        }
+    }
+    None
+}
+
+#[test]
+fn a_file_whose_time_has_come_is_gone_to_the_last_byte() {
+    // Random letters, so that no compression hides them.
+    let marker = "zqvxkjwpybfghqzxvkwjqpyx";
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings { data_dir: dir.path().join("data"), model: Some(model()), ..Settings::default() };
+    let service = Arc::new(Service::open(&settings, Purpose::Serve).unwrap());
+    let upload = |name: &str, text: &str, seconds: Option<u64>| {
+        let mut upload = service.begin_upload(1 << 20).unwrap();
+        upload.write(text.as_bytes()).unwrap();
+        service.finish_upload(upload, name, "assistants", seconds).unwrap().id
+    };
+    let attach = |store: &str, file: &str| {
+        let request = AttachRequest { file: file.into(), attributes: None, chunking: Chunking::Auto };
+        service.attach_one(store, request).unwrap();
+    };
+    let store = service.create_store(StoreSettings::default(), &[]).unwrap().id;
+    let lasting = upload("lasting.txt", "A text that lasts.", None);
+    let brief = upload("brief.txt", &format!("The word is {marker}."), Some(3));
+    attach(&store, &lasting);
+    attach(&store, &brief);
+    let worker = std::thread::spawn({
+        let service = Arc::clone(&service);
+        move || service.work()
+    });
+    let state = |file: &str| service.store_file(&store, file).map(|attached| attached.state);
+    eventually("both files are read", || {
+        [&lasting, &brief].iter().all(|file| matches!(state(file), Ok(AttachmentState::Completed) | Err(_)))
+    });
+    assert!(somewhere(&settings.data_dir, marker.as_bytes()).is_some());
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    // Gone for whoever asks, before it is removed.
+    service.file(&brief, "file_id").unwrap_err();
+    service.stop_working();
+    worker.join().unwrap();
+    service.engine().shutdown();
+    drop(service);
+
+    // The next start removes what has expired meanwhile.
+    let service = Arc::new(Service::open(&settings, Purpose::Serve).unwrap());
+    service.recover();
+    let worker = std::thread::spawn({
+        let service = Arc::clone(&service);
+        move || service.work()
+    });
+    eventually("the file is out of its store", || service.store_file(&store, &brief).is_err());
+    eventually("its bytes are gone", || somewhere(&settings.data_dir, marker.as_bytes()).is_none());
+    assert_eq!(service.store_file(&store, &lasting).unwrap().state, AttachmentState::Completed);
+    service.stop_working();
+    worker.join().unwrap();
+    service.engine().shutdown();
+}
