@@ -8,9 +8,10 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use quire::config::Settings;
-use quire::service::{AttachRequest, AttachmentState, Chunking, Purpose, Service, StoreSettings};
+use quire::service::{AttachRequest, AttachmentState, Chunking, Purpose, Service, StoreChange, StoreSettings};
 use serde_json::{Value, json};
 use support::{Response, Server, eventually, example, ingested, model, python, read, request, root, send, texts};
 
@@ -189,55 +190,167 @@ fn somewhere(folder: &Path, bytes: &[u8]) -> Option<std::path::PathBuf> {
     None
 }
 
+/// A service of its own with somebody who works in the background.
+struct Working {
+    service: Arc<Service>,
+    worker: Option<JoinHandle<()>>,
+}
+
+impl Working {
+    fn open(data: &Path) -> Working {
+        let settings = Settings { data_dir: data.into(), model: Some(model()), ..Settings::default() };
+        let service = Arc::new(Service::open(&settings, Purpose::Serve).unwrap());
+        service.recover();
+        let at_work = Arc::clone(&service);
+        Working { service, worker: Some(std::thread::spawn(move || at_work.work())) }
+    }
+
+    fn upload(&self, name: &str, text: &str, seconds: Option<u64>) -> String {
+        let mut upload = self.service.begin_upload(1 << 20).unwrap();
+        upload.write(text.as_bytes()).unwrap();
+        self.service.finish_upload(upload, name, "assistants", seconds).unwrap().id
+    }
+
+    fn attach(&self, store: &str, file: &str) {
+        let request = AttachRequest { file: file.into(), attributes: None, chunking: Chunking::Auto };
+        self.service.attach_one(store, request).unwrap();
+    }
+
+    fn is_completed(&self, store: &str, file: &str) -> bool {
+        self.service.store_file(store, file).is_ok_and(|found| found.state == AttachmentState::Completed)
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.service.stop_working();
+        self.worker.take().unwrap().join().unwrap();
+        self.service.engine().shutdown();
+    }
+}
+
+/// Random letters, so that no compression hides them.
+const MARKER: &str = "zqvxkjwpybfghqzxvkwjqpyx";
+
 #[test]
 fn a_file_whose_time_has_come_is_gone_to_the_last_byte() {
-    // Random letters, so that no compression hides them.
-    let marker = "zqvxkjwpybfghqzxvkwjqpyx";
     let dir = tempfile::tempdir().unwrap();
-    let settings = Settings { data_dir: dir.path().join("data"), model: Some(model()), ..Settings::default() };
-    let service = Arc::new(Service::open(&settings, Purpose::Serve).unwrap());
-    let upload = |name: &str, text: &str, seconds: Option<u64>| {
-        let mut upload = service.begin_upload(1 << 20).unwrap();
-        upload.write(text.as_bytes()).unwrap();
-        service.finish_upload(upload, name, "assistants", seconds).unwrap().id
+    let data = dir.path().join("data");
+    let kept = 5;
+    let (store, lasting, brief) = {
+        let working = Working::open(&data);
+        let store = working.service.create_store(StoreSettings::default(), &[]).unwrap().id;
+        let lasting = working.upload("lasting.txt", "A text that lasts.", None);
+        let brief = working.upload("brief.txt", &format!("The word is {MARKER}."), Some(kept));
+        working.attach(&store, &lasting);
+        working.attach(&store, &brief);
+        eventually("both files are read", || [&lasting, &brief].iter().all(|file| working.is_completed(&store, file)));
+        assert!(somewhere(&data, MARKER.as_bytes()).is_some());
+        std::thread::sleep(std::time::Duration::from_secs(kept));
+        // Gone for whoever asks, before it is removed.
+        working.service.file(&brief, "file_id").unwrap_err();
+        (store, lasting, brief)
     };
-    let attach = |store: &str, file: &str| {
-        let request = AttachRequest { file: file.into(), attributes: None, chunking: Chunking::Auto };
-        service.attach_one(store, request).unwrap();
-    };
-    let store = service.create_store(StoreSettings::default(), &[]).unwrap().id;
-    let lasting = upload("lasting.txt", "A text that lasts.", None);
-    let brief = upload("brief.txt", &format!("The word is {marker}."), Some(3));
-    attach(&store, &lasting);
-    attach(&store, &brief);
-    let worker = std::thread::spawn({
-        let service = Arc::clone(&service);
-        move || service.work()
-    });
-    let state = |file: &str| service.store_file(&store, file).map(|attached| attached.state);
-    eventually("both files are read", || {
-        [&lasting, &brief].iter().all(|file| matches!(state(file), Ok(AttachmentState::Completed) | Err(_)))
-    });
-    assert!(somewhere(&settings.data_dir, marker.as_bytes()).is_some());
-    std::thread::sleep(std::time::Duration::from_secs(3));
-    // Gone for whoever asks, before it is removed.
-    service.file(&brief, "file_id").unwrap_err();
-    service.stop_working();
-    worker.join().unwrap();
-    service.engine().shutdown();
-    drop(service);
-
     // The next start removes what has expired meanwhile.
-    let service = Arc::new(Service::open(&settings, Purpose::Serve).unwrap());
-    service.recover();
-    let worker = std::thread::spawn({
-        let service = Arc::clone(&service);
-        move || service.work()
-    });
-    eventually("the file is out of its store", || service.store_file(&store, &brief).is_err());
-    eventually("its bytes are gone", || somewhere(&settings.data_dir, marker.as_bytes()).is_none());
-    assert_eq!(service.store_file(&store, &lasting).unwrap().state, AttachmentState::Completed);
-    service.stop_working();
-    worker.join().unwrap();
-    service.engine().shutdown();
+    let working = Working::open(&data);
+    eventually("the file is out of its store", || working.service.store_file(&store, &brief).is_err());
+    eventually("its bytes are gone", || somewhere(&data, MARKER.as_bytes()).is_none());
+    assert!(working.is_completed(&store, &lasting));
+}
+
+#[test]
+fn a_store_that_nobody_uses_is_emptied_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let (store, file) = {
+        let working = Working::open(&data);
+        let store = working.service.create_store(StoreSettings::default(), &[]).unwrap().id;
+        let file = working.upload("notes.txt", &format!("The word is {MARKER}."), None);
+        working.attach(&store, &file);
+        eventually("the file is read", || working.is_completed(&store, &file));
+        let at_once = StoreChange { expires_after_days: Some(Some(0)), ..StoreChange::default() };
+        assert!(working.service.change_store(&store, at_once).unwrap().expired);
+        (store, file)
+    };
+    let working = Working::open(&data);
+    eventually("the store is empty", || working.service.store_by_id(&store).unwrap().files.total == 0);
+    assert!(working.service.store_by_id(&store).unwrap().expired);
+    let request = AttachRequest { file: file.clone(), attributes: None, chunking: Chunking::Auto };
+    working.service.attach_one(&store, request).unwrap_err();
+    // The file itself is the client's, and stays until it is deleted.
+    working.service.file(&file, "file_id").unwrap();
+    working.service.delete_file(&file).unwrap();
+    working.service.delete_store(&store).unwrap();
+    working.service.library().erase().unwrap();
+    assert_eq!(somewhere(&data, MARKER.as_bytes()), None);
+}
+
+#[test]
+fn clients_at_the_same_time_do_not_disturb_one_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &[]);
+    let store = post(&server, "/v1/vector_stores", json!({})).json()["id"].as_str().unwrap().to_string();
+    let path = format!("/v1/vector_stores/{store}");
+    let client = |number: usize| {
+        for round in 0..4 {
+            let word = format!("word{number}x{round}");
+            let file = upload(&server, &format!("{word}.txt"), &format!("This is about {word} and nothing else."));
+            let body = json!({"file_id": file, "attributes": {"client": number}});
+            assert_eq!(post(&server, &format!("{path}/files"), body).status, 200);
+            let attached = format!("{path}/files/{file}");
+            eventually("the file is read", || server.get(&attached).json()["status"] == "completed");
+            let only = json!({"type": "eq", "key": "client", "value": number});
+            let found = post(&server, &format!("{path}/search"), json!({"query": word, "filters": only})).json();
+            assert_eq!(found["data"][0]["file_id"], json!(file), "{found}");
+            if round % 2 == 0 {
+                let deleted = request(server.address, "DELETE", &format!("/v1/files/{file}"), &[], b"");
+                assert_eq!(deleted.json()["deleted"], true);
+                assert_eq!(server.get(&attached).status, 404);
+            }
+        }
+    };
+    std::thread::scope(|scope| (0..6).for_each(|number| drop(scope.spawn(move || client(number)))));
+    let counts = server.get(&path).json()["file_counts"].clone();
+    assert_eq!((&counts["completed"], &counts["total"]), (&json!(12), &json!(12)));
+    assert_eq!(server.get("/v1/files").json()["data"].as_array().unwrap().len(), 12);
+}
+
+#[test]
+fn a_server_that_is_killed_at_any_time_keeps_what_it_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let mut server = Server::start(&data, &[]);
+    let store = post(&server, "/v1/vector_stores", json!({})).json()["id"].as_str().unwrap().to_string();
+    let path = format!("/v1/vector_stores/{store}");
+    let (mut kept, mut deleted) = (Vec::new(), Vec::new());
+    for round in 0..6u64 {
+        for number in 0..4 {
+            let text = format!("Round {round} has the number {number} and a word of its own: w{round}n{number}.");
+            let file = upload(&server, &format!("{round}-{number}.txt"), &text);
+            assert_eq!(post(&server, &format!("{path}/files"), json!({"file_id": file})).status, 200);
+            kept.push((file, text));
+        }
+        let (gone, _) = kept.remove(kept.len() / 2);
+        assert_eq!(request(server.address, "DELETE", &format!("/v1/files/{gone}"), &[], b"").status, 200);
+        deleted.push(gone);
+        std::thread::sleep(std::time::Duration::from_millis(round * 7));
+        server.child.kill().unwrap();
+        server.wait();
+        server = Server::start(&data, &[]);
+    }
+    eventually("everything is read", || server.get(&path).json()["file_counts"]["completed"] == kept.len());
+    for (file, text) in &kept {
+        assert_eq!(server.get(&format!("/v1/files/{file}/content")).text(), *text);
+        let read = server.get(&format!("{path}/files/{file}/content")).json();
+        assert_eq!(read["data"][0]["text"], *text);
+        let word = text.rsplit(' ').next().unwrap();
+        let found = post(&server, &format!("{path}/search"), json!({"query": word})).json();
+        assert_eq!(found["data"][0]["file_id"], json!(file), "{word}: {found}");
+    }
+    for file in &deleted {
+        assert_eq!(server.get(&format!("{path}/files/{file}")).status, 404);
+    }
+    let found = post(&server, &format!("{path}/search"), json!({"query": "round number word", "max_num_results": 50}));
+    let found = found.json();
+    assert_eq!(found["data"].as_array().unwrap().len(), kept.len(), "{found}");
 }

@@ -90,7 +90,7 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({"quire": {"passages": [{"text": "x", "page_content": "x"}]}}), "quire.passages[0].page_content"),
         (
             json!({"quire": {"passages": [{"text": "x", "metadata": {}, "attributes": {}}]}}),
-            "quire.passages[0].metadata",
+            "quire.passages[0].attributes",
         ),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": -2}), "max_tokens"),
