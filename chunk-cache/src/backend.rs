@@ -14,6 +14,7 @@ use rocksdb::{
     Options, ReadOptions, SstFileWriter, WriteBatch, WriteOptions,
 };
 
+use crate::direct::Places;
 use crate::error::{Fault, StoreError, classify};
 
 const MIB: usize = 1 << 20;
@@ -125,6 +126,7 @@ pub(crate) type Change = (Family, Vec<u8>, Option<Vec<u8>>);
 pub(crate) struct PayloadFile {
     pub(crate) first: u64,
     pub(crate) last: u64,
+    pub(crate) path: PathBuf,
     /// Whether a file of its full size is there.
     pub(crate) present: bool,
 }
@@ -340,9 +342,9 @@ impl Backend {
         let mut files: Vec<PayloadFile> = of_payload
             .filter_map(|file| {
                 let (first, last) = (payload_number(&file.start_key?)?, payload_number(&file.end_key?)?);
-                let found = std::fs::metadata(self.path.join(file.name.trim_start_matches('/')));
-                let present = found.is_ok_and(|found| found.len() >= file.size as u64);
-                Some(PayloadFile { first, last, present })
+                let path = self.path.join(file.name.trim_start_matches('/'));
+                let present = std::fs::metadata(&path).is_ok_and(|found| found.len() >= file.size as u64);
+                Some(PayloadFile { first, last, path, present })
             })
             .collect();
         files.sort_unstable_by_key(|file| file.first);
@@ -373,29 +375,32 @@ impl AsRef<[u8]> for PinnedValue {
     }
 }
 
-/// Writes a payload file and syncs it. `fill` puts rows in ascending order of their keys; without any, no file is made and
-/// the answer is false. On failure no file is left.
+/// Writes a payload file and syncs it. `fill` puts rows in ascending order of their keys; without any, no file is made.
+/// Returns where each value lies (zero: not known). On failure no file is left.
 pub(crate) fn write_payload_file(
     file: &Path,
     fill: impl FnOnce(&mut dyn FnMut(&[u8], &[u8]) -> Result<(), rocksdb::Error>) -> Result<(), StoreError>,
-) -> Result<bool, StoreError> {
+) -> Result<Vec<u64>, StoreError> {
     let options = Family::Payload.options();
     let fail = |error| StoreError::from_rocksdb(error, "writing a payload file", file);
     let write = || {
         let mut writer = SstFileWriter::create(&options);
         writer.open(file).map_err(fail)?;
-        let mut rows = 0u64;
+        let mut places = Places::default();
         fill(&mut |key, value| {
-            rows += 1;
+            places.add(key, value);
             writer.put(key, value)
         })?;
-        if rows > 0 { writer.finish().map(|()| true).map_err(fail) } else { Ok(false) }
+        if !places.is_empty() {
+            writer.finish().map_err(fail)?;
+        }
+        Ok(places)
     };
     let written = write();
-    if !matches!(written, Ok(true)) {
+    if !written.as_ref().is_ok_and(|places| !places.is_empty()) {
         let _ = std::fs::remove_file(file);
     }
-    written
+    Ok(written?.confirmed(file))
 }
 
 fn db_options(mode: Mode, access: Access) -> Options {

@@ -4,6 +4,7 @@
 //! chunks visible, moves and removes them; readers may declare one damaged.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::eviction::{self, Candidate, Plan, SegmentBytes, Space};
@@ -17,6 +18,8 @@ use crate::shape::KvShape;
 pub(crate) struct Entry {
     /// Where its payload lies. Never used twice, so that it tells this appearance of a key from an earlier or later one.
     pub(crate) number: u64,
+    /// Offset of its first layer in the payload file; zero: not known.
+    pub(crate) offset: u64,
     pub(crate) tokens: u32,
     /// Bytes of keys and values as stored.
     pub(crate) bytes: u64,
@@ -41,10 +44,12 @@ pub struct DamagedChunk {
 }
 
 /// A payload file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Segment {
     /// Last chunk number that it may hold.
     pub(crate) last: u64,
+    /// The file, if it is known.
+    pub(crate) path: Option<Arc<Path>>,
     pub(crate) bytes: SegmentBytes,
 }
 

@@ -52,6 +52,7 @@
 mod backend;
 mod catalogue;
 mod compute;
+mod direct;
 mod disk;
 mod error;
 mod eviction;

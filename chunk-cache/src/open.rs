@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::{Access, Backend, Family, Sync};
 use crate::catalogue::{Catalogue, DamagedChunk, State};
+use crate::direct::OpenFiles;
 use crate::disk::{RESERVE_FILE, Reserve};
 use crate::error::StoreError;
 use crate::format::{FormatError, VERSION};
@@ -117,6 +118,7 @@ impl ChunkStore {
             backend,
             catalogue: Arc::new(Catalogue::new(state)),
             mailbox: Mailbox::default(),
+            files: OpenFiles::default(),
         });
         let writer = match access {
             Access::Read => None,

@@ -1,8 +1,8 @@
 //! Reading rows and layers, and telling damage from a failing device.
 //!
-//! A layer is read by RocksDB into memory of its own, once, and covered by RocksDB's checksum of the block; its header,
-//! which has a checksum of its own, says whose it is. That memory is what the caller gets. The payload's own checksum is
-//! looked at by `verify`.
+//! A layer is read straight from its file where its place is known (see `direct`), covered by the payload's own checksum.
+//! Otherwise RocksDB reads it into memory of its own, once, and covers it with its checksum of the block. Either way the
+//! header, which has a checksum of its own, says whose it is, and the memory that was read into is what the caller gets.
 
 use bytes::Bytes;
 
@@ -75,6 +75,9 @@ impl Core {
         shape: &KvShape,
         layer: u32,
     ) -> Result<LayerKv, ReadError> {
+        if let Some(kv) = self.read_directly(key, entry, shape, layer) {
+            return Ok(kv);
+        }
         let mut keys = Bytes::from_owner(self.stored_layer(key, entry, shape, layer)?).split_off(HEADER_LEN);
         // Both sides are of equal size by the layout, which the length was compared with.
         let values = keys.split_off(keys.len() / 2);

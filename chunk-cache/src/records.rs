@@ -88,6 +88,8 @@ pub struct Section {
 pub(crate) struct ChunkRow {
     /// Where the payload lies: the first part of its keys.
     pub(crate) number: u64,
+    /// Offset of the first layer in the payload file; zero: not known.
+    pub(crate) offset: u64,
     pub(crate) tokens: u32,
     pub(crate) shape: KvShape,
     pub(crate) model: [u8; 32],
@@ -113,6 +115,7 @@ impl ChunkRow {
 
     pub(crate) fn encode(&self, key: &ChunkKey) -> Vec<u8> {
         let mut payload = self.number.to_le_bytes().to_vec();
+        payload.extend_from_slice(&self.offset.to_le_bytes());
         payload.extend_from_slice(&self.model);
         payload.extend_from_slice(&self.codec.to_le_bytes());
         payload.extend_from_slice(&self.created_unix.to_le_bytes());
@@ -141,6 +144,7 @@ impl ChunkRow {
         let mut fields = Reader { rest: value.payload };
         let mut row = ChunkRow {
             number: fields.u64()?,
+            offset: fields.u64()?,
             tokens: header.tokens,
             shape,
             model: fields.take()?,
@@ -244,6 +248,7 @@ mod tests {
         let bytes = SHAPE.bytes_per_side(tokens).unwrap() * 2;
         ChunkRow {
             number: 77,
+            offset: 4321,
             tokens,
             shape: SHAPE,
             model: [4; 32],

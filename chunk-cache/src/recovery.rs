@@ -97,7 +97,10 @@ impl Recovery<'_> {
                 continue;
             }
             let total = row.map_or(0, |row| row.payload_bytes);
-            state.segments.insert(file.first, Segment { last, bytes: SegmentBytes { total, live: 0 } });
+            state.segments.insert(
+                file.first,
+                Segment { last, path: Some(file.path.into()), bytes: SegmentBytes { total, live: 0 } },
+            );
             self.report.orphans += u64::from(row.is_none());
         }
         // What is left speaks of files that are gone.
@@ -167,6 +170,7 @@ fn entry(state: &mut State, row: &ChunkRow, usage: Option<Usage>) -> Entry {
     let stored = Usage { last_used_micros: row.created_unix.saturating_mul(1_000_000), ..Usage::default() };
     Entry {
         number: row.number,
+        offset: row.offset,
         tokens: row.tokens,
         bytes: row.payload_bytes(),
         created_unix: row.created_unix,

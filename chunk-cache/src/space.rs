@@ -2,6 +2,9 @@
 //! The choices are the policy's (see `eviction`); this carries them out, on the writer's thread.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::sync::Arc;
 
 use crate::backend::{Change, Family, PinnedValue, Sync, payload_key, write_payload_file};
 use crate::catalogue::{DamagedChunk, Entry, Segment};
@@ -10,7 +13,7 @@ use crate::eviction::{self, Plan, SegmentBytes, disk_limit};
 use crate::key::ChunkKey;
 use crate::reading::{ReadError, damage};
 use crate::records::{Budget, ChunkRow, SegmentRow};
-use crate::writer::{Core, segment_change};
+use crate::writer::{Core, segment_change, set_offsets};
 
 /// Payload files below this are gathered into larger ones once there are [`MANY_SMALL`].
 const SMALL_BYTES: u64 = 1 << 20;
@@ -95,6 +98,7 @@ impl Core {
                 let mut state = self.catalogue.lock();
                 let dropped: BTreeSet<u64> = state.segments.range(first..=last).map(|(first, _)| *first).collect();
                 state.segments.retain(|first, _| !dropped.contains(first));
+                dropped.iter().for_each(|first| self.files.forget(*first));
                 dropped
             };
             // A row that stays speaks of a file that is gone, and is swept at the next opening.
@@ -199,22 +203,27 @@ impl Core {
         let last = first + chunks.len() as u64 - 1;
         let file = self.incoming(first);
         let mut moved = Vec::with_capacity(chunks.len());
-        let written = write_payload_file(&file, |put_row| {
+        let places = write_payload_file(&file, |put_row| {
             for (number, (key, entry)) in (first..).zip(chunks) {
                 let Some((row, layers)) = self.read_whole(&key, &entry)? else { continue };
                 for (layer, value) in (0..).zip(&layers) {
                     put_row(&payload_key(number, layer), value.as_ref())
                         .map_err(self.backend.fail("writing a payload file"))?;
                 }
-                moved.push(Moved { key, from: entry.number, row: ChunkRow { number, ..row } });
+                moved.push(Moved { key, from: (entry.number, entry.offset), row: ChunkRow { number, ..row } });
             }
             Ok(())
         })?;
-        if written {
-            self.take_over(&file, first, last)?;
-            self.switch(moved, old, first, last)?;
+        if moved.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let mut rest = places.iter().copied();
+        for chunk in &mut moved {
+            let layers: Vec<u64> = rest.by_ref().take(chunk.row.layers.len()).collect();
+            set_offsets(std::slice::from_mut(&mut chunk.row), &layers);
+        }
+        let path = self.take_over(&file, first, last)?;
+        self.switch(moved, old, path, first..=last)
     }
 
     /// A chunk's row and all layers as they are stored; `None` where any of it is damaged: then the chunk is condemned.
@@ -236,13 +245,21 @@ impl Core {
     }
 
     /// Makes the copies the chunks, in one batch.
-    fn switch(&self, moved: Vec<Moved>, old: &[u64], first: u64, last: u64) -> Result<(), StoreError> {
+    fn switch(
+        &self,
+        moved: Vec<Moved>,
+        old: &[u64],
+        path: Option<Arc<Path>>,
+        numbers: RangeInclusive<u64>,
+    ) -> Result<(), StoreError> {
+        let (first, last) = numbers.into_inner();
         let total = moved.iter().map(|chunk| chunk.row.payload_bytes()).sum();
-        let row = |chunk: &Moved, number| {
-            let row = ChunkRow { number, ..chunk.row.clone() };
+        let row = |chunk: &Moved, (number, offset)| {
+            let row = ChunkRow { number, offset, ..chunk.row.clone() };
             (Family::Chunks, chunk.key.to_bytes().to_vec(), Some(row.encode(&chunk.key)))
         };
-        let mut changes: Vec<Change> = moved.iter().map(|chunk| row(chunk, chunk.row.number)).collect();
+        let mut changes: Vec<Change> =
+            moved.iter().map(|chunk| row(chunk, (chunk.row.number, chunk.row.offset))).collect();
         changes.push(segment_change(first, Some(SegmentRow { last, payload_bytes: total })));
         if let Err(error) = self.commit("moving chunks", &changes) {
             let mut undo: Vec<Change> = moved.iter().map(|chunk| row(chunk, chunk.from)).collect();
@@ -251,12 +268,12 @@ impl Core {
             return Err(error);
         }
         let mut state = self.catalogue.lock();
-        state.segments.insert(first, Segment { last, bytes: SegmentBytes { total, live: 0 } });
+        state.segments.insert(first, Segment { last, path, bytes: SegmentBytes { total, live: 0 } });
         for chunk in moved {
             // A reader may have found it damaged meanwhile.
-            let entry = state.entries.get(&chunk.key).filter(|entry| entry.number == chunk.from).copied();
+            let entry = state.entries.get(&chunk.key).filter(|entry| entry.number == chunk.from.0).copied();
             if let Some(entry) = entry {
-                state.insert(chunk.key, Entry { number: chunk.row.number, ..entry });
+                state.insert(chunk.key, Entry { number: chunk.row.number, offset: chunk.row.offset, ..entry });
             }
         }
         debug_assert!(old.iter().all(|first| state.chunks_of(*first).is_empty()));
@@ -311,7 +328,8 @@ impl Core {
 /// A chunk with its row as it will be.
 struct Moved {
     key: ChunkKey,
-    from: u64,
+    /// Number and offset until now.
+    from: (u64, u64),
     row: ChunkRow,
 }
 

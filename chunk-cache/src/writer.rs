@@ -5,11 +5,12 @@
 //! takes the reverse order. So whatever moment a crash picks, a visible chunk is whole, and a payload file without
 //! rows is dropped when the store is opened.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::backend::{Backend, Change, Family, Sync, payload_key, write_payload_file};
 use crate::catalogue::{Catalogue, Entry, Segment, State};
+use crate::direct::{OpenFiles, chunk_offset};
 use crate::disk::{Reserve, free_bytes};
 use crate::error::StoreError;
 use crate::eviction::SegmentBytes;
@@ -30,6 +31,7 @@ pub(crate) struct Core {
     pub(crate) catalogue: Arc<Catalogue>,
     pub(crate) mailbox: Mailbox,
     pub(crate) reserve: Reserve,
+    pub(crate) files: OpenFiles,
 }
 
 /// Fails whatever is left when the writer ends, as it does in a panic.
@@ -153,7 +155,7 @@ impl Core {
         let last = first + group.len() as u64 - 1;
         let mut rows = Vec::with_capacity(group.len());
         let file = self.incoming(first);
-        write_payload_file(&file, |put_row| {
+        let places = write_payload_file(&file, |put_row| {
             let mut value = Vec::new();
             for (number, put) in (first..).zip(group) {
                 let model = &models[put.model as usize];
@@ -161,6 +163,7 @@ impl Core {
                     .map_err(self.backend.fail("writing a payload file"))?;
                 rows.push(ChunkRow {
                     number,
+                    offset: 0,
                     tokens: put.chunk.tokens,
                     shape: model.shape,
                     model: model.fingerprint,
@@ -174,7 +177,8 @@ impl Core {
             }
             Ok(())
         })?;
-        self.take_over(&file, first, last)?;
+        set_offsets(&mut rows, &places);
+        let path = self.take_over(&file, first, last)?;
         let used: Vec<Usage> = {
             let mut state = self.catalogue.lock();
             let tick = |_| Usage { last_used_micros: state.tick(now_micros()), hits: 0, demoted: false };
@@ -192,10 +196,11 @@ impl Core {
             return Err(error);
         }
         let mut state = self.catalogue.lock();
-        state.segments.insert(first, Segment { last, bytes: SegmentBytes { total: bytes, live: 0 } });
+        state.segments.insert(first, Segment { last, path, bytes: SegmentBytes { total: bytes, live: 0 } });
         for ((put, row), usage) in group.iter().zip(&rows).zip(used) {
             let entry = Entry {
                 number: row.number,
+                offset: row.offset,
                 tokens: row.tokens,
                 bytes: put.bytes,
                 created_unix: row.created_unix,
@@ -216,12 +221,15 @@ impl Core {
         self.backend.path().join(INCOMING).join(format!("{first:020}.sst"))
     }
 
-    /// Hands a finished payload file to RocksDB.
-    pub(crate) fn take_over(&self, file: &std::path::Path, first: u64, last: u64) -> Result<(), StoreError> {
+    /// Hands a finished payload file to RocksDB. Returns the name that it has there, if it can be told.
+    pub(crate) fn take_over(&self, file: &Path, first: u64, last: u64) -> Result<Option<Arc<Path>>, StoreError> {
         self.backend.ingest(file, first..=last).inspect_err(|_| {
             // Where it was taken over all the same it is a file without rows, which the next opening drops.
             let _ = std::fs::remove_file(file);
-        })
+        })?;
+        let files = self.backend.payload_files().unwrap_or_default();
+        let taken = files.into_iter().find(|file| file.first >= first && file.last <= last);
+        Ok(taken.map(|file| file.path.into()))
     }
 
     /// Refuses to write where the disk would be full behind it: what is found out beforehand does no harm.
@@ -272,6 +280,15 @@ impl Core {
 
 pub(crate) fn segment_change(first: u64, row: Option<SegmentRow>) -> Change {
     (Family::Segments, first.to_be_bytes().to_vec(), row.map(|row| row.encode()))
+}
+
+/// Enters where the chunks of a file lie, given where each of its values does.
+pub(crate) fn set_offsets(rows: &mut [ChunkRow], places: &[u64]) {
+    let mut places = places.iter().copied();
+    for row in rows {
+        let layers: Vec<u64> = places.by_ref().take(row.layers.len()).collect();
+        row.offset = chunk_offset(&layers, row.shape.bytes_per_side(row.tokens).unwrap_or(0));
+    }
 }
 
 fn end_pending(state: &mut State, put: &PendingPut) {

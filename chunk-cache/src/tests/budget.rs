@@ -71,7 +71,9 @@ fn churn_with_chunks_that_stay_in_use_keeps_to_the_disks_limit() {
         store.touch(&key(dice.below(u64::from(n) / 5 + 1) as u32 * 5)).unwrap();
         let stats = store.stats();
         let stored = stats.payload_bytes + stats.dead_bytes;
-        assert!(stored <= disk_limit(budget), "{stored} bytes for a budget of {budget} after {n}");
+        // A file that is being rewritten is there twice.
+        let most = disk_limit(budget) + store.core.segment_limit();
+        assert!(stored <= most, "{stored} bytes for a budget of {budget} after {n}");
     }
     let stats = store.stats();
     assert!(stats.evicted > 250 && stats.payload_bytes > budget / 2, "{stats:?}");

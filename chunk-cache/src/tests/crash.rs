@@ -92,7 +92,7 @@ fn a_row_under_which_another_chunk_lies_is_corrupt() {
     assert_eq!(tokens(6), tokens(156));
     put_group(&store, [6, 156, 1]);
     let (mut row, other) = (store.core.chunk_row(&key(6)).unwrap(), store.core.chunk_row(&key(156)).unwrap());
-    row.number = other.number;
+    (row.number, row.offset) = (other.number, other.offset);
     let change: Change = (Family::Chunks, key(6).to_bytes().to_vec(), Some(row.encode(&key(6))));
     store.core.backend.write("a test", &[change], Sync::Now).unwrap();
     drop(store);

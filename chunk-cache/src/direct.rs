@@ -1,0 +1,178 @@
+//! Reading layers straight from payload files, past RocksDB.
+//!
+//! RocksDB's own way to a value costs its checksum of the whole block behind the read, over memory that has left the nearest
+//! cache by then. A payload file never changes and holds its values as they are, one a block; so where they lie is worked out
+//! when the file is written, looked at once to be sure, and kept in the chunk's row. A read then copies piece by piece and
+//! computes the payload's own checksum over each piece while it is near. Whatever is odd about a place (small values that
+//! share a block, another table format, damage) only means that the layer is read through RocksDB.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+
+use crate::catalogue::Entry;
+use crate::format::{self, HEADER_LEN};
+use crate::key::{ChunkKey, RAW_CODEC};
+use crate::records::layer_header;
+use crate::shape::{KvShape, LayerKv};
+use crate::writer::Core;
+
+/// RocksDB's block size: a value of so many bytes has a block of its own.
+const BLOCK: usize = 4096;
+/// Bytes that are copied and checked at a time.
+const PIECE: usize = 128 << 10;
+/// Files that are held open.
+const MOST_OPEN: usize = 64;
+
+/// Bytes before a value in its block: lengths of the key's shared and own parts and of the value, then the key with its eight
+/// bytes of sequence number and type.
+fn before(key: usize, value: usize) -> u64 {
+    let varint = |number: usize| (64 - (number as u64 | 1).leading_zeros()).div_ceil(7) as usize;
+    (varint(0) + varint(key + 8) + varint(value) + key + 8) as u64
+}
+
+/// Bytes behind it: one restart point, their number, the type of compression and the checksum.
+const BEHIND: u64 = 4 + 4 + 1 + 4;
+
+/// From one value of a chunk to the next, when all are so large.
+fn stride(value: usize) -> u64 {
+    before(12, value) + value as u64 + BEHIND
+}
+
+/// Works out where the values of a file lie while it is written.
+#[derive(Default)]
+pub(crate) struct Places {
+    end: u64,
+    /// Offset and first bytes of each value; no offset from the first value on that shares a block.
+    values: Vec<(Option<u64>, Vec<u8>)>,
+    shared: bool,
+}
+
+impl Places {
+    pub(crate) fn add(&mut self, key: &[u8], value: &[u8]) {
+        self.shared |= value.len() < BLOCK;
+        let offset = (!self.shared).then(|| self.end + before(key.len(), value.len()));
+        self.end += before(key.len(), value.len()) + value.len() as u64 + BEHIND;
+        self.values.push((offset, value[..value.len().min(HEADER_LEN)].to_vec()));
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// The offsets that are right by the file itself, one a value; zero: not known.
+    pub(crate) fn confirmed(self, path: &Path) -> Vec<u64> {
+        let Ok(file) = File::open(path) else { return vec![0; self.values.len()] };
+        let mut found = [0; HEADER_LEN];
+        let confirm = |(offset, start): (Option<u64>, Vec<u8>)| {
+            let offset = offset.filter(|offset| file.read_exact_at(&mut found[..start.len()], *offset).is_ok());
+            offset.filter(|_| found[..start.len()] == start[..]).unwrap_or(0)
+        };
+        self.values.into_iter().map(confirm).collect()
+    }
+}
+
+/// Where a chunk's first layer lies, if all of its layers follow each other as they should; else zero.
+pub(crate) fn chunk_offset(layers: &[u64], bytes_per_side: u64) -> u64 {
+    let stride = stride(HEADER_LEN + 2 * bytes_per_side as usize);
+    match layers {
+        [first, ..] if *first > 0 && layers.windows(2).all(|pair| pair[0] + stride == pair[1]) => *first,
+        _ => 0,
+    }
+}
+
+/// Payload files that are held open, by their first chunk number.
+#[derive(Default)]
+pub(crate) struct OpenFiles(Mutex<HashMap<u64, Arc<File>>>);
+
+impl OpenFiles {
+    fn get(&self, first: u64, path: &Path) -> Option<Arc<File>> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = open.get(&first) {
+            return Some(Arc::clone(file));
+        }
+        if open.len() >= MOST_OPEN {
+            open.clear();
+        }
+        let file = Arc::new(File::open(path).ok()?);
+        open.insert(first, Arc::clone(&file));
+        Some(file)
+    }
+
+    /// Lets go of a file that was dropped: as long as it is open, the disk does not have its space back.
+    pub(crate) fn forget(&self, first: u64) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&first);
+    }
+}
+
+impl Core {
+    /// Keys and values of one layer from the file itself; `None` where RocksDB has to be asked, whatever the reason.
+    pub(crate) fn read_directly(&self, key: &ChunkKey, entry: &Entry, shape: &KvShape, layer: u32) -> Option<LayerKv> {
+        if entry.offset == 0 || entry.codec != RAW_CODEC {
+            return None;
+        }
+        let side = usize::try_from(shape.bytes_per_side(entry.tokens)?).ok()?;
+        let length = HEADER_LEN + side.checked_mul(2)?;
+        let (first, path) = {
+            let state = self.catalogue.lock();
+            let first = state.segment_of(entry.number)?;
+            (first, state.segments.get(&first)?.path.clone()?)
+        };
+        let file = self.files.get(first, &path)?;
+        let (bytes, crc) = read_checked(&file, entry.offset + u64::from(layer) * stride(length), length)?;
+        let found = format::decode_header(&bytes).ok()?;
+        found.check(&layer_header(key, shape, entry.tokens, layer)).ok()?;
+        if found.payload_crc != crc {
+            return None;
+        }
+        let mut keys = Bytes::from(bytes).split_off(HEADER_LEN);
+        let values = keys.split_off(side);
+        Some(LayerKv { keys, values })
+    }
+}
+
+/// So many bytes from there, and the crc32c of those behind the header.
+fn read_checked(file: &File, offset: u64, length: usize) -> Option<(Vec<u8>, u32)> {
+    let mut bytes = Vec::with_capacity(length);
+    let mut crc = 0;
+    while bytes.len() < length {
+        let start = bytes.len();
+        let piece = PIECE.min(length - start);
+        let room: &mut [MaybeUninit<u8>] = &mut bytes.spare_capacity_mut()[..piece];
+        let (read, _) = rustix::io::pread(file, room, offset + start as u64).ok()?;
+        let count = read.len();
+        if count == 0 {
+            return None;
+        }
+        crc = crc32c::crc32c_append(crc, &read[HEADER_LEN.saturating_sub(start).min(count)..]);
+        // SAFETY: so many bytes of the spare capacity were filled.
+        unsafe { bytes.set_len(start + count) };
+    }
+    Some((bytes, crc))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn varints_and_strides_are_those_of_the_table_format() {
+        // One byte for the shared part, one for the key's length, three for a value of 2^14 bytes and more.
+        assert_eq!(before(12, (1 << 14) - 1), 1 + 1 + 2 + 20);
+        assert_eq!(before(12, 1 << 14), 1 + 1 + 3 + 20);
+        assert_eq!(stride(1 << 20), 25 + (1 << 20) + 13);
+    }
+
+    #[test]
+    fn only_layers_that_follow_each_other_have_a_place() {
+        let step = stride(HEADER_LEN + 2 * 4096);
+        assert_eq!(chunk_offset(&[30, 30 + step, 30 + 2 * step], 4096), 30);
+        assert_eq!(chunk_offset(&[30, 31 + step], 4096), 0);
+        assert_eq!((chunk_offset(&[0, step], 4096), chunk_offset(&[], 4096)), (0, 0));
+    }
+}
