@@ -102,6 +102,8 @@ const FOLDER: &[&str] = &[
 const COLLECTION: &[&str] = &["ingest", "ls", "rm", "search", "ask", "chat"];
 /// These read documents into a collection.
 const INGESTING: &[&str] = &["ingest"];
+/// These ask a running server.
+const ASKING: &[&str] = &["ingest", "ls", "rm", "collections", "reclaim", "search", "ask", "chat", "cache"];
 /// These cut documents into chunks.
 const SPLITTING: &[&str] = &["ingest", "demo", "bench"];
 /// These decide how large the chunk store may become.
@@ -216,6 +218,10 @@ settings! {
         lazy: bool = false, "false";
         /// Whose endings of words the collection knows: auto (each document's own language), or a language such as de
         language: Option<String> = None, "what the collection has; auto for a new one";
+    }
+    "Documents", ASKING, ANYONE {
+        /// Ask the server that runs on the data folder, where there is one; false: work alone
+        server: bool = true, "true";
     }
     "Documents", SPLITTING, ANYONE {
         /// Tokens of a chunk at most

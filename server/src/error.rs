@@ -143,6 +143,57 @@ pub enum QuireError {
     #[error("{0}")]
     CheckFailed(String),
 
+    /// The data folder belongs to another process.
+    #[error(
+        "data folder {}: {by} has it: {why}. Stop that one, ask it (leave --no-server out), or choose another folder with \
+         --data-dir", path.display()
+    )]
+    FolderInUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who has it.
+        by: String,
+        /// Why it must be free, or cannot be used together.
+        why: String,
+    },
+
+    /// The running server is another version of the program.
+    #[error(
+        "the running server (process id {pid}) is quire {found}, this is {own}: they do not understand each other. Stop it \
+         and start it anew with this version, or use the quire that it was started with"
+    )]
+    OtherVersion {
+        /// The server's process id.
+        pid: u32,
+        /// Its version.
+        found: String,
+        /// This program's.
+        own: &'static str,
+    },
+
+    /// The running server went away, or does not make sense.
+    #[error(
+        "the running server (process id {pid}) did not complete the command: {why}. What it had reported is done and kept; \
+         run the command again"
+    )]
+    ServerLost {
+        /// Its process id.
+        pid: u32,
+        /// What happened.
+        why: String,
+    },
+
+    /// What the running server said of a command that failed there.
+    #[error("{message}")]
+    Told {
+        /// In its words.
+        message: String,
+        /// The exit code of the command.
+        exit_code: u8,
+        /// Whether it could not read a document.
+        unreadable: bool,
+    },
+
     /// The model is still being loaded.
     #[error("the model is still being loaded: try again in a moment")]
     Loading,
@@ -179,6 +230,7 @@ impl QuireError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
+            QuireError::Told { exit_code, .. } => *exit_code,
             QuireError::Config { .. }
             | QuireError::Documents(DocumentsError::CollectionName { .. })
             | QuireError::InvalidParameter { .. }
@@ -188,6 +240,21 @@ impl QuireError {
             | QuireError::Eval(eval::EvalError::BadOption { .. } | eval::EvalError::UnknownName { .. }) => 2,
             _ => 1,
         }
+    }
+
+    /// The message, with the reasons behind it that its text does not name itself.
+    #[must_use]
+    pub fn full_message(&self) -> String {
+        let mut message = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(reason) = source {
+            let text = reason.to_string();
+            if !message.contains(&text) {
+                message = format!("{message}: {text}");
+            }
+            source = reason.source();
+        }
+        message
     }
 
     /// For attempts to write below the data folder.

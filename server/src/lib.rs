@@ -8,8 +8,9 @@
 //! * [`hub`]: models of the Hugging Face hub, fetched into the cache that its tools share;
 //! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
 //! * [`service`]: the use cases `ingest`, `search`, `answer`, `generate`, without a word of HTTP;
+//! * [`control`]: the use cases of the command line as data, and the socket over which a running server is asked for them;
 //! * [`http`]: the OpenAI-compatible server over the service;
-//! * [`cli`]: the command line over the service;
+//! * [`cli`]: the command line, which asks `control` and prints what it tells;
 //! * [`metrics`]: what is counted and under which names;
 //! * [`error`]: everything that can go wrong, with one mapping to exit codes and one to HTTP.
 //!
@@ -23,6 +24,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod http;
 pub mod metrics;

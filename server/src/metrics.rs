@@ -51,6 +51,11 @@ pub(crate) fn http_error(status: u16, code: &'static str) {
     counter!("quire:request_errors_total", &labels).increment(1);
 }
 
+/// A command of the command line ended: `done`, `failed` or `cancelled`.
+pub(crate) fn command(name: &'static str, outcome: &'static str) {
+    counter!("quire:commands_total", "command" => name, "outcome" => outcome).increment(1);
+}
+
 /// So many connections are open.
 pub(crate) fn connections(open: usize) {
     gauge!("quire:connections").set(open as f64);
@@ -64,6 +69,10 @@ pub(crate) fn connection_cut(reason: &'static str) {
 fn describe_http() {
     describe_counter!("quire:http_requests_total", "Requests by method, route and status; 499: the client went away");
     describe_counter!("quire:request_errors_total", "Refusals and errors by status and code");
+    describe_counter!(
+        "quire:commands_total",
+        "Commands of the command line by name and outcome: done, failed, cancelled"
+    );
     describe_gauge!("quire:connections", "Open connections");
     describe_counter!("quire:connections_cut_total", "Connections that ended early: timeout, evicted, client");
     connections(0);

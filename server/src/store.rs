@@ -135,6 +135,12 @@ impl KvStore {
         })
     }
 
+    /// The store itself; `None` where there is none.
+    #[must_use]
+    pub fn chunks(&self) -> Option<&ChunkStore> {
+        self.kept.as_ref().map(|kept| &*kept.store)
+    }
+
     /// Changes the store's budget for good; chunks make way at once.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::split::Format;
 use crate::error::{DocumentsError, Result};
@@ -37,7 +37,7 @@ pub struct Discovered {
 }
 
 /// What was left out of folders, by reason.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     /// Files and folders whose names begin with a dot.
     pub hidden: usize,

@@ -1,77 +1,80 @@
 //! `quire ask` and `quire search`.
 
-use engine::{BlendConfig, BlendMode};
+use documents::Found;
 use serde_json::json;
 
-use super::answer_view;
 use super::output::{Out, place, seconds};
-use crate::config::Settings;
+use super::{answer_view, asking};
+use crate::config::Config;
+use crate::control::{AnswerSettings, Command, Event, Retrieval};
 use crate::error::{QuireError, Result};
-use crate::service::{Purpose, Question, Service};
-use documents::Library;
-use documents::data_dir;
+use crate::service::Answer;
 
-pub(super) fn search(settings: &Settings, query: &str, out: &Out) -> Result<()> {
-    data_dir::check(&settings.data_dir)?;
-    let library = Library::new(&settings.data_dir);
-    let found = library.search(&settings.collection, query, settings.top_chunks)?;
-    for hit in &found {
-        if out.json {
-            out.value(hit);
-        } else {
-            out.line(format!("{:7.3}  {}", hit.score, place(&hit.path, hit.line, hit.span)));
-            out.line(format!("         {}", answer_view::excerpt(&hit.passage, "")));
+pub(super) fn search(config: &Config, query: &str, out: &Out) -> Result<()> {
+    let command = Command::Search { passages: Retrieval::from_settings(&config.settings), query: query.into() };
+    let mut found = false;
+    asking::run(config, "search", &command, out, &mut |event| {
+        if let Event::Hit(hit) = event {
+            found = true;
+            print_hit(&hit, out);
         }
-    }
-    if found.is_empty() && !out.json {
+    })?;
+    if !found && !out.json {
         out.note("nothing found: no passage shares a word with the query");
     }
     Ok(())
 }
 
-pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> Result<()> {
+fn print_hit(hit: &Found, out: &Out) {
+    if out.json {
+        return out.value(hit);
+    }
+    out.line(format!("{:7.3}  {}", hit.score, place(&hit.path, hit.line, hit.span)));
+    out.line(format!("         {}", answer_view::excerpt(&hit.passage, "")));
+}
+
+pub(super) fn run(config: &Config, text: &str, compare: bool, out: &Out) -> Result<()> {
     if text.trim().is_empty() {
         return Err(QuireError::InvalidParameter {
             param: "QUESTION".into(),
             problem: "expected a question, found only white space".into(),
         });
     }
-    let spinner = out.spinner("loading the model");
-    // Before the model is loaded: a missing collection is the commoner mistake.
-    data_dir::check(&settings.data_dir)?;
-    Library::new(&settings.data_dir).collection(&settings.collection)?;
-    let service = Service::open(settings, Purpose::Ask)?;
-    if let Some(spinner) = spinner {
-        spinner.finish_and_clear();
-    }
-    let question = Question::new(text, &settings.collection, settings.top_chunks, service.options().clone());
-    let answering = service.answer(&question)?;
-    let told = answering.notes().len();
-    answer_view::notes(answering.notes(), out);
-    let answer = answering.wait(&mut |piece| {
-        if !out.json {
-            out.text(piece);
-        }
-    })?;
-    let full = if compare {
-        let mut question = question.clone();
-        question.options.blend = BlendConfig { mode: BlendMode::FullRecompute, ..question.options.blend };
-        Some(service.answer(&question)?.wait(&mut |_| {})?)
-    } else {
-        None
+    let command = Command::Ask {
+        question: text.into(),
+        passages: Retrieval::from_settings(&config.settings),
+        answering: AnswerSettings::from_settings(&config.settings),
+        compare,
     };
-    service.engine().shutdown();
+    let (mut told, mut answer, mut full) = (0, None, None);
+    asking::run(config, "ask", &command, out, &mut |event| match event {
+        Event::Begun { notes } => {
+            answer_view::notes(&notes, out);
+            told = notes.len();
+        }
+        Event::Text(piece) if !out.json => out.text(&piece),
+        Event::Answered(whole) => answer = Some(whole),
+        Event::Recomputed(whole) => full = Some(whole),
+        _ => {}
+    })?;
+    let answer = answer.ok_or_else(|| QuireError::Internal("a question ended without an answer".into()))?;
     if out.json {
         out.value(&json!({"answer": answer, "full_recompute": full}));
-        return Ok(());
+    } else {
+        print(&answer, told, full.as_deref(), out);
     }
+    Ok(())
+}
+
+/// What comes behind the text of an answer. `told`: notes that were told before it.
+fn print(answer: &Answer, told: usize, full: Option<&Answer>, out: &Out) {
     out.line("");
     out.line("");
     answer_view::citations(&answer.citations, &answer.text, out);
-    if out.verbose || compare {
+    if out.verbose || full.is_some() {
         answer_view::stats(&answer.stats, out);
     }
-    answer_view::notes(&answer.notes[told..], out);
+    answer_view::notes(answer.notes.get(told..).unwrap_or_default(), out);
     if let Some(full) = full {
         out.line(format!(
             "  with everything computed anew: first token after {} (one run each, the second one warmer), answer \"{}\"",
@@ -79,5 +82,4 @@ pub(super) fn run(settings: &Settings, text: &str, compare: bool, out: &Out) -> 
             full.text
         ));
     }
-    Ok(())
 }

@@ -11,7 +11,7 @@ use super::ingest::{ingest, summary};
 use super::output::{Out, count, grouped, seconds};
 use crate::config::{Settings, find_shipped};
 use crate::error::{QuireError, Result};
-use crate::service::{Answer, IngestOptions, IngestReport, Options, Purpose, Question, Service};
+use crate::service::{Answer, IngestReport, Options, Purpose, Question, Service};
 use documents::{DocumentsError, discover};
 
 const COLLECTION: &str = "examples";
@@ -83,7 +83,7 @@ fn service_report(
     example: Example,
     out: &Out,
 ) -> Result<Report> {
-    let report = ingest(service, COLLECTION, &examples(folder)?, &IngestOptions::default(), &out.without_results())?;
+    let report = ingest(service, COLLECTION, &examples(folder)?, &out.without_results())?;
     report.check()?;
     if !out.json {
         out.line(format!("1. Ingest: {}", summary(&report)));

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::output::{Out, bytes, count};
 use crate::config::Settings;
+use crate::control;
 use crate::error::{QuireError, Result};
 use crate::store::store_dir;
 use documents::{DocumentsError, collection_names, data_dir};
@@ -43,6 +44,7 @@ pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
     let mut checks = vec![cpu(), memory()];
     checks.push(gpu(settings));
     checks.extend(model(settings));
+    checks.extend(server(settings));
     checks.extend(data(settings));
     for check in &checks {
         if out.json {
@@ -176,6 +178,19 @@ fn model(settings: &Settings) -> Vec<Check> {
         }
     }
     checks
+}
+
+/// The server that has the data folder, if one runs.
+fn server(settings: &Settings) -> Option<Check> {
+    Some(match control::look(&settings.data_dir)? {
+        Ok(remote) => {
+            let info = remote.info();
+            let found =
+                format!("process id {}, quire {}, model {}, {}", info.pid, info.version, info.model, info.phase);
+            Check::good("server", format!("{found}: commands ask it"))
+        }
+        Err(error) => Check::note("server", error.full_message(), "until then, commands that write are refused"),
+    })
 }
 
 fn data(settings: &Settings) -> Vec<Check> {

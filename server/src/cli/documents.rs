@@ -1,15 +1,13 @@
 //! `quire ls`, `rm`, `collections` and `reclaim`.
-//!
-//! Only what is removed for good needs the model: the keys of its cached chunks depend on that.
 
 use serde_json::json;
 
+use super::asking;
 use super::output::{Out, bytes, count, grouped, short};
-use crate::config::Settings;
+use crate::config::Config;
+use crate::control::{Command, Event};
 use crate::error::{QuireError, Result};
-use crate::service::{DocumentName, DocumentsCommand, DocumentsEvent, Purpose, Service, manage_documents};
-use crate::store::store_dir;
-use documents::{Library, data_dir};
+use crate::service::{DocumentName, DocumentsCommand, DocumentsEvent};
 
 /// What is to be removed, or brought back.
 pub(super) struct Removal {
@@ -23,54 +21,43 @@ pub(super) struct Removal {
     pub(super) whole: bool,
 }
 
-pub(super) fn ls(settings: &Settings, name: Option<String>, out: &Out) -> Result<()> {
-    let collection = name.unwrap_or_else(|| settings.collection.clone());
-    run(settings, &DocumentsCommand::List { collection }, out)
+pub(super) fn ls(config: &Config, name: Option<String>, out: &Out) -> Result<()> {
+    let collection = name.unwrap_or_else(|| config.settings.collection.clone());
+    run(config, "ls", DocumentsCommand::List { collection }, out)
 }
 
-pub(super) fn collections(settings: &Settings, out: &Out) -> Result<()> {
-    run(settings, &DocumentsCommand::Collections, out)
+pub(super) fn collections(config: &Config, out: &Out) -> Result<()> {
+    run(config, "collections", DocumentsCommand::Collections, out)
 }
 
-pub(super) fn reclaim(settings: &Settings, out: &Out) -> Result<()> {
-    run(settings, &DocumentsCommand::Reclaim, out)
+pub(super) fn reclaim(config: &Config, out: &Out) -> Result<()> {
+    run(config, "reclaim", DocumentsCommand::Reclaim, out)
 }
 
-pub(super) fn rm(settings: &Settings, removal: &Removal, out: &Out) -> Result<()> {
+pub(super) fn rm(config: &Config, removal: &Removal, out: &Out) -> Result<()> {
     if removal.names.is_empty() && !removal.whole {
         return Err(QuireError::InvalidParameter {
             param: "NAME".into(),
             problem: "expected documents, or --collection NAME for all of a collection".into(),
         });
     }
-    let collection = settings.collection.clone();
+    let collection = config.settings.collection.clone();
     let names = removal.names.iter().map(|given| DocumentName::here(given)).collect();
     let command = match removal.undo {
         true => DocumentsCommand::Restore { collection, names },
         false => DocumentsCommand::Remove { collection, names, now: removal.now },
     };
-    run(settings, &command, out)
+    run(config, "rm", command, out)
 }
 
-fn run(settings: &Settings, command: &DocumentsCommand, out: &Out) -> Result<()> {
-    data_dir::check(&settings.data_dir)?;
-    let for_good = matches!(command, DocumentsCommand::Reclaim | DocumentsCommand::Remove { now: true, .. });
+fn run(config: &Config, name: &str, command: DocumentsCommand, out: &Out) -> Result<()> {
     let mut listed = 0;
-    let mut tell = |event: DocumentsEvent| {
-        listed += 1;
-        show(&event, out);
-    };
-    if for_good && store_dir(&settings.data_dir).is_dir() {
-        let spinner = out.spinner("loading the model");
-        let service = Service::open(settings, Purpose::Ask)?;
-        if let Some(spinner) = spinner {
-            spinner.finish_and_clear();
+    asking::run(config, name, &Command::Documents(command), out, &mut |event| {
+        if let Event::Documents(event) = event {
+            listed += 1;
+            show(&event, out);
         }
-        let done = service.manage_documents(command, &mut tell);
-        service.engine().shutdown();
-        return done;
-    }
-    manage_documents(&Library::new(&settings.data_dir), command, &|| Ok(0), &mut tell)?;
+    })?;
     if listed == 0 {
         out.note("nothing there yet: `quire ingest PATH` takes documents in");
     }

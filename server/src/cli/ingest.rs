@@ -6,85 +6,131 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::asking;
 use super::output::{Out, count, seconds, short};
-use crate::config::Settings;
-use crate::error::Result;
-use crate::service::{DocumentState, IngestEvent, IngestOptions, IngestReport, Purpose, Service};
-use crate::store::Origin;
+use crate::config::Config;
+use crate::control::{Command, Event, ExactPath, IngestProgress};
+use crate::error::{QuireError, Result};
+use crate::service::{DocumentState, IngestOptions, IngestReport, Service};
 use documents::Skipped;
 
-pub(super) fn run(settings: &Settings, paths: &[PathBuf], sync: bool, out: &Out) -> Result<()> {
-    let options = IngestOptions { sync, ..settings.ingesting()? };
-    let spinner = out.spinner("loading the model");
-    let service = Service::open(settings, Purpose::Ingest)?;
-    if let Some(spinner) = spinner {
-        spinner.finish_and_clear();
+pub(super) fn run(config: &Config, paths: &[PathBuf], sync: bool, out: &Out) -> Result<()> {
+    let settings = &config.settings;
+    let command = Command::Ingest {
+        collection: settings.collection.clone(),
+        paths: paths.iter().map(|path| ExactPath::resolve(path)).collect(),
+        options: IngestOptions { sync, ..settings.ingesting()? },
+        cache_bytes: settings.cache_bytes.map(|bytes| bytes.0),
+    };
+    let link = asking::open(config, "ingest", command.need(), out)?;
+    let (mut progress, mut report) = (Progress::new(out), None);
+    let outcome = asking::hear(&link, &command, out, &mut |event| match event {
+        Event::Ingest(step) => {
+            progress.show(&step);
+            if let IngestProgress::Failed { document, unreadable: true, .. } = &step
+                && link.is_server()
+            {
+                explain(Path::new(document), out);
+            }
+        }
+        Event::Ingested(whole) => report = Some(whole),
+        _ => {}
+    });
+    progress.finish();
+    if let Err(QuireError::Told { unreadable: true, .. }) = &outcome {
+        paths.iter().for_each(|path| explain(path, out));
     }
-    let report = ingest(&service, &settings.collection, paths, &options, out)?;
-    service.engine().shutdown();
-    if out.json {
-        out.value(&json!({"event": "report", "report": report}));
-    } else {
-        out.line(summary(&report));
+    match report {
+        Some(report) if out.json => out.value(&json!({"event": "report", "report": report})),
+        Some(report) => out.line(summary(&report)),
+        None => {}
     }
-    report.check()
+    link.close();
+    outcome
+}
+
+/// Says of a document that a server could not read what its user can.
+fn explain(path: &Path, out: &Out) {
+    let readable = std::fs::File::open(path).is_ok() && (!path.is_dir() || std::fs::read_dir(path).is_ok());
+    if readable {
+        out.note(&format!(
+            "note: you can read {}, the running server cannot: it reads as the user that it runs as, and where it runs \
+             (in a container, say). Copy it to where both can, or stop the server",
+            short(path)
+        ));
+    }
 }
 
 /// Between two lines about one document.
 const LINES: Duration = Duration::from_secs(10);
 
-/// Ingests and prints what happens: a bar on a terminal, else a line per document, else a JSON line per chunk and
+/// Ingests with a service of this process and prints what happens: a bar on a terminal, else a line per document, else a JSON line per chunk and
 /// document. A line is an acknowledgement: what it names is on disk.
-pub(super) fn ingest(
-    service: &Service,
-    collection: &str,
-    paths: &[PathBuf],
-    options: &IngestOptions,
-    out: &Out,
-) -> Result<IngestReport> {
-    let bar = out.bar();
-    let mut told = Instant::now();
-    let report = service.ingest_with(collection, paths, options, &mut |event| match (&bar, out.json) {
-        (_, true) => print_json(event, out),
-        (Some(bar), false) => show(event, bar, out),
-        (None, false) => print_line(event, &mut told, out),
-    });
-    if let Some(bar) = bar {
-        bar.finish_and_clear();
-    }
+pub(super) fn ingest(service: &Service, collection: &str, paths: &[PathBuf], out: &Out) -> Result<IngestReport> {
+    let mut progress = Progress::new(out);
+    let report = service.ingest(collection, paths, &mut |event| progress.show(&event.into()));
+    progress.finish();
     report
 }
 
-fn show(event: &IngestEvent<'_>, bar: &ProgressBar, out: &Out) {
-    match event {
-        IngestEvent::Document { path, done, total, .. } => {
+/// Shows the steps of an ingest.
+struct Progress<'a> {
+    out: &'a Out,
+    bar: Option<ProgressBar>,
+    /// When a document was last spoken of.
+    told: Instant,
+}
+
+impl<'a> Progress<'a> {
+    fn new(out: &'a Out) -> Progress<'a> {
+        Progress { out, bar: out.bar(), told: Instant::now() }
+    }
+
+    fn show(&mut self, step: &IngestProgress) {
+        match (&self.bar, self.out.json) {
+            (_, true) => print_json(step, self.out),
+            (Some(bar), false) => show(step, bar, self.out),
+            (None, false) => print_line(step, &mut self.told, self.out),
+        }
+    }
+
+    fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn show(step: &IngestProgress, bar: &ProgressBar, out: &Out) {
+    match step {
+        IngestProgress::Document { document, done, total, .. } => {
             bar.set_length(*total as u64);
             bar.set_position(*done as u64);
-            bar.set_message(short(path));
+            bar.set_message(short(Path::new(document)));
         }
-        IngestEvent::Chunk { path, done, total, .. } => bar.set_message(inside(path, *done, *total)),
-        IngestEvent::Removed { .. } => {}
-        IngestEvent::Failed { error, .. } => bar.suspend(|| out.failed(&error.to_string())),
+        IngestProgress::Chunk { document, done, total, .. } => bar.set_message(inside(document, *done, *total)),
+        IngestProgress::Removed { .. } => {}
+        IngestProgress::Failed { error, .. } => bar.suspend(|| out.failed(error)),
     }
 }
 
 /// How far a document is.
-fn inside(path: &Path, done: usize, total: usize) -> String {
-    format!("{}: {done} of {}", short(path), count(total, "chunk"))
+fn inside(document: &str, done: usize, total: usize) -> String {
+    format!("{}: {done} of {}", short(Path::new(document)), count(total, "chunk"))
 }
 
-fn print_json(event: &IngestEvent<'_>, out: &Out) {
-    out.value(&match event {
-        IngestEvent::Chunk { key, path, span, tokens, origin, done, total } => json!({
-            "event": "chunk", "key": key.to_string(), "document": path.to_string_lossy(), "span": span, "tokens": tokens,
-            "computed": *origin == Origin::Computed, "done": done, "total": total,
+fn print_json(step: &IngestProgress, out: &Out) {
+    out.value(&match step {
+        IngestProgress::Chunk { key, document, span, tokens, computed, done, total } => json!({
+            "event": "chunk", "key": key, "document": document, "span": span, "tokens": tokens,
+            "computed": computed, "done": done, "total": total,
         }),
-        IngestEvent::Document { path, state, chunks, computed, .. } => json!({
-            "event": "document", "document": path.to_string_lossy(), "state": state, "chunks": chunks, "computed": computed,
+        IngestProgress::Document { document, state, chunks, computed, .. } => json!({
+            "event": "document", "document": document, "state": state, "chunks": chunks, "computed": computed,
         }),
-        IngestEvent::Removed { path } => json!({"event": "removed", "document": path.to_string_lossy()}),
-        IngestEvent::Failed { path, error } => {
-            json!({"event": "failed", "document": path.to_string_lossy(), "error": error.to_string()})
+        IngestProgress::Removed { document } => json!({"event": "removed", "document": document}),
+        IngestProgress::Failed { document, error, .. } => {
+            json!({"event": "failed", "document": document, "error": error})
         }
     });
 }
@@ -95,15 +141,15 @@ fn is_due(since: Duration, done: usize, total: usize) -> bool {
 }
 
 /// `told`: when a document was last spoken of.
-fn print_line(event: &IngestEvent<'_>, told: &mut Instant, out: &Out) {
-    match event {
-        IngestEvent::Chunk { path, done, total, .. } => {
+fn print_line(step: &IngestProgress, told: &mut Instant, out: &Out) {
+    match step {
+        IngestProgress::Chunk { document, done, total, .. } => {
             if is_due(told.elapsed(), *done, *total) {
                 *told = Instant::now();
-                out.note(&inside(path, *done, *total));
+                out.note(&inside(document, *done, *total));
             }
         }
-        IngestEvent::Document { path, state, chunks, computed, done, total } => {
+        IngestProgress::Document { document, state, chunks, computed, done, total } => {
             *told = Instant::now();
             let state = match state {
                 DocumentState::New => "new",
@@ -114,12 +160,12 @@ fn print_line(event: &IngestEvent<'_>, told: &mut Instant, out: &Out) {
             };
             out.line(format!(
                 "[{done}/{total}] {}: {state}, {}, {computed} computed",
-                short(path),
+                short(Path::new(document)),
                 count(*chunks, "chunk")
             ));
         }
-        IngestEvent::Removed { path } => out.line(format!("{}: removed", short(path))),
-        IngestEvent::Failed { error, .. } => out.failed(&error.to_string()),
+        IngestProgress::Removed { document } => out.line(format!("{}: removed", short(Path::new(document)))),
+        IngestProgress::Failed { error, .. } => out.failed(error),
     }
 }
 

@@ -3,6 +3,7 @@
 mod answer_view;
 mod args;
 mod ask;
+mod asking;
 mod bench;
 mod bench_http;
 mod bench_load;
@@ -83,23 +84,23 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         crate::process::keep_files_private();
     }
     match cli.command {
-        Command::Ingest { paths, sync } => ingest::run(settings, &paths, sync, out),
-        Command::Ls { name } => documents::ls(settings, name, out),
+        Command::Ingest { paths, sync } => ingest::run(&config, &paths, sync, out),
+        Command::Ls { name } => documents::ls(&config, name, out),
         Command::Rm { names, now, undo } => {
             let whole = cli.settings.collection.is_some();
-            documents::rm(settings, &documents::Removal { names, now, undo, whole }, out)
+            documents::rm(&config, &documents::Removal { names, now, undo, whole }, out)
         }
-        Command::Collections => documents::collections(settings, out),
-        Command::Reclaim => documents::reclaim(settings, out),
-        Command::Search { query } => ask::search(settings, &query.join(" "), out),
-        Command::Ask { question, compare } => ask::run(settings, &question.join(" "), compare, out),
+        Command::Collections => documents::collections(&config, out),
+        Command::Reclaim => documents::reclaim(&config, out),
+        Command::Search { query } => ask::search(&config, &query.join(" "), out),
+        Command::Ask { question, compare } => ask::run(&config, &question.join(" "), compare, out),
         Command::Chat(args) => {
             let documents = args.documents || cli.settings.collection.is_some();
-            chat::run(settings, &args, documents, out)
+            chat::run(&config, &args, documents, out)
         }
         Command::Pull { id } => pull::run(&id, out),
         Command::Serve => serve::run(settings, out),
-        Command::Cache { command } => cache::run(settings, &command, out),
+        Command::Cache { command } => cache::run(&config, &command, out),
         Command::Doctor => doctor::run(settings, out),
         Command::Config { command: args::ConfigCommand::Show } => {
             config::show(&config, out);

@@ -118,15 +118,7 @@ impl Out {
 
     /// An error, with the reasons behind it that its text does not name itself.
     pub(super) fn error(&self, error: &QuireError) {
-        let mut message = error.to_string();
-        let mut source = std::error::Error::source(error);
-        while let Some(reason) = source {
-            let text = reason.to_string();
-            if !message.contains(&text) {
-                message = format!("{message}: {text}");
-            }
-            source = reason.source();
-        }
+        let message = error.full_message();
         if self.json {
             self.value(&json!({"error": {"message": message, "exit_code": error.exit_code()}}));
         }

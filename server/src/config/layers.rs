@@ -72,6 +72,13 @@ impl Provider for File {
 }
 
 impl Config {
+    /// Where the value of a setting came from; `None`: nobody set it.
+    #[must_use]
+    pub fn origin(&self, key: &str) -> Option<&str> {
+        let origin = self.origins.iter().find(|(known, _)| *known == key).map(|(_, origin)| origin.as_str());
+        origin.filter(|origin| *origin != FROM_DEFAULTS)
+    }
+
     /// Merges all layers: defaults, the user's file, the named or the folder's file, environment, flags.
     pub(super) fn from_layers(
         flags: &SettingsArgs,

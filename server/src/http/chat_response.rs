@@ -71,7 +71,7 @@ impl Head {
         let logprobs = if tokens.is_empty() { Value::Null } else { self.logprobs(tokens) };
         let annotations = citation::annotations(answer);
         let delta = if annotations.is_empty() { json!({}) } else { json!({"annotations": annotations}) };
-        let mut chunk = self.chunk(index, delta, logprobs, Some(answer.finish_reason));
+        let mut chunk = self.chunk(index, delta, logprobs, Some(&answer.finish_reason));
         chunk["quire"] = quire(answer);
         chunk
     }

@@ -9,9 +9,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::connections::{self, Limits};
+use super::control;
 use super::routes;
 use super::state::App;
 use crate::config::Settings;
+use crate::control::Claim;
 use crate::error::{QuireError, Result};
 use crate::metrics;
 use crate::process::raise_open_files;
@@ -39,6 +41,7 @@ pub async fn serve(
     ready: &dyn Fn(),
 ) -> Result<Option<Arc<Service>>> {
     let model_dir = settings.model_dir()?;
+    let claim = Claim::take(&settings.data_dir)?;
     let listener = listen(&settings.host, settings.port).await?;
     let failed = |source| QuireError::Listen { address: settings.host.clone(), source };
     let address = listener.local_addr().map_err(failed)?;
@@ -55,6 +58,8 @@ pub async fn serve(
         write: Duration::from_secs(settings.write_seconds),
     };
     let (stop, stopped) = watch::channel(false);
+    let (claim, commands) = claim.map_or((None, None), Claim::listen);
+    let commands = commands.map(|socket| tokio::spawn(control::serve(socket, app.clone(), stopped.clone())));
     let server = tokio::spawn(connections::serve(listener, routes(app.clone()), limits, stopped));
     let upkeep = tokio::spawn(every(UPKEEP, move || recorder.run_upkeep()));
 
@@ -93,9 +98,16 @@ pub async fn serve(
         _ = interrupt.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
     }
     let _ = stop.send(true);
-    if tokio::time::timeout(GOODBYE, server).await.is_err() {
+    let ended = async {
+        let _ = server.await;
+        if let Some(commands) = commands {
+            let _ = commands.await;
+        }
+    };
+    if tokio::time::timeout(GOODBYE, ended).await.is_err() {
         tracing::warn!("connections were still open; they are cut off");
     }
+    drop(claim);
     upkeep.abort();
     Ok(app.loaded().map(Arc::clone))
 }

@@ -6,6 +6,7 @@
 //! shapes of `chat_response`, `citation` shows what it was answered from.
 //! `files` and `vector_stores` are documents over HTTP; `upload` takes files in, `fields`, `page` and `values` read what all
 //! requests are made of.
+//! `control` takes the command line's commands over a socket in the data folder.
 //! `probes` is for those who operate the server, `state` is what handlers share, `error` what they answer when something
 //! is wrong.
 
@@ -16,6 +17,7 @@ mod chat_request;
 mod chat_response;
 mod citation;
 mod connections;
+mod control;
 mod error;
 mod fields;
 mod files;

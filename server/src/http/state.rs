@@ -2,11 +2,10 @@
 
 use std::net::SocketAddr;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore, watch};
 
 use super::admission::body_budget;
 use super::auth::hash_key;
@@ -18,14 +17,23 @@ use crate::service::Service;
 
 /// Where the server is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub(super) enum Phase {
     /// The model is being loaded.
-    Loading = 0,
+    Loading,
     /// Requests are taken.
-    Ready = 1,
+    Ready,
     /// Requests are refused, running ones are completed.
-    Draining = 2,
+    Draining,
+}
+
+impl Phase {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Phase::Loading => "loading",
+            Phase::Ready => "ready",
+            Phase::Draining => "draining",
+        }
+    }
 }
 
 /// Requests a core that are prepared at the same time: more only take the processor from one another.
@@ -50,11 +58,12 @@ pub(super) struct State {
     model: String,
     key: Option<blake3::Hash>,
     service: OnceLock<Arc<Service>>,
-    phase: AtomicU8,
+    phase: watch::Sender<Phase>,
     queue: Queue,
     bodies: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
     preparing: Arc<Semaphore>,
+    writing: Arc<Mutex<()>>,
     address: SocketAddr,
     recorder: PrometheusHandle,
     pub(super) started_unix: u64,
@@ -79,9 +88,10 @@ impl App {
             settings: settings.clone(),
             model,
             service: OnceLock::new(),
-            phase: AtomicU8::new(Phase::Loading as u8),
+            phase: watch::Sender::new(Phase::Loading),
             queue: Queue::new(places),
             preparing: Arc::new(Semaphore::new(preparing)),
+            writing: Arc::default(),
             address,
             recorder,
             started_unix: unix_now(),
@@ -134,23 +144,40 @@ impl State {
     }
 
     pub(super) fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::Acquire) {
-            0 => Phase::Loading,
-            1 => Phase::Ready,
-            _ => Phase::Draining,
-        }
+        *self.phase.borrow()
+    }
+
+    /// Returns once the model is loaded, or never will be.
+    pub(super) async fn loaded_or_draining(&self) -> Phase {
+        // Fails only without a sender, which lives as long as this.
+        self.phase.subscribe().wait_for(|phase| *phase != Phase::Loading).await.map_or(Phase::Draining, |phase| *phase)
+    }
+
+    /// Returns once requests are refused.
+    pub(super) async fn draining(&self) {
+        let _ = self.phase.subscribe().wait_for(|phase| *phase == Phase::Draining).await;
+    }
+
+    /// A turn to write documents: a collection has one writer.
+    pub(super) async fn writing(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.writing).lock_owned().await
     }
 
     /// The model is loaded: requests are taken from now on, unless the server is stopping already.
     pub(super) fn become_ready(&self, service: Service) {
         let _ = self.service.set(Arc::new(service));
-        let (loading, ready) = (Phase::Loading as u8, Phase::Ready as u8);
-        let _ = self.phase.compare_exchange(loading, ready, Ordering::AcqRel, Ordering::Acquire);
+        self.phase.send_if_modified(|phase| {
+            let loading = *phase == Phase::Loading;
+            if loading {
+                *phase = Phase::Ready;
+            }
+            loading
+        });
     }
 
     /// Requests are refused from now on.
     pub(super) fn drain(&self) {
-        self.phase.store(Phase::Draining as u8, Ordering::Release);
+        self.phase.send_replace(Phase::Draining);
     }
 
     /// The service, whatever the phase; `None` while it is being loaded.

@@ -1,11 +1,12 @@
 //! An answer while it is made, and what it was made of.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, TokenLogprob, Usage};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Options;
 use super::context::{ContextChunk, Passage};
@@ -16,7 +17,7 @@ use crate::store::Origin;
 use documents::{DocumentId, Span, comparable};
 
 /// A passage that was in the context of an answer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Citation {
     /// The document; of a passage that came with the question: its name.
     pub document: PathBuf,
@@ -44,7 +45,7 @@ pub struct Citation {
 }
 
 /// What an answer cost.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
@@ -99,12 +100,12 @@ pub struct Stats {
 }
 
 /// A complete answer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
     /// Its text.
     pub text: String,
     /// Why it ended: `stop` or `length`.
-    pub finish_reason: &'static str,
+    pub finish_reason: Cow<'static, str>,
     /// The passages of its context, in the order of the prompt.
     pub citations: Vec<Citation>,
     /// What it cost.
@@ -325,7 +326,7 @@ impl Tally {
         Answer {
             citations: cite(&self.context, &self.text),
             text: std::mem::take(&mut self.text),
-            finish_reason: reason,
+            finish_reason: reason.into(),
             stats: self.stats.clone(),
             notes: std::mem::take(&mut self.notes),
         }

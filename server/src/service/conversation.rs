@@ -1,11 +1,13 @@
 //! What was said in a conversation, as far as the context holds it.
 
 use engine::{ChatMessage, EngineError};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
 /// A question with its answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Turn {
     question: String,
     answer: String,
@@ -15,7 +17,8 @@ struct Turn {
 ///
 /// The prompt of a turn begins with the prompt of the turn before, until turns make way: state that the engine keeps of
 /// prompts it has read serves the whole conversation.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Conversation {
     system: Option<String>,
     turns: Vec<Turn>,
@@ -37,6 +40,11 @@ impl Conversation {
     /// Forgets all turns; the instruction stays.
     pub fn clear(&mut self) {
         self.turns.clear();
+    }
+
+    /// Forgets the oldest turns, so many.
+    pub fn forget(&mut self, turns: usize) {
+        self.turns.drain(..turns.min(self.turns.len()));
     }
 
     /// Turns that are remembered.
@@ -89,7 +97,7 @@ impl Conversation {
         while dropped < self.turns.len() && needed(dropped)? > room - room / 4 {
             dropped += 1;
         }
-        self.turns.drain(..dropped);
+        self.forget(dropped);
         Ok(dropped)
     }
 }

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use chunk_cache::ChunkKey;
-use serde::Serialize;
+use engine::EngineError;
+use serde::{Deserialize, Serialize};
 
 use super::Service;
 use crate::error::{QuireError, Result};
@@ -23,7 +24,7 @@ use documents::{
 use prepare::{Preparation, Prepared};
 
 /// How a document stood to the collection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DocumentState {
     /// The collection did not have it.
@@ -51,7 +52,8 @@ impl From<PutKind> for DocumentState {
 }
 
 /// How documents are ingested.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct IngestOptions {
     /// Leave the state of chunks to their first use: documents can be found at once, and the first answer from one takes
     /// longer.
@@ -112,7 +114,7 @@ pub enum IngestEvent<'a> {
 }
 
 /// What an ingest did.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct IngestReport {
     /// The collection.
     pub collection: String,
@@ -197,18 +199,20 @@ impl Service {
         paths: &[PathBuf],
         on_event: &mut dyn FnMut(&IngestEvent<'_>),
     ) -> Result<IngestReport> {
-        self.ingest_with(collection, paths, &IngestOptions::default(), on_event)
+        self.ingest_while(collection, paths, &IngestOptions::default(), &|| true, on_event)
     }
 
-    /// As [`ingest`](Self::ingest), with options.
+    /// As [`ingest`](Self::ingest), with options; given up behind the chunk at hand once nobody waits any more, as `wanted` says.
+    /// What was reported until then is kept; a second run goes on from there.
     ///
     /// # Errors
-    /// As [`ingest`](Self::ingest).
-    pub fn ingest_with(
+    /// As [`ingest`](Self::ingest), and [`EngineError::Cancelled`].
+    pub fn ingest_while(
         &self,
         collection: &str,
         paths: &[PathBuf],
         options: &IngestOptions,
+        wanted: &dyn Fn() -> bool,
         on_event: &mut dyn FnMut(&IngestEvent<'_>),
     ) -> Result<IngestReport> {
         let started = Instant::now();
@@ -229,6 +233,7 @@ impl Service {
             waiting: Vec::new(),
             bytes: 0,
             since: Instant::now(),
+            wanted,
             report: IngestReport { collection: name.into(), skipped: found.skipped, ..IngestReport::default() },
             on_event,
         };
@@ -288,6 +293,7 @@ struct Run<'a> {
     bytes: usize,
     /// Since when the first of them waits.
     since: Instant,
+    wanted: &'a dyn Fn() -> bool,
     report: IngestReport,
     on_event: &'a mut dyn FnMut(&IngestEvent<'_>),
 }
@@ -307,7 +313,12 @@ impl<'a> Run<'a> {
         (self.on_event)(&IngestEvent::Failed { path, error });
     }
 
+    fn check_wanted(&self) -> Result<()> {
+        if (self.wanted)() { Ok(()) } else { Err(EngineError::Cancelled.into()) }
+    }
+
     fn take(&mut self, path: &'a Path, prepared: Prepared) -> Result<()> {
+        self.check_wanted()?;
         let (document, passages) = match prepared {
             Prepared::Empty => {
                 self.report.skipped.empty += 1;
@@ -344,6 +355,7 @@ impl<'a> Run<'a> {
             if self.lazy {
                 continue;
             }
+            self.check_wanted()?;
             let (key, origin) = self.service.store.ensure(&self.service.chunk_prefix, &tokens)?;
             self.service.metrics.chunk(origin == Origin::Cached);
             computed += usize::from(origin == Origin::Computed);

@@ -177,6 +177,12 @@ impl Service {
         &self.engine
     }
 
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &std::sync::Arc<Metrics> {
+        &self.metrics
+    }
+
     /// The chunk store.
     #[must_use]
     pub fn store(&self) -> &KvStore {

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tantivy::{IndexWriter, Searcher};
 
 use super::index::{Derivation, Fields, OpenIndex, guarded};
@@ -18,7 +18,7 @@ use crate::error::{DocumentsError, Result};
 use crate::split::{ChunkSpan, Span};
 
 /// A passage that a query found.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Found {
     /// The name of its document; the first one, where it has several.
     pub path: PathBuf,

@@ -6,21 +6,19 @@ mod lines;
 use std::io::IsTerminal;
 use std::sync::Arc;
 
-use engine::{ChatMessage, Engine};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::answer_view;
 use super::args::ChatArgs;
+use super::asking::{self, Aside};
 use super::output::{Out, count, seconds};
-use crate::config::{self, Settings};
+use crate::config::{self, Config};
+use crate::control::{AnswerSettings, Cancel, Command, Event, Link, Need, Retrieval};
 use crate::error::{QuireError, Result};
-use crate::metrics::Metrics;
-use crate::service::{
-    Answer, Answering, Conversation, Options, Passages, Piece, Purpose, Question, Search, Service, generate,
-};
-use documents::Library;
-use documents::data_dir;
+use crate::service::{Answer, Conversation};
 use input::{Entry, Grammar};
 use lines::{Lines, Typed};
 
@@ -33,10 +31,12 @@ A line that ends with \\ goes on in the next one; \"\"\" begins and ends a text 
 Ctrl-C ends an answer; what there is of it stays in the conversation.";
 
 /// Converses until the input ends. `documents`: each turn is answered over the collection.
-pub(super) fn run(settings: &Settings, args: &ChatArgs, documents: bool, out: &Out) -> Result<()> {
-    let speaker = Speaker::open(settings, documents, out)?;
+pub(super) fn run(config: &Config, args: &ChatArgs, documents: bool, out: &Out) -> Result<()> {
+    let need = if documents { Need::Answers } else { Need::Model };
+    let link = Arc::new(asking::open(config, "chat", need, out)?);
     let conversation = Conversation::new(args.system.clone());
-    speaker.tokens(&conversation.messages("Hello"))?;
+    let check = Command::CheckConversation { conversation: conversation.clone(), over_documents: documents };
+    asking::hear(&link, &check, out, &mut |_| {})?;
     let failed = |source| QuireError::Io { action: "start the runtime for", path: "the conversation".into(), source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let interactive = std::io::stdin().is_terminal();
@@ -46,7 +46,9 @@ pub(super) fn run(settings: &Settings, args: &ChatArgs, documents: bool, out: &O
     };
     let result = runtime.block_on(async {
         let chat = Chat {
-            speaker: &speaker,
+            link: Arc::clone(&link),
+            passages: documents.then(|| Retrieval::from_settings(&config.settings)),
+            answering: AnswerSettings::from_settings(&config.settings),
             conversation,
             grammar: Grammar::default(),
             lines,
@@ -58,105 +60,15 @@ pub(super) fn run(settings: &Settings, args: &ChatArgs, documents: bool, out: &O
         };
         chat.converse().await
     });
-    speaker.engine().shutdown();
+    link.close();
     result
 }
 
-/// Who answers.
-enum Speaker {
-    /// The model alone; needs no data folder, so that a running server keeps its own.
-    Model { engine: Engine, metrics: Arc<Metrics>, options: Options },
-    /// The model over a collection of documents.
-    Documents { service: Box<Service>, collection: String, top_chunks: usize, options: Options },
-}
-
-impl Speaker {
-    fn open(settings: &Settings, documents: bool, out: &Out) -> Result<Speaker> {
-        if documents {
-            // Before the model is loaded: a missing collection is the commoner mistake.
-            data_dir::check(&settings.data_dir)?;
-            Library::new(&settings.data_dir).collection(&settings.collection)?;
-        }
-        let spinner = out.spinner("loading the model");
-        let options = Options::from_settings(settings)?;
-        let speaker = if documents {
-            let service = Box::new(Service::open(settings, Purpose::Ask)?);
-            let (collection, top_chunks) = (settings.collection.clone(), settings.top_chunks);
-            Speaker::Documents { service, collection, top_chunks, options }
-        } else {
-            let config = settings.engine()?;
-            let name = settings.served_name(&config.model_dir);
-            let metrics = Arc::new(Metrics::new(&settings.metrics_prefix, &name));
-            Speaker::Model { engine: Engine::load(config)?, metrics, options }
-        };
-        if let Some(spinner) = spinner {
-            spinner.finish_and_clear();
-        }
-        Ok(speaker)
-    }
-
-    fn engine(&self) -> &Engine {
-        match self {
-            Speaker::Model { engine, .. } => engine,
-            Speaker::Documents { service, .. } => service.engine(),
-        }
-    }
-
-    /// The length of a prompt, without passages.
-    fn tokens(&self, messages: &[ChatMessage]) -> Result<usize> {
-        let (chat, tokenizer) = (self.engine().chat(), self.engine().tokenizer());
-        match self {
-            Speaker::Model { .. } => Ok(chat.render(tokenizer, messages)?.len()),
-            Speaker::Documents { .. } => {
-                let prompt = chat.render_with_context(tokenizer, messages)?;
-                Ok(prompt.prefix.len() + prompt.suffix.len())
-            }
-        }
-    }
-
-    /// Tokens that the conversation may take: the context without the answer, and over documents half of that.
-    fn room(&self) -> usize {
-        match self {
-            Speaker::Model { engine, options, .. } => {
-                conversation_room(engine.max_context(), options.max_tokens, false)
-            }
-            Speaker::Documents { service, options, .. } => {
-                conversation_room(service.engine().max_context(), options.max_tokens, true)
-            }
-        }
-    }
-
-    fn answer(&self, messages: Vec<ChatMessage>, text: &str) -> Result<Answering> {
-        match self {
-            Speaker::Model { engine, metrics, options } => generate(engine, metrics, &messages, options),
-            Speaker::Documents { service, collection, top_chunks, options } => service.answer(&Question {
-                messages,
-                passages: Passages::Search(Search {
-                    collection: collection.clone(),
-                    query: text.into(),
-                    top_chunks: *top_chunks,
-                    score_threshold: 0.0,
-                }),
-                options: options.clone(),
-            }),
-        }
-    }
-}
-
-/// Tokens of a context of `limit` that a conversation leaves for the answer: those that it may have, at most half of the
-/// context; without a bound, an eighth.
-fn answer_room(limit: usize, max_tokens: Option<usize>) -> usize {
-    max_tokens.map_or(limit / 8, |most| most.min(limit / 2))
-}
-
-/// What is left of a context of `limit` tokens beside the answer; over documents half of that, as passages need the rest.
-fn conversation_room(limit: usize, max_tokens: Option<usize>, documents: bool) -> usize {
-    let left = limit - answer_room(limit, max_tokens);
-    if documents { left / 2 } else { left }
-}
-
 struct Chat<'a> {
-    speaker: &'a Speaker,
+    link: Arc<Link>,
+    /// Over which passages turns are answered; `None`: over none.
+    passages: Option<Retrieval>,
+    answering: AnswerSettings,
     conversation: Conversation,
     grammar: Grammar,
     lines: Lines,
@@ -240,7 +152,9 @@ impl Chat<'_> {
             Entry::System(system) => {
                 let changed = self.conversation.with_system(system);
                 // A model may know no instructions: then nothing changes.
-                self.speaker.tokens(&changed.messages("Hello"))?;
+                let (conversation, over_documents) = (changed.clone(), self.passages.is_some());
+                let check = Command::CheckConversation { conversation, over_documents };
+                ended(start(&self.link, check, Cancel::never()).1).await?;
                 self.conversation = changed;
             }
             Entry::Exit => {}
@@ -263,57 +177,77 @@ impl Chat<'_> {
     }
 
     async fn turn(&mut self, text: String) -> Result<()> {
-        let tokens = |messages: &[ChatMessage]| self.speaker.tokens(messages);
-        let dropped = self.conversation.make_room(&text, self.speaker.room(), &tokens)?;
-        if dropped > 0 {
-            let turns = count(dropped, "turn");
-            self.out.note(&format!("(the context is full: the oldest {turns} of the conversation were forgotten)"));
-        }
-        let mut answering = self.speaker.answer(self.conversation.messages(&text), &text)?;
-        let told = answering.notes().len();
-        if !self.out.json {
-            answer_view::notes(answering.notes(), self.out);
-        }
-        let mut said = String::new();
-        let answer = loop {
+        let command = Command::Turn {
+            conversation: self.conversation.clone(),
+            question: text.clone(),
+            passages: self.passages.clone(),
+            answering: self.answering.clone(),
+        };
+        let (canceller, cancel) = Cancel::new();
+        let (mut events, work) = start(&self.link, command, cancel);
+        let (mut turn, mut aside) = (Turn::default(), Aside::new(self.out));
+        let complete = loop {
             tokio::select! {
                 biased;
-                _ = self.interrupt.recv() => break None,
-                piece = answering.next() => match piece {
-                    Some(Ok(Piece::Text(piece))) => {
-                        if !self.out.json {
-                            self.out.text(&piece);
-                        }
-                        if self.out.is_closed() {
-                            break None;
-                        }
-                        said.push_str(&piece);
-                    }
-                    Some(Ok(Piece::Done(answer))) => break Some(answer),
-                    Some(Err(error)) => return Err(error),
-                    None => return Err(QuireError::Internal("the engine ended an answer without saying so".into())),
+                _ = self.interrupt.recv() => break false,
+                event = events.recv() => match event {
+                    Some(event) => aside.hear(event).into_iter().for_each(|event| self.hear(event, &mut turn)),
+                    None => break true,
                 }
             }
+            if self.out.is_closed() {
+                break false;
+            }
         };
-        // Cancels what is still being computed.
-        drop(answering);
+        aside.clear();
+        // Gives up what is still being computed.
+        canceller.cancel();
+        drop(events);
+        match ended(work).await {
+            Err(error) if complete => return Err(error),
+            _ => {}
+        }
         self.number += 1;
-        self.report(&text, &said, answer.as_deref(), (dropped, told));
+        self.report(&text, &turn);
         // An answer that was ended before it began would be an empty one.
-        if answer.is_some() || !said.is_empty() {
-            self.conversation.add(text, said);
+        if turn.answer.is_some() || !turn.said.is_empty() {
+            self.conversation.add(text, turn.said);
         }
         Ok(())
     }
 
-    /// `dropped`: turns that were forgotten; `told`: notes that were told before the answer.
-    fn report(&self, question: &str, said: &str, answer: Option<&Answer>, (dropped, told): (usize, usize)) {
-        let out = self.out;
+    fn hear(&mut self, event: Event, turn: &mut Turn) {
+        match event {
+            Event::Forgotten(dropped) => {
+                turn.dropped = dropped;
+                self.conversation.forget(dropped);
+                let turns = count(dropped, "turn");
+                self.out.note(&format!("(the context is full: the oldest {turns} of the conversation were forgotten)"));
+            }
+            Event::Begun { notes } => {
+                turn.told = notes.len();
+                if !self.out.json {
+                    answer_view::notes(&notes, self.out);
+                }
+            }
+            Event::Text(piece) => {
+                if !self.out.json {
+                    self.out.text(&piece);
+                }
+                turn.said.push_str(&piece);
+            }
+            Event::Answered(answer) => turn.answer = Some(answer),
+            _ => {}
+        }
+    }
+
+    fn report(&self, question: &str, turn: &Turn) {
+        let (out, answer, said) = (self.out, turn.answer.as_deref(), turn.said.as_str());
         if out.json {
             let cancelled = || json!({"text": said, "finish_reason": "cancelled"});
             let answer = answer.map_or_else(cancelled, |answer| json!(answer));
             out.value(&json!({
-                "turn": self.number, "question": question, "answer": answer, "turns_forgotten": dropped,
+                "turn": self.number, "question": question, "answer": answer, "turns_forgotten": turn.dropped,
             }));
             return;
         }
@@ -324,7 +258,7 @@ impl Chat<'_> {
             return;
         };
         answer_view::citations(&answer.citations, &answer.text, out);
-        answer_view::notes(&answer.notes[told..], out);
+        answer_view::notes(answer.notes.get(turn.told..).unwrap_or_default(), out);
         if answer.finish_reason == "length" {
             let tokens = count(answer.stats.completion_tokens, "token");
             out.note(&format!("(cut after {tokens}: see --max-tokens and --max-context)"));
@@ -333,6 +267,40 @@ impl Chat<'_> {
             out.note(&stats_line(answer, self.conversation.turns() + 1));
         }
     }
+}
+
+/// What is known of a turn.
+#[derive(Default)]
+struct Turn {
+    /// Its answer so far.
+    said: String,
+    /// Its complete answer.
+    answer: Option<Box<Answer>>,
+    /// Earlier turns that were forgotten for it.
+    dropped: usize,
+    /// Notes that were told before the answer.
+    told: usize,
+}
+
+/// Events that wait to be printed.
+const EVENTS: usize = 64;
+
+/// Has a command executed beside whoever types.
+fn start(link: &Arc<Link>, command: Command, cancel: Cancel) -> (mpsc::Receiver<Event>, JoinHandle<Result<()>>) {
+    let (sender, events) = mpsc::channel(EVENTS);
+    let link = Arc::clone(link);
+    let work = tokio::task::spawn_blocking(move || {
+        link.run(&command, &cancel, &mut |event| {
+            // Nobody listens once the turn is given up.
+            let _ = sender.blocking_send(event);
+        })
+    });
+    (events, work)
+}
+
+/// The end of a command.
+async fn ended(work: JoinHandle<Result<()>>) -> Result<()> {
+    work.await.map_err(|e| QuireError::Internal(format!("a turn panicked: {e}")))?
 }
 
 fn stats_line(answer: &Answer, turns: usize) -> String {
@@ -347,22 +315,4 @@ fn stats_line(answer: &Answer, turns: usize) -> String {
         count(stats.completion_tokens, "token"),
         seconds(stats.ttft_seconds),
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_conversation_has_room_however_long_its_answers_may_be() {
-        for limit in [64, 4096, 32_768] {
-            for max_tokens in [None, Some(1), Some(limit / 2), Some(limit), Some(usize::MAX)] {
-                let (alone, over) =
-                    (conversation_room(limit, max_tokens, false), conversation_room(limit, max_tokens, true));
-                assert!(alone >= limit / 2 && over >= limit / 4, "{limit}, {max_tokens:?}: {alone}, {over}");
-                assert!(over + answer_room(limit, max_tokens) <= limit / 2 + limit / 4 + 1, "passages have a quarter");
-            }
-        }
-        assert_eq!((conversation_room(800, None, false), conversation_room(800, Some(100), true)), (700, 350));
-    }
 }

@@ -63,3 +63,24 @@ fn a_document_is_read_anew_when_its_text_or_its_splitting_changes_and_only_then(
     std::fs::write(documents.join("b.txt"), "Two lamps.").unwrap();
     assert_eq!(ingest(&base, &documents), [0, 1, 1, chunks - 1, 1]);
 }
+
+#[test]
+fn an_ingest_that_nobody_waits_for_ends_behind_a_chunk_and_keeps_what_it_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let documents = dir.path().join("documents");
+    std::fs::create_dir(&documents).unwrap();
+    for name in ["a.txt", "b.txt", "c.txt"] {
+        std::fs::write(documents.join(name), format!("The lamp of {name} burns.")).unwrap();
+    }
+    let service = Service::open(&settings(&dir.path().join("data")), Purpose::Ingest).unwrap();
+    let reported = std::cell::Cell::new(0);
+    let (options, paths) = (IngestOptions::default(), [documents]);
+    let outcome = service.ingest_while("notes", &paths, &options, &|| reported.get() < 1, &mut |event| {
+        assert!(matches!(event, IngestEvent::Chunk { .. }), "{event:?}");
+        reported.set(reported.get() + 1);
+    });
+    assert!(matches!(outcome, Err(QuireError::Engine(EngineError::Cancelled))), "{outcome:?}");
+    assert_eq!((reported.get(), service.search("notes", "lamp", 9).unwrap().len()), (1, 0));
+    let rest = service.ingest("notes", &paths, &mut |_| {}).unwrap();
+    assert_eq!((rest.new, rest.chunks_cached, rest.chunks_computed), (3, 1, 2));
+}

@@ -1,0 +1,152 @@
+//! A running server, as the command line asks it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use engine::EngineError;
+use futures::StreamExt;
+use hyper::body::Incoming;
+use hyper::{Method, Request, Response, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+
+use super::cancel::Cancel;
+use super::command::Command;
+use super::event::{Event, Failure};
+use super::holder::{self, Holder, in_use};
+use super::wire::{Line, PATH, PROTOCOL, PROTOCOL_HEADER, ServerInfo, VERSION};
+use crate::error::{QuireError, Result};
+
+/// Time for a server to say who it is, and to begin an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest line of an answer, in bytes: a passage, an answer with its citations.
+const LONGEST_LINE: usize = 256 << 20;
+
+/// A server that was found and speaks as this program does.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    data_dir: PathBuf,
+    holder: Holder,
+    info: ServerInfo,
+}
+
+impl Remote {
+    /// Asks the server who it is.
+    ///
+    /// # Errors
+    /// [`QuireError::OtherVersion`]; [`QuireError::FolderInUse`] for one that cannot be asked.
+    pub fn meet(data_dir: &Path, holder: Holder) -> Result<Remote> {
+        let same = |version: &str, protocol| match (version, protocol) {
+            (VERSION, PROTOCOL) => Ok(()),
+            _ => Err(QuireError::OtherVersion { pid: holder.pid, found: version.into(), own: VERSION }),
+        };
+        same(&holder.version, holder.protocol)?;
+        let unreachable = |why: String| in_use(data_dir, &holder, format!("it cannot be asked: {why}"));
+        let socket = holder.socket.as_ref().ok_or_else(|| unreachable("it has no socket, as its log says".into()))?;
+        let failed = |e: std::io::Error| unreachable(format!("{}: {e}", socket.display()));
+        let text = runtime()?.block_on(async {
+            let asked = send(data_dir, Method::GET, Body::empty());
+            let answer = tokio::time::timeout(PATIENCE, async { whole(asked.await?).await }).await;
+            answer.unwrap_or_else(|_| Err(std::io::Error::other("it did not answer; it may be stopped")))
+        });
+        let text = text.map_err(failed)?;
+        let protocol = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+        let spoken = (protocol["version"].as_str().unwrap_or("unknown"), protocol["protocol"].as_u64());
+        same(spoken.0, spoken.1.and_then(|number| u32::try_from(number).ok()).unwrap_or_default())?;
+        let info = serde_json::from_slice(&text).map_err(|e| unreachable(format!("its answer cannot be read: {e}")))?;
+        Ok(Remote { data_dir: data_dir.into(), holder, info })
+    }
+
+    /// What it says of itself.
+    #[must_use]
+    pub fn info(&self) -> &ServerInfo {
+        &self.info
+    }
+
+    /// Has a command executed, as [`execute`](super::execute()) would here.
+    ///
+    /// # Errors
+    /// What the command failed with, in the words of the server; a server that went away.
+    pub fn run(&self, command: &Command, cancel: &Cancel, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+        let body = serde_json::to_vec(command)
+            .map_err(|e| QuireError::Internal(format!("a command cannot be written as JSON: {e}")))?;
+        runtime()?.block_on(async {
+            tokio::select! {
+                biased;
+                // The connection ends with this, and with it the work.
+                () = cancel.cancelled() => Err(EngineError::Cancelled.into()),
+                outcome = self.ask(body, on_event) => outcome,
+            }
+        })
+    }
+
+    async fn ask(&self, body: Vec<u8>, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+        let asked = tokio::time::timeout(PATIENCE, send(&self.data_dir, Method::POST, body.into())).await;
+        let asked = asked.unwrap_or_else(|_| Err(std::io::Error::other("it did not answer; it may be stopped")));
+        let response = asked.map_err(|e| in_use(&self.data_dir, &self.holder, format!("it cannot be asked: {e}")))?;
+        if response.status() != StatusCode::OK {
+            let text = whole(response).await.unwrap_or_default();
+            let failure: Failure =
+                serde_json::from_slice(&text).map_err(|_| self.lost("it answered nothing that this quire knows"))?;
+            return Err(refused(failure));
+        }
+        let mut stream = Body::new(response.into_body()).into_data_stream();
+        let mut unread = Vec::new();
+        loop {
+            let bytes = match stream.next().await {
+                Some(Ok(bytes)) => bytes,
+                Some(Err(_)) | None => return Err(self.lost("it ended, or was killed, before the command was done")),
+            };
+            unread.extend_from_slice(&bytes);
+            while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = unread.drain(..=end).collect();
+                match serde_json::from_slice(&line) {
+                    Ok(Line::Event(event)) => on_event(event),
+                    Ok(Line::Done) => return Ok(()),
+                    Ok(Line::Error(failure)) => return Err(refused(failure)),
+                    Err(e) => return Err(self.lost(&format!("what it says cannot be read: {e}"))),
+                }
+            }
+            if unread.len() > LONGEST_LINE {
+                return Err(self.lost("what it says does not end"));
+            }
+        }
+    }
+
+    fn lost(&self, why: &str) -> QuireError {
+        QuireError::ServerLost { pid: self.holder.pid, why: why.into() }
+    }
+}
+
+fn refused(failure: Failure) -> QuireError {
+    let Failure { message, exit_code, unreadable } = failure;
+    QuireError::Told { message, exit_code, unreadable }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    let failed = |source| QuireError::Io { action: "start the runtime for", path: "the running server".into(), source };
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)
+}
+
+/// Sends a request on a connection of its own and returns once the answer begins.
+async fn send(data_dir: &Path, method: Method, body: Body) -> std::io::Result<Response<Incoming>> {
+    let stream = tokio::net::UnixStream::from_std(holder::connect(data_dir)?)?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(std::io::Error::other)?;
+    tokio::spawn(connection);
+    let request = Request::builder()
+        .method(method)
+        .uri(PATH)
+        .header(header::HOST, "quire")
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(PROTOCOL_HEADER, PROTOCOL)
+        .body(body)
+        .map_err(std::io::Error::other)?;
+    sender.send_request(request).await.map_err(std::io::Error::other)
+}
+
+/// All of an answer that is short.
+async fn whole(response: Response<Incoming>) -> std::io::Result<Bytes> {
+    axum::body::to_bytes(Body::new(response.into_body()), 1 << 20).await.map_err(std::io::Error::other)
+}
