@@ -81,15 +81,16 @@ fn the_budget_is_the_stores_and_changes_when_ingesting_with_another() {
 }
 
 #[test]
-fn the_cache_is_looked_into_beside_a_running_server_and_verified_without_one() {
+fn the_cache_is_looked_into_and_verified_beside_a_running_server() {
     let dir = ingested();
     let data = dir.path().join("data");
     let alone = json(quire(&data).args(["cache", "stats", "--json"]));
     let server = Server::start(&data, &[]);
     let beside = json(quire(&data).args(["cache", "stats", "--json"]));
     assert_eq!((&beside["chunks"], &beside["in_use"]), (&alone["chunks"], &Value::from(true)));
-    fail(quire(&data).args(["cache", "verify"]), 1, &["already open", "stop the other"]);
-    fail(quire(&data).args(["cache", "evict", "--all"]), 1, &["already open"]);
+    fail(quire(&data).args(["cache", "verify", "--no-server"]), 1, &["process id", "Stop that one"]);
+    fail(quire(&data).args(["cache", "evict", "--all", "--no-server"]), 1, &["process id"]);
+    assert_eq!(json(quire(&data).args(["cache", "verify", "--json"]))["chunks"], alone["chunks"]);
     assert!(succeed(quire(&data).arg("doctor")).contains("in use"));
     drop(server);
     assert_eq!(json(quire(&data).args(["cache", "verify", "--json"]))["chunks"], alone["chunks"]);

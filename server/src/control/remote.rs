@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, BodyDataStream, Bytes};
 use engine::EngineError;
 use futures::StreamExt;
 use hyper::body::Incoming;
@@ -47,8 +47,17 @@ impl Remote {
         let failed = |e: std::io::Error| unreachable(format!("{}: {e}", socket.display()));
         let text = runtime()?.block_on(async {
             let asked = send(data_dir, Method::GET, Body::empty());
-            let answer = tokio::time::timeout(PATIENCE, async { whole(asked.await?).await }).await;
-            answer.unwrap_or_else(|_| Err(std::io::Error::other("it did not answer; it may be stopped")))
+            let answer = async {
+                let response = asked.await?;
+                let taken = response.status() == StatusCode::OK;
+                let text = whole(response).await?;
+                match serde_json::from_slice::<Failure>(&text) {
+                    Ok(failure) if !taken => Err(std::io::Error::other(failure.message)),
+                    _ => Ok(text),
+                }
+            };
+            let answer = tokio::time::timeout(PATIENCE, answer).await;
+            answer.unwrap_or_else(|_| Err(silent()))
         });
         let text = text.map_err(failed)?;
         let protocol = serde_json::from_slice::<Value>(&text).unwrap_or_default();
@@ -71,52 +80,75 @@ impl Remote {
     pub fn run(&self, command: &Command, cancel: &Cancel, on_event: &mut dyn FnMut(Event)) -> Result<()> {
         let body = serde_json::to_vec(command)
             .map_err(|e| QuireError::Internal(format!("a command cannot be written as JSON: {e}")))?;
-        runtime()?.block_on(async {
-            tokio::select! {
-                biased;
-                // The connection ends with this, and with it the work.
-                () = cancel.cancelled() => Err(EngineError::Cancelled.into()),
-                outcome = self.ask(body, on_event) => outcome,
+        let runtime = runtime()?;
+        let mut answer = runtime.block_on(unless(cancel, self.begin(body)))?;
+        loop {
+            // The connection ends when this returns, and with it the work.
+            match runtime.block_on(unless(cancel, answer.next()))? {
+                Line::Event(event) => on_event(event),
+                Line::Done => return Ok(()),
+                Line::Error(failure) => return Err(refused(failure)),
             }
-        })
+        }
     }
 
-    async fn ask(&self, body: Vec<u8>, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+    /// Sends a command, and returns once its answer begins.
+    async fn begin(&self, body: Vec<u8>) -> Result<Answer<'_>> {
         let asked = tokio::time::timeout(PATIENCE, send(&self.data_dir, Method::POST, body.into())).await;
-        let asked = asked.unwrap_or_else(|_| Err(std::io::Error::other("it did not answer; it may be stopped")));
+        let asked = asked.unwrap_or_else(|_| Err(silent()));
         let response = asked.map_err(|e| in_use(&self.data_dir, &self.holder, format!("it cannot be asked: {e}")))?;
         if response.status() != StatusCode::OK {
             let text = whole(response).await.unwrap_or_default();
-            let failure: Failure =
-                serde_json::from_slice(&text).map_err(|_| self.lost("it answered nothing that this quire knows"))?;
-            return Err(refused(failure));
+            let unknown = |_| self.lost("it answered nothing that this quire knows");
+            return Err(refused(serde_json::from_slice(&text).map_err(unknown)?));
         }
-        let mut stream = Body::new(response.into_body()).into_data_stream();
-        let mut unread = Vec::new();
-        loop {
-            let bytes = match stream.next().await {
-                Some(Ok(bytes)) => bytes,
-                Some(Err(_)) | None => return Err(self.lost("it ended, or was killed, before the command was done")),
-            };
-            unread.extend_from_slice(&bytes);
-            while let Some(end) = unread.iter().position(|&byte| byte == b'\n') {
-                let line: Vec<u8> = unread.drain(..=end).collect();
-                match serde_json::from_slice(&line) {
-                    Ok(Line::Event(event)) => on_event(event),
-                    Ok(Line::Done) => return Ok(()),
-                    Ok(Line::Error(failure)) => return Err(refused(failure)),
-                    Err(e) => return Err(self.lost(&format!("what it says cannot be read: {e}"))),
-                }
-            }
-            if unread.len() > LONGEST_LINE {
-                return Err(self.lost("what it says does not end"));
-            }
-        }
+        Ok(Answer { remote: self, stream: Body::new(response.into_body()).into_data_stream(), unread: Vec::new() })
     }
 
     fn lost(&self, why: &str) -> QuireError {
         QuireError::ServerLost { pid: self.holder.pid, why: why.into() }
     }
+}
+
+/// The lines of an answer as they come.
+struct Answer<'a> {
+    remote: &'a Remote,
+    stream: BodyDataStream,
+    unread: Vec<u8>,
+}
+
+impl Answer<'_> {
+    async fn next(&mut self) -> Result<Line> {
+        loop {
+            if let Some(end) = self.unread.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=end).collect();
+                return serde_json::from_slice(&line)
+                    .map_err(|e| self.remote.lost(&format!("what it says cannot be read: {e}")));
+            }
+            if self.unread.len() > LONGEST_LINE {
+                return Err(self.remote.lost("what it says does not end"));
+            }
+            match self.stream.next().await {
+                Some(Ok(bytes)) => self.unread.extend_from_slice(&bytes),
+                Some(Err(_)) | None => {
+                    return Err(self.remote.lost("it ended, or was killed, before the command was done"));
+                }
+            }
+        }
+    }
+}
+
+/// What `work` gives, unless it is given up before.
+async fn unless<T>(cancel: &Cancel, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        biased;
+        () = cancel.cancelled() => Err(EngineError::Cancelled.into()),
+        outcome = work => outcome,
+    }
+}
+
+fn silent() -> std::io::Error {
+    std::io::Error::other("it did not answer; it may be stopped")
 }
 
 fn refused(failure: Failure) -> QuireError {

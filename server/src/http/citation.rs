@@ -149,7 +149,7 @@ mod tests {
         ];
         let answer = Answer {
             text: "Ée 42".into(),
-            finish_reason: "stop",
+            finish_reason: "stop".into(),
             citations,
             stats: Stats::default(),
             notes: Vec::new(),

@@ -92,21 +92,21 @@ fn follow(mut answering: Answering, cancel: &Cancel, on_event: &mut dyn FnMut(Ev
     on_event(Event::Begun { notes: answering.notes().to_vec() });
     let failed = |e| QuireError::Internal(format!("an answer cannot be waited for: {e}"));
     let waiting = tokio::runtime::Builder::new_current_thread().build().map_err(failed)?;
-    waiting.block_on(async {
-        loop {
-            let piece = tokio::select! {
+    loop {
+        let piece = waiting.block_on(async {
+            tokio::select! {
                 biased;
-                () = cancel.cancelled() => return Err(EngineError::Cancelled.into()),
+                () = cancel.cancelled() => Some(Err(EngineError::Cancelled.into())),
                 piece = answering.next() => piece,
-            };
-            match piece {
-                Some(Ok(Piece::Text(text))) => on_event(Event::Text(text)),
-                Some(Ok(Piece::Done(answer))) => return Ok(*answer),
-                Some(Err(error)) => return Err(error),
-                None => return Err(QuireError::Internal("the engine ended an answer without saying so".into())),
             }
+        });
+        match piece {
+            Some(Ok(Piece::Text(text))) => on_event(Event::Text(text)),
+            Some(Ok(Piece::Done(answer))) => return Ok(*answer),
+            Some(Err(error)) => return Err(error),
+            None => return Err(QuireError::Internal("the engine ended an answer without saying so".into())),
         }
-    })
+    }
 }
 
 #[cfg(test)]
