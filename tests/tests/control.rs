@@ -104,7 +104,7 @@ fn commands_print_the_same_beside_a_server_as_alone() {
         &["ingest", "nowhere.txt"],
         &["ingest", "more/d000.txt", "more/absent.txt"],
         &["ingest", "more", "-c", ".."],
-        &["search", "buoy lamp"],
+        &["search", "gazetteer"],
         &["cache", "stats"],
         &["cache", "ls"],
         &["cache", "ls", "--json"],
