@@ -89,7 +89,12 @@ fn commands_print_the_same_beside_a_server_as_alone() {
     std::fs::write(dir.path().join("more/broken.txt"), b"\0").unwrap();
     let question = example().question;
     let absent = format!("{}-{}", "0".repeat(64), "0".repeat(32));
-    let steps: [&[&str]; 23] = [
+    let document = example().documents[0].clone();
+    let document = document.to_str().unwrap();
+    let steps: [&[&str]; 33] = [
+        &["ls"],
+        &["ls", "absent"],
+        &["collections", "--json"],
         &["search", "river"],
         &["search", "--json", "river", "--top-chunks", "3"],
         &["search", "qqqqq"],
@@ -110,6 +115,13 @@ fn commands_print_the_same_beside_a_server_as_alone() {
         &["cache", "ls", "--json"],
         &["cache", "verify"],
         &["cache", "verify", "--json", "--repair"],
+        &["rm", document, "absent.txt"],
+        &["rm", "--undo", document],
+        &["rm", "--undo", document],
+        &["collections"],
+        &["rm", document, "--now"],
+        &["reclaim"],
+        &["rm", "-c", "absent"],
         &["cache", "evict", "--key", &absent],
         &["cache", "evict", "--to-bytes", "2M"],
         &["cache", "evict", "--all", "--json"],
