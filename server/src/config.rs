@@ -101,11 +101,11 @@ const FOLDER: &[&str] = &[
 /// These use one collection.
 const COLLECTION: &[&str] = &["ingest", "ls", "rm", "search", "ask", "chat"];
 /// These read documents into a collection.
-const INGESTING: &[&str] = &["ingest"];
+const INGESTING: &[&str] = &["ingest", "serve"];
 /// These ask a running server.
 const ASKING: &[&str] = &["ingest", "ls", "rm", "collections", "reclaim", "search", "ask", "chat", "cache"];
 /// These cut documents into chunks.
-const SPLITTING: &[&str] = &["ingest", "demo", "bench"];
+const SPLITTING: &[&str] = &["ingest", "serve", "demo", "bench"];
 /// These decide how large the chunk store may become.
 const STORING: &[&str] = &["ingest", "serve", "doctor", "demo", "bench"];
 /// These look for chunks in the store.

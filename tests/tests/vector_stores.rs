@@ -136,6 +136,27 @@ fn files_that_were_attached_are_read_after_a_restart() {
 }
 
 #[test]
+fn a_lazy_server_has_files_found_at_once_and_computes_chunks_at_their_first_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(&dir.path().join("data"), &["--lazy", "--chunk-tokens", "64"]);
+    let document = &example().documents[0];
+    let text = std::fs::read_to_string(document).unwrap();
+    let file = upload(&server, document.file_name().unwrap().to_str().unwrap(), &text);
+    let store =
+        post(&server, "/v1/vector_stores", json!({"file_ids": [file]})).json()["id"].as_str().unwrap().to_string();
+    let path = format!("/v1/vector_stores/{store}/files/{file}");
+    eventually("the file is read", || server.get(&path).json()["status"] == "completed");
+    let size = &server.get(&path).json()["chunking_strategy"]["static"]["max_chunk_size_tokens"];
+    assert_eq!(size, 64);
+    let ask = || {
+        let body = json!({"messages": [{"role": "user", "content": example().question}], "max_tokens": 4,
+                          "quire": {"collection": store, "top_chunks": 3}});
+        server.chat(&body).json()["quire"]["stats"]["chunks_computed"].clone()
+    };
+    assert_eq!((ask(), ask()), (json!(3), json!(0)));
+}
+
+#[test]
 fn wrong_forms_are_refused_with_what_was_expected() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&dir.path().join("data"), &["--upload-limit-bytes", "100K"]);

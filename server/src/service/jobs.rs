@@ -13,6 +13,9 @@ use crate::error::{QuireError, Result};
 /// Time between two looks for what has expired.
 const EXPIRY: Duration = Duration::from_secs(30);
 
+/// Files of one store that are read in one go at most.
+const GROUP: usize = 256;
+
 /// Files that wait to be read.
 #[derive(Default)]
 pub(super) struct JobQueue {
@@ -29,7 +32,8 @@ struct State {
 
 /// What comes next.
 enum Next {
-    Read(String, String),
+    /// Files of one store.
+    Read(String, Vec<String>),
     Nothing,
     Stop,
 }
@@ -45,6 +49,12 @@ impl JobQueue {
         self.changed.notify_all();
     }
 
+    /// Files of a store that were taken and not read: they are the next.
+    fn put_back(&self, store: &str, files: &[String]) {
+        let mut state = self.lock();
+        files.iter().rev().for_each(|file| state.waiting.push_front((store.into(), file.clone())));
+    }
+
     fn is_stopped(&self) -> bool {
         self.lock().stopped
     }
@@ -53,11 +63,15 @@ impl JobQueue {
         let idle = |state: &mut State| !state.stopped && state.waiting.is_empty();
         let waited = self.changed.wait_timeout_while(self.lock(), patience, idle);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        match state.waiting.pop_front() {
-            _ if state.stopped => Next::Stop,
-            Some((store, file)) => Next::Read(store, file),
-            None => Next::Nothing,
+        if state.stopped {
+            return Next::Stop;
         }
+        let Some((store, first)) = state.waiting.pop_front() else { return Next::Nothing };
+        let mut files = vec![first];
+        while files.len() < GROUP && state.waiting.front().is_some_and(|(next, _)| *next == store) {
+            files.extend(state.waiting.pop_front().map(|(_, file)| file));
+        }
+        Next::Read(store, files)
     }
 }
 
@@ -84,7 +98,7 @@ impl Service {
                 looked = Some(Instant::now());
             }
             match self.jobs.next(EXPIRY) {
-                Next::Read(store, file) => self.read_guarded(&store, &file),
+                Next::Read(store, files) => self.read_guarded(&store, &files),
                 Next::Nothing => {}
                 Next::Stop => return,
             }
@@ -97,17 +111,17 @@ impl Service {
         self.jobs.changed.notify_all();
     }
 
-    /// A file that cannot be read, or at which something panics, costs nothing but itself.
-    fn read_guarded(&self, store: &str, file: &str) {
+    /// Files that cannot be read cost nothing but themselves.
+    fn read_guarded(&self, store: &str, files: &[String]) {
         let wanted = || !self.jobs.is_stopped();
-        let read = catch_unwind(AssertUnwindSafe(|| self.read_attachment(store, file, &wanted)));
+        let read = catch_unwind(AssertUnwindSafe(|| self.read_attachments(store, files, &wanted)));
         let problem = match read {
-            Ok(Ok(())) => return,
+            Ok(Ok(read)) => return self.jobs.put_back(store, &files[read..]),
             Ok(Err(error)) => error,
-            Err(_) => QuireError::Internal("reading an attached file panicked".into()),
+            Err(_) => QuireError::Internal("keeping attached files panicked".into()),
         };
-        if let Err(error) = self.fail_attachment(store, file, &problem) {
-            tracing::error!(%error, store, file, "what became of an attached file could not be written");
+        if let Err(error) = self.fail_attachments(store, files, &problem) {
+            tracing::error!(%error, %problem, store, "what became of attached files could not be written");
         }
     }
 
@@ -133,16 +147,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_read_in_the_order_in_which_they_were_attached_until_work_is_stopped() {
+    fn files_of_a_store_are_read_together_in_the_order_in_which_they_were_attached_until_work_is_stopped() {
         let queue = JobQueue::default();
-        queue.push("s", "a");
-        queue.push("t", "b");
-        for expected in ["a", "b"] {
-            assert!(matches!(queue.next(Duration::ZERO), Next::Read(_, file) if file == expected));
+        for (store, file) in [("s", "a"), ("s", "b"), ("t", "c"), ("s", "d")] {
+            queue.push(store, file);
         }
-        assert!(matches!(queue.next(Duration::ZERO), Next::Nothing));
-        queue.push("s", "c");
+        let next = || match queue.next(Duration::ZERO) {
+            Next::Read(store, files) => format!("{store} {}", files.join(" ")),
+            Next::Nothing => "nothing".into(),
+            Next::Stop => "stop".into(),
+        };
+        assert_eq!(next(), "s a b");
+        queue.put_back("s", &["b".into()]);
+        assert_eq!([next(), next(), next(), next()], ["s b", "t c", "s d", "nothing"]);
+        queue.push("s", "e");
         queue.lock().stopped = true;
-        assert!(matches!(queue.next(Duration::from_secs(60)), Next::Stop) && queue.is_stopped());
+        assert!(next() == "stop" && queue.is_stopped());
     }
 }

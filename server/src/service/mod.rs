@@ -110,6 +110,8 @@ pub struct Service {
     /// Tokens behind every chunk's text.
     chunk_suffix: Vec<u32>,
     data_dir: std::path::PathBuf,
+    /// How files that clients attach are ingested.
+    ingesting: IngestOptions,
     jobs: jobs::JobQueue,
     /// Held by whoever changes a file of a vector store: row and document change together.
     attaching: std::sync::Mutex<()>,
@@ -161,6 +163,7 @@ impl Service {
             library,
             metrics: std::sync::Arc::new(Metrics::new(&settings.metrics_prefix, &model)),
             data_dir: settings.data_dir.clone(),
+            ingesting: settings.ingesting()?,
             jobs: jobs::JobQueue::default(),
             attaching: std::sync::Mutex::default(),
             chunk_suffix,

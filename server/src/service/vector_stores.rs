@@ -167,7 +167,7 @@ impl Service {
     pub fn create_store(&self, settings: StoreSettings, files: &[(String, AttachRequest)]) -> Result<VectorStore> {
         self.check_files(files)?;
         let id = new_id(STORE_PREFIX);
-        self.library.collection_or_new(&id)?;
+        self.library.collection_or_new_in(&id, self.ingesting.language.clone())?;
         let row = StoreRow { settings, last_active: Some(now()), expired: false };
         let info = self.library.writable()?.update_collection(&id, |info| row.put(&mut info.attributes))?;
         let info = info.ok_or_else(|| QuireError::Internal(format!("store {id} was made and is gone")))?;
@@ -219,9 +219,10 @@ impl Service {
     /// # Errors
     /// As [`store_by_id`](Self::store_by_id); those of a failed write.
     pub fn delete_store(&self, id: &str) -> Result<()> {
+        let _changing = self.attaching();
         let info = self.store_info(id)?;
-        self.clear_store(&info)?;
         self.library.purge_collection(&info.name)?;
+        self.forget_rows(id)?;
         self.let_chunks_go();
         Ok(())
     }
@@ -331,6 +332,7 @@ impl Service {
             if row.expired || !row.is_expired(&info) {
                 continue;
             }
+            let _changing = self.attaching();
             self.clear_store(&info)?;
             let mark = |info: &mut CollectionInfo| StoreRow { expired: true, ..row.clone() }.put(&mut info.attributes);
             self.library.writable()?.update_collection(&info.name, mark)?;

@@ -106,6 +106,19 @@ impl Catalog {
         Ok(removed.value)
     }
 
+    /// Removes several records, all or none; those that are not there are no error.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change).
+    pub fn remove_records(&self, kind: RecordKind, ids: &[String]) -> Result<()> {
+        self.change(|transaction| {
+            let batch = transaction.batch();
+            ids.iter().for_each(|id| batch.delete(kind.family(), id.clone().into_bytes()));
+            Ok(())
+        })?;
+        Ok(())
+    }
+
     /// A record by its id.
     ///
     /// # Errors

@@ -202,9 +202,8 @@ pub(super) fn attributes_of(document: &DocumentInfo, file: &str) -> Attributes {
     kept.and_then(Value::as_object).cloned().unwrap_or_default()
 }
 
-/// A document's attributes with those of one of its files, or without them.
-pub(super) fn with_attributes(document: Option<&DocumentInfo>, file: &str, kept: Option<&Attributes>) -> Attributes {
-    let mut all = document.map(|document| document.attributes.clone()).unwrap_or_default();
+/// The attributes of a document with those of one of its files, or without them.
+pub(super) fn with_attributes(mut all: Attributes, file: &str, kept: Option<&Attributes>) -> Attributes {
     let files = all.entry(FILES).or_insert_with(|| Value::Object(Map::new()));
     if let Value::Object(files) = files {
         match kept {
@@ -223,4 +222,9 @@ pub(super) fn all_keys() -> String {
 /// A file that was attached to a store.
 pub(super) fn find(catalog: &Catalog, store: &str, file: &str) -> Result<Option<Attachment>> {
     Ok(catalog.record(RecordKind::Job, &key(store, file))?.as_ref().and_then(Attachment::from_record))
+}
+
+/// A file that was attached to a store and waits to be read.
+pub(super) fn find_waiting(catalog: &Catalog, store: &str, file: &str) -> Result<Option<Attachment>> {
+    Ok(find(catalog, store, file)?.filter(|found| found.state == AttachmentState::InProgress))
 }

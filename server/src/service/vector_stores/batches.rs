@@ -1,6 +1,6 @@
 //! Files that were attached to a vector store together.
 
-use documents::{Catalog, JobRecord, RecordKind};
+use documents::{JobRecord, RecordKind};
 use serde_json::json;
 
 use super::super::ids::{is_id, new_id};
@@ -29,7 +29,12 @@ pub struct Batch {
 }
 
 fn key(store: &str, batch: &str) -> String {
-    format!("{BATCH}/{store}/{batch}")
+    format!("{}{batch}", batches_of(store))
+}
+
+/// What the ids of the rows of a store's batches begin with.
+pub(super) fn batches_of(store: &str) -> String {
+    format!("{BATCH}/{store}/")
 }
 
 /// The ids of a batch's files.
@@ -128,13 +133,5 @@ impl Service {
             }
         }
         Ok(files)
-    }
-
-    /// Removes what is known of the batches of a store.
-    pub(super) fn forget_batches(&self, catalog: &Catalog, store: &str) -> Result<()> {
-        for record in catalog.records_under(RecordKind::Job, &key(store, ""))? {
-            catalog.remove_record(RecordKind::Job, &record.id)?;
-        }
-        Ok(())
     }
 }

@@ -5,12 +5,15 @@ use documents::{Attributes, Catalog, Collection, CollectionInfo, DocumentId, Doc
 use super::super::files::FILE_PREFIX;
 use super::super::ids::is_id;
 use super::attachments::{all_keys, find, key, with_attributes};
+use super::batches::batches_of;
 use super::{
     AttachRequest, Attachment, AttachmentState, Chunking, Page, PageRequest, Service, attached_name, plain_documents,
     store_id,
 };
 use crate::error::{QuireError, Result};
 
+/// Documents that are removed at a time.
+const PURGED_AT_A_TIME: usize = 1000;
 /// What a document's id begins with.
 const DOCUMENT_PREFIX: &str = "doc_";
 
@@ -191,17 +194,26 @@ impl Service {
         Ok(())
     }
 
-    /// Takes everything out of a store.
+    /// Takes everything out of a store, for whoever [is changing](Self::attaching) them.
     pub(super) fn clear_store(&self, info: &CollectionInfo) -> Result<()> {
-        let store = store_id(info);
+        let collection = self.library.collection(&info.name)?;
+        let mut ids: Vec<DocumentId> =
+            collection.catalog().names(info.id, None, usize::MAX)?.into_iter().map(|(_, id)| id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        self.purge_documents(&collection, &ids)?;
+        self.forget_rows(&store_id(info))
+    }
+
+    /// Removes the rows of everything that was attached to a store whose documents are gone.
+    pub(super) fn forget_rows(&self, store: &str) -> Result<()> {
         let catalog = self.library.writable()?;
-        let _changing = self.attaching();
-        for attachment in self.attachments(&catalog, &store)? {
-            self.remove(info, &attachment)?;
+        for rows in [key(store, ""), batches_of(store)] {
+            let ids: Vec<String> =
+                catalog.records_under(RecordKind::Job, &rows)?.into_iter().map(|record| record.id).collect();
+            catalog.remove_records(RecordKind::Job, &ids)?;
         }
-        let plain = plain_documents(&catalog, info)?;
-        self.purge_documents(&*self.library.collection(&info.name)?, &plain)?;
-        self.forget_batches(&catalog, &store)
+        Ok(())
     }
 
     fn remove(&self, info: &CollectionInfo, attachment: &Attachment) -> Result<()> {
@@ -235,7 +247,7 @@ impl Service {
         if document.names.len() < 2 {
             return self.purge_documents(collection, &[document.id]);
         }
-        let left = with_attributes(Some(&document), &attachment.file, None);
+        let left = with_attributes(document.attributes, &attachment.file, None);
         collection.writer()?.change(|transaction, info| {
             transaction.remove_name(info, &name)?;
             transaction.set_attributes(&document.id, left)?;
@@ -249,7 +261,10 @@ impl Service {
         if ids.is_empty() {
             return Ok(());
         }
-        collection.catalog().purge(ids)?;
+        // A transaction is held in memory.
+        for some in ids.chunks(PURGED_AT_A_TIME) {
+            collection.catalog().purge(some)?;
+        }
         collection.writer()?.catch_up()?;
         self.let_chunks_go();
         Ok(())
@@ -263,7 +278,7 @@ impl Service {
             _ => collection.document_info(&attachment.document_name())?,
         };
         let Some(document) = document else { return Ok(()) };
-        let all = with_attributes(Some(&document), &attachment.file, Some(&attachment.attributes));
+        let all = with_attributes(document.attributes, &attachment.file, Some(&attachment.attributes));
         collection.writer()?.change(|transaction, _| transaction.set_attributes(&document.id, all).map(drop))?;
         Ok(())
     }

@@ -1,51 +1,97 @@
-//! Attached files are read in the background, one after the other, and become documents of their store.
+//! Attached files are read in the background, one after the other, and become documents of their store, in groups.
 
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use documents::{Catalog, Document, JobError, Limits, NewDocument, NewPassage, RecordKind};
+use documents::{
+    Attributes, Catalog, Document, DocumentId, JobError, JobRecord, Limits, NewDocument, NewPassage, RecordKind,
+};
 use engine::EngineError;
 
-use super::attachments::{all_keys, find, with_attributes};
+use super::attachments::{all_keys, find_waiting, with_attributes};
 use super::{Attachment, AttachmentState, Chunking, Service, StaticChunking};
 use crate::error::{QuireError, Result};
 use crate::store::Origin;
 
+/// How long a file that was read waits for others to be committed with it, and bytes of their texts, about: a commit costs as
+/// much as reading many small files.
+const GROUP_TIME: Duration = Duration::from_secs(2);
+const GROUP_BYTES: usize = 16 << 20;
+
 impl Service {
-    /// Reads an attached file and makes it a document of its store; given up once `wanted` says no: then it stays in progress.
-    pub(in crate::service) fn read_attachment(&self, store: &str, file: &str, wanted: &dyn Fn() -> bool) -> Result<()> {
+    /// Reads attached files of a store and makes them documents of it, all that it takes some two seconds to read; says how many
+    /// of `files` these are. Once `wanted` says no, what is not read stays in progress.
+    pub(in crate::service) fn read_attachments(
+        &self,
+        store: &str,
+        files: &[String],
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<usize> {
         let catalog = self.library.writable()?;
-        let waits = |catalog: &Catalog| -> Result<Option<Attachment>> {
-            Ok(find(catalog, store, file)?.filter(|found| found.state == AttachmentState::InProgress))
-        };
-        let Some(attachment) = waits(&catalog)? else { return Ok(()) };
-        let still_waits = || wanted() && waits(&catalog).is_ok_and(|found| found.is_some());
-        let outcome = self.prepare_attachment(&attachment, &still_waits);
-        let _changing = self.attaching();
-        // It may have been taken out meanwhile, or have got other attributes; one that is to be cut otherwise has another turn.
-        let as_it_was = |found: &Attachment| found.chunking == attachment.chunking;
-        let Some(attachment) = waits(&catalog)?.filter(as_it_was) else { return Ok(()) };
-        let outcome = match outcome {
-            Err(_) if !wanted() => return Ok(()),
-            Ok(document) => self.keep_attachment(&attachment, document),
-            Err(error) => Err(error),
-        };
-        let ended = match outcome {
-            Ok(bytes) => Attachment { state: AttachmentState::Completed, bytes, ..attachment },
-            Err(error) => {
-                let last_error = Some(failure(&error, &attachment));
-                Attachment { state: AttachmentState::Failed, last_error, ..attachment }
+        let (mut read, mut bytes) = (Vec::new(), 0);
+        let since = Instant::now();
+        for (index, file) in files.iter().enumerate() {
+            if bytes >= GROUP_BYTES || since.elapsed() >= GROUP_TIME {
+                self.end_reading(&catalog, store, read)?;
+                return Ok(index);
             }
-        };
-        Ok(catalog.put_record(RecordKind::Job, &ended.record())?)
+            let Some(attachment) = find_waiting(&catalog, store, file)? else { continue };
+            let still_wanted = || wanted() && find_waiting(&catalog, store, file).is_ok_and(|found| found.is_some());
+            let prepare = || self.prepare_attachment(&attachment, &still_wanted);
+            // A file at which something panics costs nothing but itself.
+            let outcome = catch_unwind(AssertUnwindSafe(prepare))
+                .unwrap_or_else(|_| Err(QuireError::Internal("reading an attached file panicked".into())));
+            if !wanted() {
+                break;
+            }
+            bytes += outcome.as_ref().map_or(0, |document| document.text.len());
+            read.push((attachment, outcome));
+        }
+        self.end_reading(&catalog, store, read)?;
+        Ok(files.len())
     }
 
-    /// Reads a file, cuts it and computes the state of its chunks.
+    /// Puts what was read into the collection, and says of each file what became of it.
+    fn end_reading(&self, catalog: &Catalog, store: &str, read: Vec<(Attachment, Result<NewDocument>)>) -> Result<()> {
+        let _changing = self.attaching();
+        let (mut documents, mut ended) = (Vec::new(), Vec::new());
+        for (attachment, outcome) in read {
+            // It may have been taken out meanwhile, or have got other attributes; one that is to be cut otherwise has another turn.
+            let as_it_was = |found: &Attachment| found.chunking == attachment.chunking;
+            let Some(attachment) = find_waiting(catalog, store, &attachment.file)?.filter(as_it_was) else { continue };
+            match outcome {
+                Ok(document) => documents.push((attachment, document)),
+                Err(error) => ended.push(failed(attachment, &error)),
+            }
+        }
+        // Where all of them together fail, each is tried for itself.
+        let together = self.keep_attachments(store, &documents);
+        for (attachment, document) in &documents {
+            let outcome = match &together {
+                Ok(()) => Ok(()),
+                Err(_) => self.keep_attachments(store, &[(attachment.clone(), document.clone())]),
+            };
+            let (state, bytes) = (AttachmentState::Completed, document.text.len() as u64);
+            ended.push(match outcome {
+                Ok(()) => Attachment { state, bytes, ..attachment.clone() },
+                Err(error) => failed(attachment.clone(), &error),
+            });
+        }
+        let records: Vec<JobRecord> = ended.iter().map(Attachment::record).collect();
+        Ok(catalog.put_records(RecordKind::Job, &records)?)
+    }
+
+    /// Reads a file, cuts it and computes the state of its chunks, unless that is left to their first use.
     fn prepare_attachment(&self, attachment: &Attachment, wanted: &dyn Fn() -> bool) -> Result<NewDocument> {
         let (file, content) = self.file_content(&attachment.file, "file_id")?;
         let document = Document::from_bytes(Path::new(&file.filename), content.whole(Document::LIMIT + 1)?)?;
         let limits = self.limits_of(attachment.chunking);
         let passages = self.passages_of(&document, limits)?;
-        self.compute_ahead(&passages, wanted)?;
+        if !self.ingesting.lazy {
+            self.compute_ahead(&passages, wanted)?;
+        }
         Ok(NewDocument {
             name: attachment.document_name(),
             fingerprint: self.split_fingerprint(document.format, limits),
@@ -93,20 +139,30 @@ impl Service {
         StaticChunking { max_tokens: self.limits.tokens + self.chunk_suffix.len(), overlap: self.limits.overlap }
     }
 
-    /// Puts what was read of a file into the collection; returns its bytes.
-    fn keep_attachment(&self, attachment: &Attachment, document: NewDocument) -> Result<u64> {
-        let collection = self.library.collection(&self.store_info(&attachment.store)?.name)?;
-        let bytes = document.text.len() as u64;
-        let catalog = self.library.writable()?;
+    /// Puts documents of attached files into the collection of a store, all or none.
+    fn keep_attachments(&self, store: &str, read: &[(Attachment, NewDocument)]) -> Result<()> {
+        if read.is_empty() {
+            return Ok(());
+        }
+        let collection = self.library.collection(&self.store_info(store)?.name)?;
+        let catalog = collection.catalog();
         collection.writer()?.change(|transaction, info| {
-            let outcome = transaction.put(info, &document)?;
-            // A document of this text may be there, of other files.
-            let known = catalog.document(&outcome.id)?;
-            let all = with_attributes(known.as_ref(), &attachment.file, Some(&attachment.attributes));
-            transaction.set_attributes(&outcome.id, all).map(drop)
+            let mut changed: HashMap<DocumentId, Attributes> = HashMap::new();
+            for (attachment, document) in read {
+                let id = transaction.put(info, document)?.id;
+                // A document of this text may be there, of other files, also of others of these.
+                let known = match changed.remove(&id) {
+                    Some(known) => known,
+                    None => catalog.document(&id)?.map(|document| document.attributes).unwrap_or_default(),
+                };
+                let all = with_attributes(known, &attachment.file, Some(&attachment.attributes));
+                transaction.set_attributes(&id, all.clone())?;
+                changed.insert(id, all);
+            }
+            Ok(())
         })?;
         self.let_chunks_go();
-        Ok(bytes)
+        Ok(())
     }
 
     /// The files that wait to be read, the oldest first.
@@ -119,15 +175,26 @@ impl Service {
         Ok(waiting.into_iter().map(|attachment| (attachment.store, attachment.file)).collect())
     }
 
-    /// Says that reading a file ended without an end, as by a panic.
-    pub(in crate::service) fn fail_attachment(&self, store: &str, file: &str, problem: &QuireError) -> Result<()> {
+    /// Says of files that wait that they could not be read, as nothing could be.
+    pub(in crate::service) fn fail_attachments(
+        &self,
+        store: &str,
+        files: &[String],
+        problem: &QuireError,
+    ) -> Result<()> {
         let catalog = self.library.writable()?;
         let _changing = self.attaching();
-        let Some(found) = find(&catalog, store, file)? else { return Ok(()) };
-        let last_error = Some(failure(problem, &found));
-        let failed = Attachment { state: AttachmentState::Failed, last_error, ..found };
-        Ok(catalog.put_record(RecordKind::Job, &failed.record())?)
+        let mut records = Vec::new();
+        for file in files {
+            records.extend(find_waiting(&catalog, store, file)?.map(|found| failed(found, problem).record()));
+        }
+        Ok(catalog.put_records(RecordKind::Job, &records)?)
     }
+}
+
+fn failed(attachment: Attachment, problem: &QuireError) -> Attachment {
+    let last_error = Some(failure(problem, &attachment));
+    Attachment { state: AttachmentState::Failed, last_error, ..attachment }
 }
 
 /// What a client is told of a file that could not be read: what is wrong with it, and nothing of this machine.
