@@ -11,7 +11,7 @@ use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
@@ -28,6 +28,8 @@ const BLOCK: usize = 4096;
 const PIECE: usize = 128 << 10;
 /// Files that are held open.
 const MOST_OPEN: usize = 64;
+/// Bytes of memory that is kept for the next reads: what the allocator gives anew has to be cleared by the system first.
+const MOST_KEPT: usize = 64 << 20;
 
 /// Bytes before a value in its block: lengths of the key's shared and own parts and of the value, then the key with its eight
 /// bytes of sequence number and type.
@@ -110,6 +112,54 @@ impl OpenFiles {
     }
 }
 
+/// Memory of earlier reads that nobody holds any more.
+#[derive(Default)]
+pub(crate) struct ReadBuffers(Mutex<Vec<Vec<u8>>>);
+
+impl ReadBuffers {
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An empty buffer that has room for so many bytes, and not for very many more.
+    fn take(&self, length: usize) -> Vec<u8> {
+        let mut kept = self.lock();
+        let fits = |buffer: &Vec<u8>| (length..=2 * length).contains(&buffer.capacity());
+        match kept.iter().rposition(fits) {
+            Some(at) => kept.swap_remove(at),
+            None => Vec::with_capacity(length),
+        }
+    }
+
+    fn give_back(&self, mut buffer: Vec<u8>) {
+        buffer.clear();
+        let mut kept = self.lock();
+        kept.push(buffer);
+        // The oldest go first, so that sizes that are no longer read do not stay.
+        while kept.iter().map(Vec::capacity).sum::<usize>() > MOST_KEPT {
+            kept.remove(0);
+        }
+    }
+}
+
+/// What was read, in memory that goes back when nobody holds it any more.
+struct Lent {
+    bytes: Vec<u8>,
+    to: Arc<ReadBuffers>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.to.give_back(std::mem::take(&mut self.bytes));
+    }
+}
+
 impl Core {
     /// Keys and values of one layer from the file itself; `None` where RocksDB has to be asked, whatever the reason.
     pub(crate) fn read_directly(&self, key: &ChunkKey, entry: &Entry, shape: &KvShape, layer: u32) -> Option<LayerKv> {
@@ -124,21 +174,21 @@ impl Core {
             (first, state.segments.get(&first)?.path.clone()?)
         };
         let file = self.files.get(first, &path)?;
-        let (bytes, crc) = read_checked(&file, entry.offset + u64::from(layer) * stride(length), length)?;
-        let found = format::decode_header(&bytes).ok()?;
+        let mut lent = Lent { bytes: self.buffers.take(length), to: Arc::clone(&self.buffers) };
+        let crc = read_checked(&file, entry.offset + u64::from(layer) * stride(length), length, &mut lent.bytes)?;
+        let found = format::decode_header(&lent.bytes).ok()?;
         found.check(&layer_header(key, shape, entry.tokens, layer)).ok()?;
         if found.payload_crc != crc {
             return None;
         }
-        let mut keys = Bytes::from(bytes).split_off(HEADER_LEN);
+        let mut keys = Bytes::from_owner(lent).split_off(HEADER_LEN);
         let values = keys.split_off(side);
         Some(LayerKv { keys, values })
     }
 }
 
-/// So many bytes from there, and the crc32c of those behind the header.
-fn read_checked(file: &File, offset: u64, length: usize) -> Option<(Vec<u8>, u32)> {
-    let mut bytes = Vec::with_capacity(length);
+/// Reads so many bytes from there into an empty buffer with room for them. Returns the crc32c of those behind the header.
+fn read_checked(file: &File, offset: u64, length: usize, bytes: &mut Vec<u8>) -> Option<u32> {
     let mut crc = 0;
     while bytes.len() < length {
         let start = bytes.len();
@@ -153,7 +203,7 @@ fn read_checked(file: &File, offset: u64, length: usize) -> Option<(Vec<u8>, u32
         // SAFETY: so many bytes of the spare capacity were filled.
         unsafe { bytes.set_len(start + count) };
     }
-    Some((bytes, crc))
+    Some(crc)
 }
 
 #[cfg(test)]
@@ -166,6 +216,21 @@ mod tests {
         assert_eq!(before(12, (1 << 14) - 1), 1 + 1 + 2 + 20);
         assert_eq!(before(12, 1 << 14), 1 + 1 + 3 + 20);
         assert_eq!(stride(1 << 20), 25 + (1 << 20) + 13);
+    }
+
+    #[test]
+    fn buffers_are_used_again_and_only_so_many_are_kept() {
+        let buffers = Arc::new(ReadBuffers::default());
+        let first = Lent { bytes: buffers.take(1000), to: Arc::clone(&buffers) };
+        let place = first.bytes.as_ptr();
+        drop(first);
+        let again = buffers.take(900);
+        assert_eq!(again.as_ptr(), place);
+        assert_eq!(buffers.lock().len(), 0);
+        (0..5).for_each(|_| buffers.give_back(Vec::with_capacity(MOST_KEPT / 3)));
+        assert_eq!(buffers.lock().len(), 3);
+        // One that is much too large stays for those who need it.
+        assert!(buffers.take(10).capacity() < 1000);
     }
 
     #[test]

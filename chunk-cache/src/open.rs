@@ -119,6 +119,7 @@ impl ChunkStore {
             catalogue: Arc::new(Catalogue::new(state)),
             mailbox: Mailbox::default(),
             files: OpenFiles::default(),
+            buffers: Arc::default(),
         });
         let writer = match access {
             Access::Read => None,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, Change, Family, Sync, payload_key, write_payload_file};
 use crate::catalogue::{Catalogue, Entry, Segment, State};
-use crate::direct::{OpenFiles, chunk_offset};
+use crate::direct::{OpenFiles, ReadBuffers, chunk_offset};
 use crate::disk::{Reserve, free_bytes};
 use crate::error::StoreError;
 use crate::eviction::SegmentBytes;
@@ -32,6 +32,7 @@ pub(crate) struct Core {
     pub(crate) mailbox: Mailbox,
     pub(crate) reserve: Reserve,
     pub(crate) files: OpenFiles,
+    pub(crate) buffers: Arc<ReadBuffers>,
 }
 
 /// Fails whatever is left when the writer ends, as it does in a panic.
