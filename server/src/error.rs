@@ -145,8 +145,7 @@ pub enum QuireError {
 
     /// The data folder belongs to another process.
     #[error(
-        "data folder {}: {by} has it: {why}. Stop that one, ask it (leave --no-server out), or choose another folder with \
-         --data-dir", path.display()
+        "data folder {} is in use by {by}: {why}. Stop that one, or choose another folder with --data-dir", path.display()
     )]
     FolderInUse {
         /// The folder.

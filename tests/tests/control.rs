@@ -200,6 +200,29 @@ fn a_conversation_is_the_same_and_remembers_its_turns() {
 }
 
 #[test]
+fn a_conversation_whose_server_ends_says_so() {
+    let dir = ingested();
+    let data = dir.path().join("data");
+    let mut server = Server::start(&data, &[]);
+    let mut command = quire(&data);
+    let (mut child, mut stdout) = begin(command.args(["chat", "--json", "--max-tokens", "4"]).stdin(Stdio::piped()));
+    let mut typed = child.stdin.take().unwrap();
+    typed.write_all(b"Who keeps the key?\n").unwrap();
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert!(line.contains("\"turn\":1"), "{line}");
+    server.child.kill().unwrap();
+    server.wait();
+    typed.write_all(b"And who else?\n").unwrap();
+    drop(typed);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    let (code, stderr) = end(child);
+    assert_eq!(code, Some(1), "{rest}{stderr}");
+    assert!(stderr.contains(&server.child.id().to_string()) && stderr.contains("it has ended"), "{stderr}");
+}
+
+#[test]
 fn three_commands_at_once_go_on_beside_an_answer_over_http() {
     let dir = ingested();
     let data = dir.path().join("data");

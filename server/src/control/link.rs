@@ -36,9 +36,11 @@ impl Link {
         if !settings.server {
             return match beside {
                 true => alone(need),
-                false => {
-                    Err(holder::in_use(&settings.data_dir, &holder, "--no-server keeps it from being asked".into()))
-                }
+                false => Err(holder::in_use(
+                    &settings.data_dir,
+                    &holder,
+                    "--no-server keeps it from being asked; leave that out".into(),
+                )),
             };
         }
         let met = Remote::meet(&settings.data_dir, holder).and_then(|remote| {

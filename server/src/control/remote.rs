@@ -96,7 +96,10 @@ impl Remote {
     async fn begin(&self, body: Vec<u8>) -> Result<Answer<'_>> {
         let asked = tokio::time::timeout(PATIENCE, send(&self.data_dir, Method::POST, body.into())).await;
         let asked = asked.unwrap_or_else(|_| Err(silent()));
-        let response = asked.map_err(|e| in_use(&self.data_dir, &self.holder, format!("it cannot be asked: {e}")))?;
+        let response = asked.map_err(|e| match holder::find(&self.data_dir) {
+            Ok(None) => self.lost("it has ended"),
+            _ => in_use(&self.data_dir, &self.holder, format!("it cannot be asked: {e}")),
+        })?;
         if response.status() != StatusCode::OK {
             let text = whole(response).await.unwrap_or_default();
             let unknown = |_| self.lost("it answered nothing that this quire knows");
