@@ -10,6 +10,8 @@ pub mod data_dir;
 mod directory;
 mod error;
 mod ingest;
+#[cfg(test)]
+mod properties;
 mod search;
 mod split;
 

@@ -9,6 +9,7 @@ use clap_complete::Shell;
 use engine::Strategy;
 use eval::CheckpointShape;
 
+use super::bench_library::LibraryArgs;
 use super::eval::EvalArgs;
 use super::store_args::{CrashArgs, StoreArgs};
 use crate::config::{Bytes, Named, SettingsArgs};
@@ -368,6 +369,8 @@ pub enum BenchCommand {
     },
     /// Kill an ingest at random moments and check what is left
     Crash(CrashArgs),
+    /// How soon many small notes can be searched
+    Library(LibraryArgs),
     /// Finding passages: recall over questions whose passages are known, and the time of an enormous query
     Search {
         /// Passages with questions: SQuAD's format, or a list of ctxs, question and answers; may be repeated

@@ -15,6 +15,7 @@ use eval::{
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
 use super::bench_http::{HttpOptions, http_bench};
+use super::bench_library::library_bench;
 use super::bench_load;
 use super::bench_search::{SearchBenchOptions, search_bench};
 use super::crash::{CrashOptions, crash_drill};
@@ -127,6 +128,11 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 CrashCase::Bitflips => drilled(with_progress(out, |p| Ok(drill_bitflips(&drill(flips), p)?))?, out),
                 CrashCase::FullDisk => drilled(with_progress(out, |p| Ok(drill_full_disk(&drill(rounds), p)?))?, out),
             }
+        }
+        BenchCommand::Library(args) => {
+            let report = library_bench(settings, args.notes, &output(&args.records)?, &mut |news| out.note(news))?;
+            print(&report, &report.table(), out);
+            Ok(())
         }
         BenchCommand::Search { data, words, repeats, records } => {
             let options = SearchBenchOptions { data, words, repeats, output: output(&records)? };

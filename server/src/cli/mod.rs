@@ -6,6 +6,7 @@ mod ask;
 mod asking;
 mod bench;
 mod bench_http;
+mod bench_library;
 mod bench_load;
 mod bench_search;
 mod cache;

@@ -25,6 +25,9 @@ impl DocumentId {
         DocumentId(rand::random())
     }
 
+    /// Bytes of one.
+    pub(crate) const LENGTH: usize = BYTES;
+
     pub(crate) fn bytes(&self) -> &[u8; BYTES] {
         &self.0
     }

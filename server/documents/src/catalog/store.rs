@@ -20,7 +20,7 @@ pub(crate) enum Family {
     Collections,
     /// A document's id -> [`super::DocumentInfo`].
     Documents,
-    /// Collection, 0 (1: removed), name -> a document's id.
+    /// Collection, 0, name -> a document's id. Collection, 1, removed name -> a document's id, BLAKE3 of its text.
     Names,
     /// Collection, format, BLAKE3 of a text -> the id of the document that has it.
     Contents,

@@ -220,7 +220,7 @@ impl<'a> Transaction<'a> {
         }
         info.names.retain(|known| known != name);
         self.batch.delete(Family::Names, keys::name(collection.id, false, name));
-        self.batch.put(Family::Names, keys::name(collection.id, true, name), id.bytes().to_vec());
+        self.remember_name(&info, name);
         self.write_info(&info);
         Ok(Some(id))
     }
@@ -238,49 +238,56 @@ impl<'a> Transaction<'a> {
         removed().map_err(|error: CatalogError| error.of(|| format!("document {id}")))
     }
 
-    /// Brings back what was removed under a name; `None` where nothing was.
+    /// Brings back what was removed under a name, under that name; `None` where nothing was, or its document has another text
+    /// by now.
     ///
     /// # Errors
     /// [`DocumentsError::NameTaken`] where another document has the name by now, and as [`put`](Self::put).
     pub fn restore(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>> {
+        let key = keys::name(collection.id, true, name);
+        let Some(content) = self.batch.get(Family::Names, &key)? else { return Ok(None) };
         if self.id_at(Family::Names, &keys::name(collection.id, false, name))?.is_some() {
             return Err(DocumentsError::NameTaken { name: name.into() });
         }
-        self.try_restore(collection, name).map_err(|error| error.of(|| format!("document {name}")))
+        self.batch.delete(Family::Names, key);
+        self.try_restore(collection, name, &content).map_err(|error| error.of(|| format!("document {name}")))
     }
 
-    fn try_restore(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>, CatalogError> {
-        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, true, name))? else { return Ok(None) };
-        let mut info = self.known(&id)?;
-        self.batch.delete(Family::Names, keys::name(collection.id, true, name));
+    fn try_restore(
+        &mut self,
+        collection: &CollectionInfo,
+        name: &str,
+        removed: &[u8],
+    ) -> Result<Option<DocumentId>, CatalogError> {
+        let (id, text) = removed.split_at_checked(DocumentId::LENGTH).unwrap_or_default();
+        let id = DocumentId::from_bytes(id).ok_or_else(|| DamagedRow("a removed name is not as expected".into()))?;
+        let Some(mut info) = self.info(&id)?.filter(|info| info.content == text) else { return Ok(None) };
         if info.removed.is_none() {
             info.names.push(name.into());
             info.names.sort();
-            self.batch.put(Family::Names, keys::name(collection.id, false, name), id.bytes().to_vec());
-            self.write_info(&info);
-            return Ok(Some(id));
-        }
-        // The same text may have come in again: then the name is one more for that document.
-        if let Some(outcome) = self.try_name(collection, name, info.format, &info.content, &[])? {
+        } else if let Some(outcome) = self.try_name(collection, name, info.format, &info.content, &[])? {
+            // The same text has come in again: the name is one more for that document.
             self.purge(&id)?;
             return Ok(Some(outcome.id));
-        }
-        for known in std::mem::take(&mut info.names) {
-            let taken = self.id_at(Family::Names, &keys::name(collection.id, false, &known))?.is_some();
-            self.batch.delete(Family::Names, keys::name(collection.id, true, &known));
-            if !taken {
-                self.batch.put(Family::Names, keys::name(collection.id, false, &known), id.bytes().to_vec());
-                info.names.push(known);
+        } else {
+            // Its other names can be restored too, each by itself.
+            (info.names, info.removed) = (vec![name.into()], None);
+            let content = keys::content(collection.id, info.format, &info.content);
+            self.batch.put(Family::Contents, content, id.bytes().to_vec());
+            for passage in self.passages(&info)? {
+                self.refer(&passage, &id);
             }
+            self.log.push((collection.id, LogEntry::Put(id)));
         }
-        info.removed = None;
-        self.batch.put(Family::Contents, keys::content(collection.id, info.format, &info.content), id.bytes().to_vec());
-        for passage in self.passages(&info)? {
-            self.refer(&passage, &id);
-        }
+        self.batch.put(Family::Names, keys::name(collection.id, false, name), id.bytes().to_vec());
         self.write_info(&info);
-        self.log.push((collection.id, LogEntry::Put(id)));
         Ok(Some(id))
+    }
+
+    /// Notes under which name a document was removed, and with which text.
+    fn remember_name(&mut self, info: &DocumentInfo, name: &str) {
+        let removed = [&info.id.bytes()[..], &info.content].concat();
+        self.batch.put(Family::Names, keys::name(info.collection, true, name), removed);
     }
 
     /// Removes a document for good: text, passages, tokens. The bytes are gone from the disk once space is reclaimed.
@@ -294,7 +301,8 @@ impl<'a> Transaction<'a> {
         let removed = info.removed.is_some();
         for name in &info.names {
             let key = keys::name(info.collection, removed, name);
-            if self.id_at(Family::Names, &key)? == Some(*id) {
+            // Another document may have been removed under the name since.
+            if self.batch.get(Family::Names, &key)?.is_some_and(|content| content.starts_with(id.bytes())) {
                 self.batch.delete(Family::Names, key);
             }
         }
@@ -342,7 +350,7 @@ impl<'a> Transaction<'a> {
     fn hide(&mut self, mut info: DocumentInfo) -> Result<(), CatalogError> {
         for name in &info.names {
             self.batch.delete(Family::Names, keys::name(info.collection, false, name));
-            self.batch.put(Family::Names, keys::name(info.collection, true, name), info.id.bytes().to_vec());
+            self.remember_name(&info, name);
         }
         self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
         for passage in self.passages(&info)? {
