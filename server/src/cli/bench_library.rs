@@ -67,7 +67,7 @@ pub(super) fn library_bench(
     }));
     let options = IngestOptions { lazy: true, ..IngestOptions::default() };
     let started = Instant::now();
-    let report = service.ingest_with(COLLECTION, &[folder], &options, &mut |_| {})?;
+    let report = service.ingest_while(COLLECTION, &[folder], &options, &|| true, &mut |_| {})?;
     let found = service.search(COLLECTION, &word(notes.saturating_sub(1)), 2)?;
     let seconds = started.elapsed().as_secs_f64();
     if report.new != notes || found.len() != 1 {
@@ -75,7 +75,7 @@ pub(super) fn library_bench(
         return Err(QuireError::CheckFailed(problem));
     }
     let started = Instant::now();
-    service.ingest_with(COLLECTION, &[scratch.path().join("notes")], &options, &mut |_| {})?;
+    service.ingest_while(COLLECTION, &[scratch.path().join("notes")], &options, &|| true, &mut |_| {})?;
     let again = started.elapsed().as_secs_f64();
     service.engine().shutdown();
     let case =

@@ -499,8 +499,9 @@ impl<'a> Transaction<'a> {
         if next != *sequence {
             self.batch.put(Family::Meta, super::NEXT_SEQUENCE.to_vec(), next.to_be_bytes().to_vec());
         }
-        self.batch.commit()?;
+        // Also where writing fails: what may be there all the same keeps its numbers.
         *sequence = next;
+        self.batch.commit()?;
         Ok(orphans)
     }
 
