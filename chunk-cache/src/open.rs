@@ -237,11 +237,12 @@ pub(crate) fn is_in_use(path: &Path) -> Result<bool, StoreError> {
     Ok(holder.is_some_and(|lock| lock.typ != FlockType::Unlocked))
 }
 
-/// A RocksDB database with other families than a store's is some other program's.
+/// A RocksDB database with other families than a store's is some other program's. Of a damaged list of files only some
+/// names can be read: those of a store alone are no reason to refuse it.
 fn refuse_foreign_database(path: &Path) -> Result<(), StoreError> {
     let found = Backend::families(path);
-    let ours = |name: &String| name == Family::Payload.name() || name == crate::legacy::FAMILY;
-    if found.iter().any(ours) || found.iter().all(|name| name == "default") {
+    let known = |name: &String| name == "default" || Family::ALL.iter().any(|family| family.name() == name);
+    if found.iter().any(|name| name == Family::Payload.name() || name == legacy::FAMILY) || found.iter().all(known) {
         return Ok(());
     }
     Err(StoreError::ForeignStore {

@@ -127,3 +127,16 @@ fn a_database_of_another_program_is_left_alone() {
     assert!(matches!(ChunkStore::clear(directory.path()), Err(StoreError::ForeignStore { .. })));
     assert!(rocksdb::DB::list_cf(&options, directory.path()).unwrap().contains(&"accounts".to_owned()));
 }
+
+#[test]
+fn a_store_of_which_only_some_families_can_be_told_is_not_another_programs() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = rocksdb::Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    // As a list of files that is damaged behind the first family reads.
+    drop(rocksdb::DB::open_cf(&options, directory.path(), ["meta"]).unwrap());
+    let store = open(directory.path()).unwrap();
+    put(&store, 1).unwrap();
+    assert_eq!(look(&store, 1), Seen::Whole);
+}
