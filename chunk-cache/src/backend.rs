@@ -375,11 +375,14 @@ impl AsRef<[u8]> for PinnedValue {
     }
 }
 
+/// Puts a row, key and value, into a payload file; keys ascend.
+pub(crate) type PutRow<'a> = dyn FnMut(&[u8], &[u8]) -> Result<(), rocksdb::Error> + 'a;
+
 /// Writes a payload file and syncs it. `fill` puts rows in ascending order of their keys; without any, no file is made.
 /// Returns where each value lies (zero: not known). On failure no file is left.
 pub(crate) fn write_payload_file(
     file: &Path,
-    fill: impl FnOnce(&mut dyn FnMut(&[u8], &[u8]) -> Result<(), rocksdb::Error>) -> Result<(), StoreError>,
+    fill: impl FnOnce(&mut PutRow<'_>) -> Result<(), StoreError>,
 ) -> Result<Vec<u64>, StoreError> {
     let options = Family::Payload.options();
     let fail = |error| StoreError::from_rocksdb(error, "writing a payload file", file);

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::backend::{Backend, Change, Family, Sync, payload_key, write_payload_file};
+use crate::backend::{Backend, Change, Family, PutRow, Sync, payload_key, write_payload_file};
 use crate::catalogue::{Catalogue, Entry, Segment, State};
 use crate::direct::{OpenFiles, ReadBuffers, chunk_offset};
 use crate::disk::{Reserve, free_bytes};
@@ -303,7 +303,7 @@ fn write_layers(
     number: u64,
     shape: &crate::shape::KvShape,
     value: &mut Vec<u8>,
-    put_row: &mut dyn FnMut(&[u8], &[u8]) -> Result<(), rocksdb::Error>,
+    put_row: &mut PutRow<'_>,
 ) -> Result<Vec<LayerRecord>, rocksdb::Error> {
     let mut records = Vec::with_capacity(put.chunk.layers.len());
     for (index, layer) in (0u32..).zip(&put.chunk.layers) {

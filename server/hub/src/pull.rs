@@ -102,10 +102,10 @@ pub fn pull(config: &HubConfig, id: &ModelId, on_event: &mut dyn FnMut(PullEvent
     let has = |name: &str| revision.files.iter().any(|file| file == name);
     let lacks = |missing: &str| HubError::WrongFormat { id: id.to_string(), missing: missing.into() };
     if let Some(missing) = BESIDE_WEIGHTS[..REQUIRED].iter().find(|name| !has(name)) {
-        return Err(lacks(missing).into());
+        return Err(lacks(missing));
     }
     if !has(SINGLE) && !has(INDEX) {
-        return Err(lacks(SINGLE).into());
+        return Err(lacks(SINGLE));
     }
     let folder = cache.snapshot(id, &commit);
     let mut pulling = Pulling { client, cache, id, commit: &commit, files: Vec::new(), on_event };
@@ -120,7 +120,7 @@ pub fn pull(config: &HubConfig, id: &ModelId, on_event: &mut dyn FnMut(PullEvent
         pulling.file(INDEX)?;
         for shard in shards(&folder.join(INDEX))? {
             if !has(&shard) {
-                return Err(lacks(&shard).into());
+                return Err(lacks(&shard));
             }
             pulling.file(&shard)?;
         }

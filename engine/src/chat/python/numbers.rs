@@ -72,7 +72,7 @@ fn parse_int(text: &str, base: u32) -> Option<i128> {
     let prefix = prefixes.iter().find(|(prefix, b)| lower.starts_with(prefix) && (base == *b || base == 0));
     let (digits, base) = match prefix {
         Some((prefix, base)) => (lower[prefix.len()..].strip_prefix('_').unwrap_or(&lower[prefix.len()..]), *base),
-        None if base == 0 && lower.starts_with('0') && lower.trim_matches(['0', '_']) != "" => return None,
+        None if base == 0 && lower.starts_with('0') && !lower.trim_matches(['0', '_']).is_empty() => return None,
         None => (lower.as_str(), if base == 0 { 10 } else { base }),
     };
     if !(2..=36).contains(&base) || !digits.starts_with(|c: char| c.is_ascii_alphanumeric()) {

@@ -148,7 +148,8 @@ impl Object for Variadic {
             _ => (args, None),
         };
         let (own, more) = placed.split_at(placed.len().min(self.names.len()));
-        let (mut known, mut rest): (Vec<(String, Value)>, Vec<(Value, Value)>) = (Vec::new(), Vec::new());
+        let mut known: Vec<(String, Value)> = Vec::new();
+        let mut rest: Vec<(Value, Value)> = Vec::new();
         for name in named.iter().flat_map(Kwargs::args) {
             let value: Value = named.as_ref().map_or_else(|| Ok(Value::UNDEFINED), |named| named.get(name))?;
             if name == "caller" || self.names.iter().any(|own| own == name) {
