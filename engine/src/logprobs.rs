@@ -97,13 +97,35 @@ impl TokenLog {
                 return out;
             }
             self.released -= kept;
-            // What is cut off is whole characters, the same in the bytes.
-            token.bytes.truncate(token.bytes.len().saturating_sub(token.text.len() - kept));
+            let cut = token.text[kept..].chars().count();
             token.text.truncate(kept);
+            cut_bytes(&mut parts, &mut token, cut);
             out.append(&mut parts);
             out.push(token);
         }
         out.append(&mut parts);
         out
+    }
+}
+
+/// Takes the bytes of the last `characters` off a token and the parts of characters before it; parts that are cut off whole are no
+/// tokens of the answer. Bytes that are no character stand in a text as one U+FFFD for each broken sequence of them.
+fn cut_bytes(parts: &mut Vec<TokenLogprob>, token: &mut TokenLogprob, characters: usize) {
+    let bytes: Vec<u8> = parts.iter().chain([&*token]).flat_map(|token| token.bytes.iter().copied()).collect();
+    let mut lengths = Vec::new();
+    for chunk in bytes.utf8_chunks() {
+        lengths.extend(chunk.valid().chars().map(char::len_utf8));
+        lengths.extend(Some(chunk.invalid().len()).filter(|length| *length > 0));
+    }
+    let mut cut: usize = lengths.iter().rev().take(characters).sum();
+    let mut shorten = |bytes: &mut Vec<u8>| {
+        let left = bytes.len().saturating_sub(cut);
+        cut -= bytes.len() - left;
+        bytes.truncate(left);
+        left
+    };
+    shorten(&mut token.bytes);
+    while parts.last_mut().is_some_and(|part| shorten(&mut part.bytes) == 0) {
+        parts.pop();
     }
 }
