@@ -288,6 +288,8 @@ fn open_for_writing(data_dir: &Path) -> Result<Catalog> {
         let catalog = Catalog::open(&partial, Access::Write)?;
         import(data_dir, &catalog)?;
         drop(catalog);
+        // One that was never whole would be in the way.
+        remove_folder(&dir)?;
         let renamed = std::fs::rename(&partial, &dir)
             .and_then(|()| std::fs::File::open(data_dir))
             .and_then(|folder| folder.sync_all());

@@ -5,6 +5,7 @@
 //!
 //! Version 1 had no catalog: its collections are taken into one when the folder is first opened for writing.
 
+use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -27,12 +28,19 @@ fn marker(dir: &Path) -> PathBuf {
     dir.join("quire-data.json")
 }
 
-/// Makes a folder, and what is missing of the path to it, for this user alone. One that is there stays as it is.
+/// Makes a folder, and what is missing of the path to it, for this user alone. One that is there stays as it is. What is made
+/// survives a power failure, so that what is synced in it does.
 ///
 /// # Errors
 /// The system's.
 pub fn create_private_dir(path: &Path) -> std::io::Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    let missing = path.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists()).count();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    for made in path.ancestors().take(missing) {
+        let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::File::open(parent)?.sync_all()?;
+    }
+    Ok(())
 }
 
 /// Refuses a folder that a newer version has written. Changes nothing.
@@ -86,8 +94,15 @@ fn write_marker(dir: &Path, scratch: &Path) -> Result<()> {
     let content = Marker { format: FORMAT, written_by: format!("quire {}", env!("CARGO_PKG_VERSION")) };
     let text = serde_json::to_string(&content)
         .map_err(|e| DocumentsError::Internal(format!("the version of the data folder cannot be written: {e}")))?;
-    let written = std::fs::write(scratch, text + "\n").and_then(|()| std::fs::rename(scratch, marker(dir)));
-    written.map_err(|e| {
+    let write = || {
+        let mut file = std::fs::File::create(scratch)?;
+        file.write_all((text + "\n").as_bytes())?;
+        // A name that outlives a power failure must not be that of an empty file.
+        file.sync_all()?;
+        std::fs::rename(scratch, marker(dir))?;
+        std::fs::File::open(dir)?.sync_all()
+    };
+    write().map_err(|e| {
         let _ = std::fs::remove_file(scratch);
         DocumentsError::writing(dir, e)
     })

@@ -66,10 +66,11 @@ pub struct Changed<T> {
 }
 
 impl Catalog {
-    /// Whether there is a catalog in `path`.
+    /// Whether there is a catalog in `path`. One whose making was cut off, in which nothing can have been acknowledged, is
+    /// none; whoever may write it makes it whole.
     #[must_use]
     pub fn exists(path: &Path) -> bool {
-        path.join("CURRENT").is_file()
+        path.join("CURRENT").is_file() && !store::is_half_made(path, FORMAT_ROW)
     }
 
     /// Opens the catalog in folder `path`, making an empty one where it may be written.

@@ -255,6 +255,23 @@ fn column(db: &DB, family: Family) -> &ColumnFamily {
     db.cf_handle(family.name()).expect("every family is opened or created with the database")
 }
 
+/// Whether the database in `path` lacks families or the row `last`, which is written once all of them are there: its making was
+/// cut off. What cannot be looked into counts as whole: opening it says what is wrong.
+pub(super) fn is_half_made(path: &Path, last: &[u8]) -> bool {
+    let options = db_options(Access::Read);
+    let Ok(names) = DB::list_cf(&options, path) else { return false };
+    if Family::ALL.iter().all(|family| names.iter().any(|name| name == family.name())) {
+        return false;
+    }
+    if !names.iter().any(|name| name == Family::Meta.name()) {
+        return true;
+    }
+    let meta = [ColumnFamilyDescriptor::new(Family::Meta.name(), Family::Meta.options())];
+    let Ok(db) = DB::open_cf_descriptors_read_only(&options, path, meta, false) else { return false };
+    let row = db.cf_handle(Family::Meta.name()).map(|meta| db.get_cf(meta, last));
+    matches!(row, Some(Ok(None)))
+}
+
 /// Whether another process has the catalog in `path` open for writing. Asking leaves no trace.
 pub(crate) fn is_in_use(path: &Path) -> bool {
     use rustix::process::{Flock, FlockType, fcntl_getlk};

@@ -283,3 +283,20 @@ fn chunks_that_nobody_needs_wait_until_the_chunk_store_was_told_and_those_needed
     notes.catalog.forget_released(&notes.catalog.released(9).unwrap()).unwrap();
     assert!(notes.catalog.released(9).unwrap().is_empty());
 }
+
+#[test]
+fn a_catalog_whose_making_was_cut_off_is_none_until_somebody_makes_it_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("catalog");
+    let mut options = rocksdb::Options::default();
+    options.create_if_missing(true);
+    // Families are made one after the other.
+    for families in [&[][..], &["meta"], &["meta", "collections"]] {
+        options.create_missing_column_families(true);
+        drop(rocksdb::DB::open_cf(&options, &path, families).unwrap());
+        assert!(!Catalog::exists(&path), "{families:?}");
+    }
+    drop(Catalog::open(&path, Access::Write).unwrap());
+    assert!(Catalog::exists(&path));
+    Catalog::open(&path, Access::Read).unwrap();
+}
