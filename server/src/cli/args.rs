@@ -371,6 +371,12 @@ pub enum BenchCommand {
     Crash(CrashArgs),
     /// How soon many small notes can be searched
     Library(LibraryArgs),
+    /// Works on a library until the drill kills it
+    #[command(hide = true)]
+    CrashWorker {
+        /// What to do, as the drill writes it
+        orders: PathBuf,
+    },
     /// Finding passages: recall over questions whose passages are known, and the time of an enormous query
     Search {
         /// Passages with questions: SQuAD's format, or a list of ctxs, question and answers; may be repeated

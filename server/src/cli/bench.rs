@@ -20,6 +20,7 @@ use super::bench_load;
 use super::bench_search::{SearchBenchOptions, search_bench};
 use super::crash::{CrashOptions, crash_drill};
 use super::eval::{data_source, output, with_progress};
+use super::library_drill::{self, Death, LibraryDrillOptions, library_drill};
 use super::output::{Out, count};
 use super::start::{StartOptions, start_bench};
 use super::store_args::{CrashArgs, CrashCase, StoreArgs};
@@ -115,6 +116,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             print(&report, &report.table(), out);
             Ok(())
         }
+        BenchCommand::CrashWorker { orders } => library_drill::work(settings, &orders),
         BenchCommand::Crash(CrashArgs { case, kills, documents, flips, rounds, seed, records }) => {
             let output = output(&records)?;
             let drill = |count| DrillOptions { dir: settings.data_dir.clone(), count, seed, output: output.clone() };
@@ -122,6 +124,13 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 CrashCase::Ingest => {
                     let options = CrashOptions { kills, documents, seed, output };
                     let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
+                    print(&report, &report.table(), out);
+                    report.check()
+                }
+                CrashCase::Library | CrashCase::LibraryPower => {
+                    let death = if case == CrashCase::Library { Death::Kill } else { Death::Power };
+                    let options = LibraryDrillOptions { death, kills, seed, output };
+                    let report = library_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
                     print(&report, &report.table(), out);
                     report.check()
                 }

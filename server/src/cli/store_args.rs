@@ -62,6 +62,12 @@ pub enum CrashCase {
     /// An ingest is killed
     #[value(name = "ingest/kill9")]
     Ingest,
+    /// A process that works on a library is killed
+    #[value(name = "library/kill9")]
+    Library,
+    /// The power fails while a process works on a library
+    #[value(name = "library/unsynced-dropped")]
+    LibraryPower,
     /// Bits of a chunk store's files are flipped
     #[value(name = "store/bitflips")]
     Bitflips,

@@ -143,7 +143,8 @@ impl Server {
         Server::from(quire(data_dir).args(["serve", "--port", "0", "--json"]).args(more).stderr(log))
     }
 
-    fn from(command: &mut Command) -> Server {
+    /// Starts a command that serves, and waits until it takes requests.
+    pub(crate) fn from(command: &mut Command) -> Server {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let listening = event(&mut stdout, "listening");

@@ -1,0 +1,170 @@
+//! A disk that fails below the whole program: full, with errors, or without power. The library that does it is
+//! `tests/faults/faults.c`; `quire bench crash` holds the long drills.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::path::Path;
+use std::process::Command;
+
+use quire::cli::faults::{FailingDisk, op};
+use serde_json::{Value, json};
+use support::{Server, eventually, example, python, quire, succeed};
+
+/// A program that writes as programs do, so that the journal can be held against what must be left.
+const WRITER: &str = r#"
+import os, sys
+root = sys.argv[1]
+def write(name, text, sync=True, mode=os.O_CREAT | os.O_WRONLY | os.O_APPEND):
+    fd = os.open(f"{root}/{name}", mode, 0o600)
+    os.write(fd, text.encode())
+    if sync: os.fsync(fd)
+    os.close(fd)
+def sync_folder(name=""):
+    fd = os.open(f"{root}/{name}", os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+write("durable", "synced")
+write("replaced", "old")
+write("removed", "was here")
+write("moved", "stays")
+sync_folder()
+write("durable", " and lost", sync=False)
+write("unnamed", "no sync of the folder")
+write("new", "new")
+os.rename(f"{root}/new", f"{root}/replaced")
+os.unlink(f"{root}/removed")
+os.rename(f"{root}/moved", f"{root}/elsewhere")
+os.mkdir(f"{root}/folder")
+write("folder/inner", "x")
+sync_folder("folder")
+print("all written", flush=True)
+write("durable", "never")
+"#;
+
+fn written(root: &Path) -> Vec<(String, String)> {
+    let mut found: Vec<_> = std::fs::read_dir(root)
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            (name, std::fs::read_to_string(&path).unwrap_or_else(|_| "a folder".into()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+fn writer(disk: &FailingDisk, root: &Path) -> Command {
+    let mut command = Command::new(python("os"));
+    command.args(["-c", WRITER]).arg(root);
+    disk.below(&mut command);
+    command
+}
+
+#[test]
+fn a_power_failure_takes_what_was_not_synced_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    let disk = FailingDisk::new(dir.path(), &root, true).unwrap();
+    disk.kill_at(0).unwrap();
+    assert!(writer(&disk, &root).status().unwrap().success());
+    let operations = disk.operations().unwrap();
+    std::fs::remove_dir_all(&root).unwrap();
+    std::fs::create_dir(&root).unwrap();
+
+    // In its last write: all but that has been done.
+    disk.kill_at(operations - 1).unwrap();
+    let output = writer(&disk, &root).output().unwrap();
+    assert!(output.status.code().is_none() && output.stdout == b"all written\n", "{output:?}");
+    let expected = [("durable", "synced"), ("moved", "stays"), ("removed", "was here"), ("replaced", "old")];
+    assert_eq!(written(&root), expected.map(|(name, text)| (name.to_string(), text.to_string())));
+}
+
+#[test]
+fn a_full_disk_takes_what_fits_until_it_is_mended() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FailingDisk::new(dir.path(), dir.path(), false).unwrap();
+    let code = r#"
+import os, sys
+fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
+print(os.write(fd, b"x" * 100))
+try: os.write(fd, b"y")
+except OSError as error: print(error.errno)
+"#;
+    let run = |name: &str| {
+        let mut command = Command::new(python("os"));
+        command.args(["-c", code]).arg(dir.path().canonicalize().unwrap().join(name));
+        disk.below(&mut command);
+        succeed(&mut command)
+    };
+    disk.fail(op::WRITE, 28, 70).unwrap();
+    assert_eq!(run("a"), "70\n28\n");
+    assert_eq!(disk.failed().unwrap(), 1);
+    disk.mend().unwrap();
+    assert_eq!(run("b"), "100\n");
+}
+
+/// The whole program on a disk that is full for a while: ingesting says so, the server answers all the same, and stores again once
+/// there is space, without a restart.
+#[test]
+fn a_server_answers_on_a_full_disk_and_stores_again_once_there_is_space() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let example = example();
+    succeed(quire(&data).args(["ingest", "--lazy"]).args(&example.documents));
+    let chunks = || {
+        let stats = succeed(quire(&data).args(["cache", "stats", "--json"]));
+        let stats: Value = serde_json::from_str(stats.lines().last().unwrap()).unwrap();
+        stats["chunks"].as_u64().unwrap()
+    };
+    let disk = FailingDisk::new(dir.path(), &data, false).unwrap();
+    let log = dir.path().join("log");
+    let mut command = quire(&data);
+    command.args(["serve", "--port", "0", "--json"]).stderr(std::fs::File::create(&log).unwrap());
+    disk.below(&mut command);
+    let server = Server::from(&mut command);
+    let ask = || {
+        let messages = json!([{"role": "user", "content": example.question}]);
+        let body = json!({"messages": messages, "temperature": 0, "quire": {"collection": "default"}});
+        let answer = server.chat(&body).json();
+        assert_eq!(answer["choices"][0]["message"]["content"].as_str().unwrap().trim(), example.answer, "{answer}");
+    };
+    disk.fail(op::SPACE, 28, 0).unwrap();
+    ask();
+    ask();
+    eventually("the server says that it cannot store", || {
+        std::fs::read_to_string(&log).unwrap().contains("could not be stored")
+    });
+    assert!(disk.failed().unwrap() > 0);
+    assert_eq!(chunks(), 0);
+    disk.mend().unwrap();
+    eventually("chunks are stored again", || {
+        ask();
+        chunks() > 0
+    });
+    ask();
+}
+
+fn drill(case: &str, kills: usize) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let kills = kills.to_string();
+    let words = ["bench", "crash", case, "--kills", &kills, "--seed", "7", "--no-records", "--json"];
+    let printed = succeed(quire(&dir.path().join("data")).args(words));
+    serde_json::from_str(printed.lines().last().unwrap()).unwrap()
+}
+
+#[test]
+fn a_library_survives_kills_in_the_middle_of_everything() {
+    let report = drill("library/kill9", 8);
+    assert_eq!((&report["kills"], &report["lost_or_wrong"]), (&8.into(), &0.into()), "{report}");
+    assert!(report["documents_compared"].as_u64().unwrap() > 0, "{report}");
+}
+
+#[test]
+fn a_library_survives_power_failures_that_drop_what_was_not_synced() {
+    let report = drill("library/unsynced-dropped", 10);
+    assert_eq!((&report["kills"], &report["lost_or_wrong"]), (&10.into(), &0.into()), "{report}");
+    assert!(report["kills_opening"].as_u64().unwrap() > 0, "{report}");
+}
