@@ -161,8 +161,10 @@ pub fn library_drill(
         if drill.report.kills % LIFE == 0 {
             drill.begin_anew()?;
         }
+        let before = drill.report.problems.len();
         drill.round()?;
         let report = &drill.report;
+        report.problems[before..].iter().for_each(|problem| news(problem));
         news(&format!(
             "kill {} of {}: {} documents, {} steps so far, {} problems",
             report.kills,
@@ -281,6 +283,8 @@ impl Drill<'_> {
         let mut command = Command::new(self.place.program);
         command.args(["bench", "crash-worker"]).arg(&self.place.orders).arg("--data-dir").arg(&self.place.data);
         command.arg("--model").arg(&self.place.model).args(["--log", "error"]);
+        // Evicting lowers the budget and raises it again; a process that died in between must not leave the lower one.
+        command.args(["--cache-bytes", "8G"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         if let Some(disk) = &self.disk {
             // Opening takes some dozens; a step a dozen.

@@ -135,10 +135,19 @@ impl Collection {
             (None, _) => build_in_memory(catalog, info, &wanted)?,
         };
         let collection = Collection::with_index(catalog, info, index, on_disk);
-        if on_disk {
-            collection.writer()?.catch_up()?;
+        if !on_disk {
+            return Ok(collection);
         }
-        Ok(collection)
+        let caught_up = collection.writer()?.catch_up();
+        match (caught_up, &dir) {
+            (Err(DocumentsError::Index { source, .. }), Some(dir)) => {
+                tracing::warn!(index = %dir.display(), problem = %source, "the index cannot be caught up: it is built again");
+                drop(collection);
+                let index = build_on_disk(catalog, info, dir, &wanted)?;
+                Ok(Collection::with_index(catalog, info, index, on_disk))
+            }
+            (caught_up, _) => caught_up.map(|()| collection),
+        }
     }
 
     fn with_index(catalog: &Arc<Catalog>, info: &CollectionInfo, index: OpenIndex, on_disk: bool) -> Collection {

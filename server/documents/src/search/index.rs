@@ -157,7 +157,12 @@ impl OpenIndex {
     }
 
     pub(super) fn writer(&self) -> Result<IndexWriter> {
-        guarded(&self.dir, || self.index.writer_with_num_threads(1, WRITER_BYTES))
+        guarded(&self.dir, || {
+            let writer = self.index.writer_with_num_threads(1, WRITER_BYTES)?;
+            // Files of a commit that was cut off have the names that the next one gives its own.
+            writer.garbage_collect_files().wait()?;
+            Ok(writer)
+        })
     }
 
     /// Brings in what entries of the catalog's log tell of; not visible before a commit. What the catalog cannot read

@@ -597,3 +597,38 @@ fn a_flipped_bit_never_cites_another_text_and_a_damaged_index_mends_itself() {
     assert!(noticed > 10, "{noticed} of 120 were noticed");
     assert!(!check_citations(open(dir.path()).as_deref(), &texts));
 }
+
+/// A process that dies in a commit leaves a file of removed passages, whose name the next process gives its own.
+#[test]
+fn what_a_commit_that_was_cut_off_left_is_in_nobodys_way() {
+    for managed in [true, false] {
+        let (dir, collection) = collection(&["one river\n", "two rivers, one bridge\n"]);
+        let (info, catalog) = (collection.info().clone(), Arc::clone(collection.catalog()));
+        drop(collection);
+        let other = tempfile::tempdir().unwrap();
+        copy(dir.path(), other.path());
+        // Here the catalog has the change, and the index has not.
+        catalog.change(|transaction| transaction.remove_name(&info, "/d/0.txt")).unwrap();
+        drop(catalog);
+        // There the commit is made; what it wrote first is brought here.
+        let there = open_writable(other.path());
+        there.writer().unwrap().change(|transaction, info| transaction.remove_name(info, "/d/0.txt")).unwrap();
+        let (from, to) = (index_dir(other.path(), info.id), index_dir(dir.path(), info.id));
+        let mut left = 0;
+        for (path, _) in files(&from) {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if name.ends_with(".del") || (managed && name == ".managed.json") {
+                std::fs::copy(&path, to.join(&name)).unwrap();
+                left += usize::from(name.ends_with(".del"));
+            }
+        }
+        assert_eq!(left, 1, "the commit wrote no file of removed passages");
+        for _ in 0..2 {
+            assert_eq!(passages(&open_writable(dir.path()), "river"), ["two rivers, one bridge"], "{managed}");
+        }
+    }
+}
+
+fn open_writable(dir: &Path) -> Arc<Collection> {
+    Library::new(dir).collection_or_new(NAME).unwrap()
+}

@@ -102,7 +102,7 @@ fn do_step(service: &Service, dir: &Path, step: &Step, after: &World) -> Result<
 fn ingest(service: &Service, paths: &[PathBuf], sync: bool) -> Result<()> {
     let options = IngestOptions { sync, ..IngestOptions::default() };
     let mut said = Ok(());
-    let report = service.ingest_with(COLLECTION, paths, &options, &mut |event| {
+    let report = service.ingest_while(COLLECTION, paths, &options, &|| true, &mut |event| {
         if let IngestEvent::Chunk { key, .. } = event
             && said.is_ok()
         {
