@@ -44,7 +44,11 @@ impl World {
     /// A step that can be made from here.
     pub(super) fn step(&mut self, random: &mut Random) -> Step {
         let names: Vec<String> = self.documents.keys().cloned().collect();
-        let choice = if names.is_empty() { 0 } else { random.below(if names.len() > MOST { 4 } else { 10 }) };
+        let choice = match names.len() {
+            0 => 0,
+            1..=MOST => random.below(10),
+            _ => 1,
+        };
         match choice {
             1 => Step::Remove(some(&names, random)),
             2 | 3 => Step::Sync { put: self.some_new(random), gone: some(&names, random) },
