@@ -97,9 +97,8 @@ impl KvStore {
         new_budget: u64,
         salt: &str,
     ) -> Result<KvStore> {
-        let opened = open_chunks(data_dir, new_budget)
-            .map_err(QuireError::from)
-            .and_then(|store| KvStore::with_store(engine, Some(store), name, salt));
+        let opened =
+            open_chunks(data_dir, new_budget).and_then(|store| KvStore::with_store(engine, Some(store), name, salt));
         let problem = match opened {
             Err(QuireError::Store(
                 problem @ (StoreError::ReadOnly { .. }

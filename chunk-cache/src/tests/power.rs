@@ -85,7 +85,8 @@ fn restored(directory: &Path, rows: &Rows) -> ChunkStore {
     let _ = fs::remove_dir_all(directory);
     fs::create_dir_all(directory.join("incoming")).unwrap();
     let (backend, _) = Backend::open(directory, Access::Write).unwrap();
-    let mut payloads: BTreeMap<u64, Vec<(&[u8], &[u8])>> = BTreeMap::new();
+    type Row<'a> = (&'a [u8], &'a [u8]);
+    let mut payloads: BTreeMap<u64, Vec<Row<'_>>> = BTreeMap::new();
     for ((family, key), value) in rows {
         match payload_number(key).filter(|_| *family == Family::Payload) {
             Some(number) => payloads.entry(number).or_default().push((key, value)),

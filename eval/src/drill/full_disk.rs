@@ -75,7 +75,7 @@ impl Drill<'_> {
         self.tally.add("rounds", 1);
         // Nothing free, a little, or about as much as the store asks for beforehand.
         let leave = [0, self.random.random_range(0..2 << 20), self.random.random_range(0..40 << 20)][round % 3];
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             self.disk.fill(leave)?;
             self.put_some(12);
         } else {

@@ -254,7 +254,7 @@ impl Passage {
                 bytes: byte..byte.checked_add(bytes)?,
             },
             line,
-            page: page.checked_sub(1).map(|page| u32::try_from(page)).transpose().ok()?,
+            page: page.checked_sub(1).map(u32::try_from).transpose().ok()?,
             hash: *hash,
             tokens,
         })
