@@ -315,7 +315,7 @@ pub(crate) fn remove_folder(path: &Path) -> Result<()> {
 }
 
 /// Takes all collections of an earlier version into a catalog, and says so. One that cannot be read stays where it is.
-fn import(data_dir: &Path, catalog: &Catalog) -> Result<()> {
+pub(crate) fn import(data_dir: &Path, catalog: &Catalog) -> Result<()> {
     let mut imported = Vec::new();
     for name in legacy::names(data_dir) {
         match legacy::import(data_dir, &name, catalog) {

@@ -378,6 +378,47 @@ fn collections_of_an_earlier_version_are_taken_into_the_catalog() {
     }
 }
 
+/// What the committed folder of the first version has to have, wherever its texts are now.
+fn check_first_folder(collections: [&Collection; 2]) {
+    let [notes, zh] = collections;
+    let names = notes.catalog().names(notes.info().id, None, 9).unwrap();
+    let names: Vec<&str> = names.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["/notes/lamp.md", "/notes/replaced.txt", "/notes/turm.txt"]);
+    let lamp = notes.document(Path::new("/notes/lamp.md")).unwrap().unwrap();
+    assert!(lamp.text.ends_with("keeps the spare key in locker 4417.\n") && lamp.info.format == Format::Markdown);
+    let found = search(notes, "locker 4417", 5);
+    assert_eq!((found.len(), found[0].path.as_path(), found[0].line), (1, Path::new("/notes/lamp.md"), 5));
+    assert_eq!(lamp.text[lamp.passages[1].place.bytes.clone()], found[0].passage);
+    assert_eq!(passages(notes, "new text"), ["A new text that is there."]);
+    assert_eq!(passages(notes, "bruecke brücke"), ["Der Turm wurde 1851 gebaut. Über den Fluß führt eine Brücke."]);
+    assert_eq!(passages(zh, "图书馆"), ["图书馆每天早上九点开门。"]);
+}
+
+#[test]
+fn the_committed_folder_of_the_first_version_keeps_all_of_its_texts() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/data-version-1");
+    let dir = tempfile::tempdir().unwrap();
+    copy(&fixture, dir.path());
+    assert_eq!(crate::collection_names(dir.path()).unwrap(), ["library.zh", "notes"]);
+    // As where nothing can be written: in memory, and not a byte changes.
+    let before = listing(dir.path());
+    let catalog = Arc::new(crate::Catalog::in_memory().unwrap());
+    crate::collections::import(dir.path(), &catalog).unwrap();
+    let in_memory = ["notes", "library.zh"].map(|name| {
+        let info = catalog.collection(name).unwrap().unwrap();
+        Collection::open(&catalog, &info, None, false).unwrap()
+    });
+    check_first_folder([&in_memory[0], &in_memory[1]]);
+    let after = listing(dir.path());
+    assert!(before.iter().all(|entry| entry.0.is_dir() || after.contains(entry)));
+    for _ in 0..2 {
+        let library = Library::new(dir.path());
+        let opened = ["notes", "library.zh"].map(|name| library.collection(name).unwrap());
+        check_first_folder([&opened[0], &opened[1]]);
+        assert!(!dir.path().join("collections").exists());
+    }
+}
+
 #[test]
 fn a_collection_of_an_earlier_version_that_is_damaged_is_left_where_it_is_and_others_come_in() {
     let dir = first_version(&[("/d/a.txt", "One lamp.\n")]);
