@@ -211,8 +211,9 @@ pub enum DocumentsError {
 
     /// The data folder cannot be written.
     #[error(
-        "data folder {}: expected to be able to write there: {source}. Make it writable for this user, or choose \
-         another with --data-dir", path.display()
+        "data folder {}: expected to be able to write there: {source}. {}, or choose another with --data-dir",
+        path.display(),
+        if no_space(source) { "Free some space on that disk" } else { "Make it writable for this user" }
     )]
     DataDir {
         /// The folder or file that could not be written.
@@ -265,6 +266,10 @@ pub enum DocumentsError {
     /// Something that should not happen happened.
     #[error("internal error: {0}. This is a defect of the program: please report it")]
     Internal(String),
+}
+
+fn no_space(source: &std::io::Error) -> bool {
+    matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 impl DocumentsError {

@@ -184,9 +184,15 @@ pub(super) fn summary(report: &IngestReport) -> String {
         (new, changed) => format!("{new} new, {changed} changed, {} unchanged{also}", report.unchanged),
     };
     let cached = match report.chunks_computed {
-        _ if report.chunks_left > 0 => {
+        _ if report.chunks_left > 0 && chunks == 0 => {
             format!("{}, whose state is computed at first use", count(report.chunks_left, "chunk"))
         }
+        computed if report.chunks_left > 0 => format!(
+            "{}: {computed} computed, {} cached, {} left to their first use",
+            count(chunks + report.chunks_left, "chunk"),
+            report.chunks_cached,
+            report.chunks_left
+        ),
         0 if chunks == 0 => "no chunks".to_string(),
         0 => format!("every one of {} was cached, 0 computed", count(chunks, "chunk")),
         computed => format!("{}: {computed} computed, {} cached", count(chunks, "chunk"), report.chunks_cached),

@@ -10,7 +10,7 @@ mod prepare;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use chunk_cache::ChunkKey;
+use chunk_cache::{ChunkKey, StoreError};
 use engine::EngineError;
 use serde::{Deserialize, Serialize};
 
@@ -237,7 +237,9 @@ impl Service {
             report: IngestReport { collection: name.into(), skipped: found.skipped, ..IngestReport::default() },
             on_event,
         };
-        for (path, error) in &found.problems {
+        // A folder in which nothing is left is what some come for.
+        let emptied = |error: &DocumentsError| options.sync && matches!(error, DocumentsError::NoDocuments { .. });
+        for (path, error) in found.problems.iter().filter(|(_, error)| !emptied(error)) {
             run.failed(path, error);
         }
         let preparation = Preparation { service: self, collection: &collection, named: &found.named };
@@ -348,7 +350,7 @@ impl<'a> Run<'a> {
 
     /// Stores the chunks of a document, unless that is left to their first use; says how many had to be computed.
     fn store(&mut self, path: &Path, passages: &[NewPassage]) -> Result<usize> {
-        let mut computed = 0;
+        let (mut computed, mut ensured) = (0, 0);
         for (index, passage) in passages.iter().enumerate() {
             let tokens = self.service.with_suffix(&passage.tokens);
             self.report.tokens += tokens.len();
@@ -356,7 +358,16 @@ impl<'a> Run<'a> {
                 continue;
             }
             self.check_wanted()?;
-            let (key, origin) = self.service.store.ensure(&self.service.chunk_prefix, &tokens)?;
+            let (key, origin) = match self.service.store.ensure(&self.service.chunk_prefix, &tokens) {
+                // Documents are kept all the same: a cache is worth having, and no more.
+                Err(QuireError::Store(problem @ (StoreError::OutOfSpace { .. } | StoreError::NoRoom { .. }))) => {
+                    tracing::warn!(%problem, "documents are kept; the state of their chunks is left to its first use");
+                    self.lazy = true;
+                    continue;
+                }
+                outcome => outcome?,
+            };
+            ensured += 1;
             self.service.metrics.chunk(origin == Origin::Cached);
             computed += usize::from(origin == Origin::Computed);
             (self.on_event)(&IngestEvent::Chunk {
@@ -369,12 +380,9 @@ impl<'a> Run<'a> {
                 total: passages.len(),
             });
         }
-        if self.lazy {
-            self.report.chunks_left += passages.len();
-        } else {
-            self.report.chunks_computed += computed;
-            self.report.chunks_cached += passages.len() - computed;
-        }
+        self.report.chunks_left += passages.len() - ensured;
+        self.report.chunks_computed += computed;
+        self.report.chunks_cached += ensured - computed;
         Ok(computed)
     }
 

@@ -265,7 +265,10 @@ fn passages(
     Ok(records)
 }
 
-/// Compares the checksums of all files that the index in folder `path` reads.
+/// Files that every segment has, by their endings.
+const SEGMENT_FILES: [&str; 6] = ["fast", "fieldnorm", "idx", "pos", "store", "term"];
+
+/// Compares the checksums of all files that the index in folder `path` reads, and misses those that are not there.
 pub(super) fn check_files(index: &Index, path: &Path) -> tantivy::Result<()> {
     // An ingest that was killed leaves files of other segments, and lists of removals that nobody reads.
     let segments = index.searchable_segment_metas()?;
@@ -275,6 +278,14 @@ pub(super) fn check_files(index: &Index, path: &Path) -> tantivy::Result<()> {
             name.starts_with(&segment.id().uuid_string()) && (!name.ends_with(".del") || removed())
         })
     };
+    for segment in &segments {
+        for ending in SEGMENT_FILES {
+            let name = format!("{}.{ending}", segment.id().uuid_string());
+            if !path.join(&name).exists() {
+                return Err(damaged(&format!("{name} is missing")));
+            }
+        }
+    }
     for file in std::fs::read_dir(path)? {
         let name = file?.file_name();
         let name = name.to_string_lossy();

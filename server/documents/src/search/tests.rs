@@ -639,6 +639,24 @@ fn a_flipped_bit_never_cites_another_text_and_a_damaged_index_mends_itself() {
     assert!(!check_citations(open(dir.path()).as_deref(), &texts));
 }
 
+#[test]
+fn an_index_that_lacks_any_of_its_files_is_built_again() {
+    let (dir, collection) = collection(&["one river\n", "two rivers, one bridge\n"]);
+    let info = collection.info().clone();
+    drop(collection);
+    let index = index_dir(dir.path(), info.id);
+    let files = files(&index);
+    assert!(files.iter().any(|(path, _)| path.extension().is_some_and(|ending| ending == "pos")));
+    for (path, _) in files {
+        let image = tempfile::tempdir().unwrap();
+        copy(dir.path(), image.path());
+        std::fs::remove_file(image.path().join(path.strip_prefix(dir.path()).unwrap())).unwrap();
+        let opened = open(image.path()).unwrap();
+        assert_eq!(passages(&opened, "bridge"), ["two rivers, one bridge"], "without {}", path.display());
+        assert_eq!(passages(&opened, "one bridge").len(), 2, "without {}", path.display());
+    }
+}
+
 /// A process that dies in a commit leaves a file of removed passages, whose name the next process gives its own.
 #[test]
 fn what_a_commit_that_was_cut_off_left_is_in_nobodys_way() {
