@@ -20,7 +20,24 @@ mkdir "$work/static"
 libstdcxx=$(g++ -print-file-name=libstdc++.a)
 [ -f "$libstdcxx" ] || fail "no static libstdc++ (it comes with g++)"
 ln -s "$libstdcxx" "$work/static/libstdc++.a"
-cargo rustc --release --locked -p quire --bin quire -- -L "native=$work/static"
+# libstdc++ of Debian 12 draws random numbers by arc4random, which the C library of Ubuntu 22.04 lacks.
+cat > "$work/arc4random.c" <<'END'
+#include <errno.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/random.h>
+
+uint32_t arc4random(void) {
+    uint32_t number;
+    ssize_t got;
+    do got = getrandom(&number, sizeof number, 0);
+    while (got < 0 && errno == EINTR);
+    if (got != sizeof number) abort();
+    return number;
+}
+END
+cc -O2 -c "$work/arc4random.c" -o "$work/arc4random.o"
+cargo rustc --release --locked -p quire --bin quire -- -L "native=$work/static" -C "link-arg=$work/arc4random.o"
 program=$CARGO_TARGET_DIR/release/quire
 
 # 2. What it needs of a system: the C library, its loader, and libgcc_s, on which Debian's and Ubuntu's C library depends.
@@ -32,8 +49,8 @@ for library in $needed; do
     esac
 done
 glibc=$(objdump -T "$program" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1)
-[ "$(printf '%s\nGLIBC_2.36\n' "$glibc" | sort -V | tail -n 1)" = GLIBC_2.36 ] ||
-    fail "the program needs $glibc, Debian 12 has 2.36: build on Debian 12 or an earlier system"
+[ "$(printf '%s\nGLIBC_2.35\n' "$glibc" | sort -V | tail -n 1)" = GLIBC_2.35 ] ||
+    fail "the program needs $glibc, Ubuntu 22.04 has 2.35: build on Debian 12 or an earlier system"
 
 # 3. The archive.
 version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
