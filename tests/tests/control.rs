@@ -302,7 +302,8 @@ fn interrupting_a_command_ends_its_work_in_the_server() {
     let (child, mut stdout) = begin(quire(&data).args(["ingest", "many"]));
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
-    kill("-INT", child.id());
+    // Not SIGINT, which a test run in the background may have inherited as ignored.
+    kill("-TERM", child.id());
     end(child);
     // There is one writer at a time: it is free again.
     assert!(succeed(quire(&data).args(["ingest", "note.txt"])).contains("all new"));

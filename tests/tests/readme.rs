@@ -46,7 +46,7 @@ fn its_commands_are_taken() {
 #[test]
 fn its_flags_are_flags_of_some_command() {
     let text = readme();
-    let help: String = ["serve", "ask", "chat", "ingest", "cache evict", "cache verify", "config show"]
+    let help: String = ["serve", "ask", "chat", "ingest", "rm", "cache evict", "cache verify", "config show"]
         .iter()
         .map(|command| {
             let words = std::iter::once("quire").chain(command.split(' ')).chain(["--help"]);
