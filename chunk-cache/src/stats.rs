@@ -17,7 +17,7 @@ pub struct ChunkMeta {
     pub hits: u64,
     /// No document refers to it any more.
     pub demoted: bool,
-    /// Index of its model in [`ChunkStore::models`].
+    /// Index of its model in [`ChunkStore::models`](crate::ChunkStore::models).
     pub model: usize,
 }
 
@@ -35,7 +35,7 @@ impl From<&Entry> for ChunkMeta {
     }
 }
 
-/// What [`ChunkStore::put`] did.
+/// What [`ChunkStore::put`](crate::ChunkStore::put) did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PutOutcome {
     /// The chunk was written and is safe on disk.

@@ -158,7 +158,7 @@ pub fn library_drill(
         report: LibraryDrillReport::default(),
     };
     while drill.report.kills < options.kills {
-        if drill.report.kills % LIFE == 0 {
+        if drill.report.kills.is_multiple_of(LIFE) {
             drill.begin_anew()?;
         }
         let before = drill.report.problems.len();

@@ -43,7 +43,7 @@ pub struct ServerInfo {
     pub model_dir: String,
     /// `loading`, `ready` or `draining`.
     pub phase: String,
-    /// Its own of the settings that a command may name, too: those of [`OWNED`](super::owned::OWNED).
+    /// Its own of the settings that a command may name, too: see [`owned`](super::owned).
     pub settings: Map<String, Value>,
 }
 

@@ -271,7 +271,7 @@ impl Service {
     /// The passages of a collection that fit `query` best, best first, none of them twice.
     ///
     /// # Errors
-    /// [`QuireError::UnknownCollection`], [`QuireError::Index`].
+    /// [`DocumentsError::UnknownCollection`], [`DocumentsError::Index`].
     pub fn search(&self, collection: &str, query: &str, limit: usize) -> Result<Vec<Found>> {
         Ok(self.library.search(collection, query, limit)?)
     }
