@@ -140,8 +140,8 @@ pub enum DocumentsError {
 
     /// The catalog of documents failed.
     #[error(
-        "catalog of documents at {}: {action} failed: {source}. Nothing that was acknowledged is lost by this; if it \
-         comes again, restore the folder from a backup, or move it away and ingest the documents again", path.display()
+        "catalog of documents at {}: {action} failed: {source}. If it comes again, restore the folder from a backup, or move \
+         it away and ingest the documents again: cached chunks stay, files that were uploaded over HTTP do not", path.display()
     )]
     Catalog {
         /// The catalog's folder.
