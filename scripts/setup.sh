@@ -67,17 +67,7 @@ have=$(rustc --version | awk '{print $2}')
 
 # 3. RocksDB, once per version, outside the clone.
 if [ ! -s "$ROCKSDB_LIB_DIR/librocksdb.a" ]; then
-    say "building RocksDB once into $ROCKSDB_LIB_DIR (about 14 minutes on 2 cores)"
-    build=$QUIRE_CACHE/rocksdb-build
-    # Without debug information: 45 MB instead of 1.5 GB, and every link is faster for it.
-    env -u ROCKSDB_LIB_DIR -u ROCKSDB_STATIC CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_TARGET_DIR="$build" cargo build --release --locked -p librocksdb-sys
-    lib=$(find "$build/release/build" -name librocksdb.a -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
-    [ -n "$lib" ] || fail "the build of RocksDB left no librocksdb.a under $build"
-    mkdir -p "$ROCKSDB_LIB_DIR"
-    # Renamed into place, so that a killed build leaves nothing that looks finished.
-    cp "$lib" "$ROCKSDB_LIB_DIR/librocksdb.a.part"
-    strip -g "$ROCKSDB_LIB_DIR/librocksdb.a.part"
-    mv "$ROCKSDB_LIB_DIR/librocksdb.a.part" "$ROCKSDB_LIB_DIR/librocksdb.a"
-    rm -rf "$build"
+    say "building RocksDB once into $ROCKSDB_LIB_DIR (about 8 minutes on 2 cores)"
+    scripts/rocksdb.sh "$ROCKSDB_LIB_DIR/librocksdb.a"
 fi
 say "ready"
