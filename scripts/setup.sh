@@ -67,7 +67,7 @@ have=$(rustc --version | awk '{print $2}')
 
 # 3. RocksDB, once per version, outside the clone.
 if [ ! -s "$ROCKSDB_LIB_DIR/librocksdb.a" ]; then
-    say "building RocksDB once into $ROCKSDB_LIB_DIR (about 8 minutes on 2 cores)"
+    say "building RocksDB once into $ROCKSDB_LIB_DIR (3 to 8 minutes on 2 cores)"
     scripts/rocksdb.sh "$ROCKSDB_LIB_DIR/librocksdb.a"
 fi
 say "ready"

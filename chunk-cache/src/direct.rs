@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 use crate::catalogue::Entry;
+use crate::checksum::Crc32c;
 use crate::format::{self, HEADER_LEN};
 use crate::key::{ChunkKey, RAW_CODEC};
 use crate::records::layer_header;
@@ -25,7 +26,7 @@ use crate::writer::Core;
 /// RocksDB's block size: a value of so many bytes has a block of its own.
 const BLOCK: usize = 4096;
 /// Bytes that are copied and checked at a time.
-const PIECE: usize = 128 << 10;
+const PIECE: usize = 256 << 10;
 /// Files that are held open.
 const MOST_OPEN: usize = 64;
 /// Bytes of memory that is kept for the next reads: what the allocator gives anew has to be cleared by the system first.
@@ -189,7 +190,7 @@ impl Core {
 
 /// Reads so many bytes from there into an empty buffer with room for them. Returns the crc32c of those behind the header.
 fn read_checked(file: &File, offset: u64, length: usize, bytes: &mut Vec<u8>) -> Option<u32> {
-    let mut crc = 0;
+    let mut crc = Crc32c::new();
     while bytes.len() < length {
         let start = bytes.len();
         let piece = PIECE.min(length - start);
@@ -199,11 +200,11 @@ fn read_checked(file: &File, offset: u64, length: usize, bytes: &mut Vec<u8>) ->
         if count == 0 {
             return None;
         }
-        crc = crc32c::crc32c_append(crc, &read[HEADER_LEN.saturating_sub(start).min(count)..]);
+        crc.update(&read[HEADER_LEN.saturating_sub(start).min(count)..]);
         // SAFETY: so many bytes of the spare capacity were filled.
         unsafe { bytes.set_len(start + count) };
     }
-    Some(crc)
+    Some(crc.finish())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::path::Path;
 use rocksdb::{DB, Options};
 
 use crate::backend::Backend;
+use crate::checksum::crc32c;
 use crate::error::StoreError;
 
 /// A column family that only the first layout has.
@@ -61,7 +62,7 @@ fn budget(row: &[u8]) -> Option<u64> {
     let (header, payload) = row.split_at_checked(HEADER_LEN)?;
     let crc = |bytes: &[u8]| u32::from_le_bytes(*bytes.last_chunk().unwrap_or(&[0; 4]));
     let sound = header.starts_with(b"QKV\x1a\x01\x00")
-        && crc(header) == crc32c::crc32c(&header[..72])
-        && crc(&header[..72]) == crc32c::crc32c(payload);
+        && crc(header) == crc32c(&[&header[..72]])
+        && crc(&header[..72]) == crc32c(&[payload]);
     sound.then_some(u64::from_le_bytes(payload.try_into().ok()?))
 }

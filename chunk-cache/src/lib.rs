@@ -51,6 +51,7 @@
 
 mod backend;
 mod catalogue;
+mod checksum;
 mod compute;
 mod direct;
 mod disk;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, Change, Family, PutRow, Sync, payload_key, write_payload_file};
 use crate::catalogue::{Catalogue, Entry, Segment, State};
+use crate::checksum::crc32c;
 use crate::direct::{OpenFiles, ReadBuffers, chunk_offset};
 use crate::disk::{Reserve, free_bytes};
 use crate::error::StoreError;
@@ -308,7 +309,7 @@ fn write_layers(
     let mut records = Vec::with_capacity(put.chunk.layers.len());
     for (index, layer) in (0u32..).zip(&put.chunk.layers) {
         let parts = [&layer.keys[..], &layer.values[..]];
-        let crc = format::crc_of(&parts);
+        let crc = crc32c(&parts);
         format::encode_into(&layer_header(&put.chunk.key, shape, put.chunk.tokens, index), &parts, crc, value);
         put_row(&payload_key(number, index), value)?;
         records.push(LayerRecord { bytes: (parts[0].len() + parts[1].len()) as u64, crc });

@@ -79,11 +79,11 @@ pub(crate) fn mend(bytes: &mut [u8]) {
         let row = 64 + 32 * i;
         let (Some(start), Some(len)) = (word(bytes, row + 8), word(bytes, row + 16)) else { continue };
         let Some(section) = bytes.get(start..start.saturating_add(len)) else { continue };
-        let sum = crc32c::crc32c(section);
+        let sum = crc_fast::crc32_iscsi(section);
         bytes[row + 4..row + 8].copy_from_slice(&sum.to_le_bytes());
     }
     if bytes.len() >= table {
-        let sum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..60]), &bytes[64..table]);
+        let sum = crc_fast::crc32_iscsi(&[&bytes[..60], &bytes[64..table]].concat());
         bytes[60..64].copy_from_slice(&sum.to_le_bytes());
     }
 }

@@ -4,6 +4,7 @@ use rocksdb::{DB, Options};
 
 use super::*;
 use crate::Access;
+use crate::checksum::crc32c;
 
 /// As the first layout wrote its budget: header of version 1, then the number.
 fn old_budget(bytes: u64) -> Vec<u8> {
@@ -11,8 +12,8 @@ fn old_budget(bytes: u64) -> Vec<u8> {
     let mut row = b"QKV\x1a\x01\x00\x06\x02".to_vec();
     row.resize(60, 0);
     row.extend(8u64.to_le_bytes());
-    row.extend(crc32c::crc32c(&payload).to_le_bytes());
-    row.extend(crc32c::crc32c(&row).to_le_bytes());
+    row.extend(crc32c(&[&payload]).to_le_bytes());
+    row.extend(crc32c(&[&row]).to_le_bytes());
     row.extend(payload);
     row
 }
