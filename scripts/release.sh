@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes an archive that runs on a bare Debian 12, Ubuntu 22.04 or later, without a compiler: the stripped program, the reference
-# model, the examples, the README and all licences.
+# model, the examples, the README and all licences. `quire-bench` is not in it: its commands need the source tree (records,
+# Python peers, a C compiler), and whoever has that builds both.
 # Usage: release.sh [FOLDER]    (default: dist below the cache folder; the archive and its SHA-256 come there)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

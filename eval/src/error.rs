@@ -88,6 +88,9 @@ pub enum EvalError {
         /// What it said.
         reason: String,
     },
+    /// The library that makes a disk fail does not compile.
+    #[error("the library of faults does not compile; expected a C compiler that `cc` runs, and it says: {0}")]
+    Compiler(String),
     /// The two sides of a comparison do not compute the same.
     #[error(
         "{what}: this program gives token {ours}, the peer {theirs}; timing differing results means nothing, so none is reported"

@@ -44,6 +44,7 @@ mod stats;
 mod tasks;
 mod templates;
 
+pub use drill::failing_disk::{self, FailingDisk};
 pub use drill::{DrillOptions, DrillReport, drill_bitflips, drill_full_disk};
 pub use error::{EvalError, Result};
 pub use faults::{FaultsOptions, FaultsReport, bench_faults};

@@ -326,7 +326,7 @@ mod tests {
     fn info(dir: &Path) -> RunInfo {
         let output = Output {
             results_dir: Some(dir.into()),
-            command: "quire bench decode".into(),
+            command: "quire-bench decode".into(),
             machine: Some("cpu2".into()),
             commit: Some("abc".into()),
         };

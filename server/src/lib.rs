@@ -1,35 +1,21 @@
 //! Quire: documents in, answers with citations out, over attention state that is computed once.
 //!
-//! This crate joins the others to a product. Reading it top down:
+//! This crate is the command line ([`cli`]) over the others, which join to a product:
 //!
-//! * [`config`]: every setting, where its value came from, and where the model is found;
-//! * [`documents`]: documents as folders of text, chunks with their character spans, full-text search, and the folder that
+//! * `settings`: every setting, where its value came from, where the model is found; and everything that can go wrong;
+//! * `documents`: documents as folders of text, chunks with their character spans, full-text search, and the folder that
 //!   everything is kept in;
-//! * [`hub`]: models of the Hugging Face hub, fetched into the cache that its tools share;
-//! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
-//! * [`service`]: the use cases `ingest`, `search`, `answer`, `generate`, without a word of HTTP;
-//! * [`control`]: the use cases of the command line as data, and the socket over which a running server is asked for them;
-//! * [`http`]: the OpenAI-compatible server over the service;
-//! * [`cli`]: the command line, which asks `control` and prints what it tells;
-//! * [`metrics`]: what is counted and under which names;
-//! * [`error`]: everything that can go wrong, with one mapping to exit codes and one to HTTP.
+//! * `hub`: models of the Hugging Face hub, fetched into the cache that its tools share;
+//! * `service`: the use cases `ingest`, `search`, `answer`, `generate`, without a word of HTTP, and those of the command line as
+//!   data;
+//! * `http_api`: the OpenAI-compatible server over the service.
 //!
 //! ```
-//! use quire::config::{Settings, SettingsArgs};
+//! use quire::cli::parse;
 //!
-//! let settings = Settings::default();
-//! assert_eq!(settings.chunk_tokens, 256);
-//! assert!(SettingsArgs::default().top_chunks.is_none());
+//! let cli = parse(["quire", "ask", "--top-chunks", "3", "Who keeps the spare key?"].map(Into::into)).expect("a question");
+//! assert_eq!(cli.settings.top_chunks, Some(3));
 //! ```
 
 pub mod cli;
-pub mod config;
-pub mod control;
-pub mod error;
-pub mod http;
-pub mod metrics;
 mod process;
-pub mod service;
-pub mod store;
-
-pub use error::{QuireError, Result};

@@ -7,14 +7,14 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use support::{binary, clean, fail, quire, succeed};
+use support::{bench_binary, clean, fail, succeed};
 
-/// `quire bench` on the model of random weights in `dir`.
+/// `quire-bench` on the model of random weights in `dir`.
 fn bench(dir: &Path, what: &str) -> Command {
-    let mut command = Command::new(binary());
+    let mut command = Command::new(bench_binary());
     clean(&mut command, &dir.join("data"));
     command.args(["--device", "cpu", "--data-dir"]).arg(dir.join("data")).arg("--model").arg(dir.join("model"));
-    command.args(["bench", what, "--label", "tiny", "--machine", "test", "--results"]).arg(dir.join("results"));
+    command.args([what, "--label", "tiny", "--machine", "test", "--results"]).arg(dir.join("results"));
     command
 }
 
@@ -35,8 +35,8 @@ fn load_is_measured_on_a_model_that_was_written_for_it() {
     let dir = tempfile::tempdir().unwrap();
     let (dir, data) = (dir.path(), dir.path().join("data"));
     let checkpoint = || {
-        let mut command = quire(&data);
-        command.args(["bench", "checkpoint", "--shape", "tiny"]).arg(dir.join("model"));
+        let mut command = support::bench(&data);
+        command.args(["checkpoint", "--shape", "tiny"]).arg(dir.join("model"));
         command
     };
     succeed(&mut checkpoint());

@@ -1,17 +1,16 @@
-//! A short form of the crash drill; `quire bench crash` is the long one.
+//! A short form of the crash drill; `quire-bench crash` is the long one.
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
 use serde_json::Value;
-use support::{quire, succeed};
+use support::{bench, succeed};
 
 #[test]
 fn nothing_acknowledged_is_lost_and_nothing_partial_visible_after_kill_9() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
-    let printed = succeed(quire(&data).args([
-        "bench",
+    let printed = succeed(bench(&data).args([
         "crash",
         "--kills",
         "6",

@@ -1,5 +1,5 @@
 //! A disk that fails below the whole program: full, with errors, or without power. The library that does it is
-//! `tests/faults/faults.c`; `quire bench crash` holds the long drills.
+//! `tests/faults/faults.c`; `quire-bench crash` holds the long drills.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -7,9 +7,10 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 
-use quire::cli::faults::{FailingDisk, op};
+use eval::FailingDisk;
+use eval::failing_disk::op;
 use serde_json::{Value, json};
-use support::{Server, eventually, example, python, quire, succeed};
+use support::{Server, bench, eventually, example, python, quire, succeed};
 
 /// A program that writes as programs do, so that the journal can be held against what must be left.
 const WRITER: &str = r#"
@@ -150,8 +151,8 @@ fn a_server_answers_on_a_full_disk_and_stores_again_once_there_is_space() {
 fn drill(case: &str, kills: usize) -> Value {
     let dir = tempfile::tempdir().unwrap();
     let kills = kills.to_string();
-    let words = ["bench", "crash", case, "--kills", &kills, "--seed", "7", "--no-records", "--json"];
-    let printed = succeed(quire(&dir.path().join("data")).args(words));
+    let words = ["crash", case, "--kills", &kills, "--seed", "7", "--no-records", "--json"];
+    let printed = succeed(bench(&dir.path().join("data")).args(words));
     serde_json::from_str(printed.lines().last().unwrap()).unwrap()
 }
 

@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::Value;
-use support::{quire, root, succeed};
+use support::{bench, quire, root, succeed};
 
 /// What blending with the default ratio is known to get wrong; examples/README.md says so.
 const NEEDS_FULL_RECOMPUTE: [&str; 3] = ["Ostravane", "Maldenrow", "Theodora Wend"];
@@ -75,7 +75,7 @@ fn measuring_commands_write_their_records() {
     let results = dir.path().join("results");
     let data = dir.path().join("data");
     let measure = |words: &[&str]| {
-        succeed(quire(&data).args(words).args(["--commit", "abc", "--results"]).arg(&results));
+        succeed(bench(&data).args(words).args(["--commit", "abc", "--results"]).arg(&results));
     };
     measure(&[
         "eval",
@@ -88,20 +88,20 @@ fn measuring_commands_write_their_records() {
         "--configs",
         "full,reuse,cacheblend-15,retrieval-flat",
     ]);
-    measure(&["bench", "prefill", "--no-peer", "--lengths", "256", "--repeats", "1"]);
-    measure(&["bench", "decode", "--no-peer", "--lengths", "256", "--repeats", "1", "--tokens", "4"]);
-    measure(&["bench", "blend", "--lengths", "512", "--repeats", "1"]);
-    for (bench, case, metric) in [
+    measure(&["prefill", "--no-peer", "--lengths", "256", "--repeats", "1"]);
+    measure(&["decode", "--no-peer", "--lengths", "256", "--repeats", "1", "--tokens", "4"]);
+    measure(&["blend", "--lengths", "512", "--repeats", "1"]);
+    for (name, case, metric) in [
         ("quality", "generated/kv/1024/full", "exact_match"),
         ("quality", "generated/kv/1024/cacheblend-15", "exact_match"),
         ("prefill", "ref/256/cpu", "time_to_first_token"),
         ("decode", "ref/256/cpu/full", "floor_share"),
     ] {
-        let text = std::fs::read_to_string(results.join(format!("{bench}.jsonl"))).unwrap();
+        let text = std::fs::read_to_string(results.join(format!("{name}.jsonl"))).unwrap();
         let records = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         let found: Vec<Value> = records.filter(|r| r["case"] == case && r["metric"] == metric).collect();
-        assert_eq!(found.len(), 1, "{bench} {case} {metric} in:\n{text}");
-        assert_eq!((found[0]["commit"].as_str(), found[0]["bench"].as_str()), (Some("abc"), Some(bench)));
+        assert_eq!(found.len(), 1, "{name} {case} {metric} in:\n{text}");
+        assert_eq!((found[0]["commit"].as_str(), found[0]["bench"].as_str()), (Some("abc"), Some(name)));
         assert!(found[0]["value"].as_f64().unwrap().is_finite());
     }
     assert!(results.join("blend.jsonl").exists());

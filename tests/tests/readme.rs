@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use quire::cli::parse;
+use quire_bench::check;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
@@ -34,10 +35,13 @@ fn words(line: &str) -> Vec<String> {
 #[test]
 fn its_commands_are_taken() {
     let text = readme();
-    let commands: Vec<&str> = text.lines().filter(|line| line.starts_with("quire ")).collect();
-    assert!(commands.len() > 20);
-    for command in commands {
-        if let Err(error) = parse(words(command).into_iter().map(Into::into)) {
+    let commands = |program: &str| text.lines().filter(|line| line.starts_with(program)).collect::<Vec<&str>>();
+    let (quire, bench) = (commands("quire "), commands("quire-bench "));
+    assert!(quire.len() > 10 && bench.len() > 10, "{} and {}", quire.len(), bench.len());
+    let taken = quire.iter().map(|line| (line, parse(words(line).into_iter().map(Into::into)).map(|_| ())));
+    let taken = taken.chain(bench.iter().map(|line| (line, check(words(line).into_iter().map(Into::into)))));
+    for (command, outcome) in taken {
+        if let Err(error) = outcome {
             panic!("{command}\n{error}");
         }
     }
@@ -59,8 +63,7 @@ fn its_flags_are_flags_of_some_command() {
     for flag in text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-').filter(|word| word.starts_with("--")) {
         let known = help.contains(flag) || help.contains(&flag.replacen("--no-", "--", 1)) || others.contains(&flag);
         // Flags of benches stand in their commands, which are parsed above.
-        let of_bench =
-            text.lines().any(|line| line.starts_with("quire ") && line.contains("bench") && line.contains(flag));
+        let of_bench = text.lines().any(|line| line.starts_with("quire-bench ") && line.contains(flag));
         let is_rule = flag.trim_matches('-').is_empty();
         if !known && !of_bench && !is_rule {
             missing.push(flag);

@@ -10,9 +10,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use quire::config::Settings;
-use quire::service::{AttachRequest, AttachmentState, Chunking, Purpose, Service, StoreChange, StoreSettings};
 use serde_json::{Value, json};
+use service::{AttachRequest, AttachmentState, Chunking, Purpose, Service, StoreChange, StoreSettings};
+use settings::Settings;
 use support::{Response, Server, eventually, example, ingested, model, python, read, request, root, send, texts};
 
 const JSON: &[(&str, &str)] = &[("content-type", "application/json")];

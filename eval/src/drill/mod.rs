@@ -2,6 +2,7 @@
 
 mod bitflips;
 mod content;
+pub mod failing_disk;
 mod full_disk;
 
 use std::path::PathBuf;

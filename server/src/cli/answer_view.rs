@@ -1,7 +1,7 @@
 //! How an answer is shown to people.
 
 use super::output::{Out, count, grouped, place, seconds};
-use crate::service::{Citation, Stats};
+use service::{Citation, Stats};
 
 /// Characters of a passage that are shown.
 const EXCERPT: usize = 300;

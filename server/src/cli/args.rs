@@ -2,18 +2,12 @@
 
 use std::path::PathBuf;
 
-use ann_index::IndexKind;
 use chunk_cache::ChunkKey;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
-use engine::Strategy;
-use eval::CheckpointShape;
 
-use super::bench_library::LibraryArgs;
-use super::eval::EvalArgs;
-use super::store_args::{CrashArgs, StoreArgs};
-use crate::config::{Bytes, Named, SettingsArgs};
 use hub::ModelId;
+use settings::{Bytes, SettingsArgs};
 
 /// Answers questions over documents, with attention state that is computed once per passage
 ///
@@ -30,6 +24,17 @@ use hub::ModelId;
     Exit codes: 0 done; 1 failed, or some of it (the others are done and kept); 2 wrong usage or a wrong setting."
 )]
 pub struct Cli {
+    /// What every command takes.
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command of every program takes.
+#[derive(Debug, clap::Args)]
+pub struct CommonArgs {
     /// File of settings [default: quire.toml in the current folder, if it is there]
     #[arg(long, global = true, value_name = "FILE", hide_short_help = true)]
     pub config: Option<PathBuf>,
@@ -45,9 +50,6 @@ pub struct Cli {
     /// The settings.
     #[command(flatten)]
     pub settings: SettingsArgs,
-    /// What to do.
-    #[command(subcommand)]
-    pub command: Command,
 }
 
 /// What can be done.
@@ -129,14 +131,6 @@ pub enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
-    /// Measure the quality of answers, per task, length and configuration
-    Eval(EvalArgs),
-    /// Measure speed and safety
-    Bench {
-        /// What to measure.
-        #[command(subcommand)]
-        command: BenchCommand,
-    },
     /// Show on the example documents what Quire does
     Demo {
         /// Folder with documents and questions.jsonl [default: the examples beside the program]
@@ -166,12 +160,8 @@ impl Command {
             | Command::Cache { .. }
             | Command::Doctor
             | Command::Demo { .. } => true,
-            // Models and their cache are shared with others; records and reports are published.
-            Command::Pull { .. }
-            | Command::Config { .. }
-            | Command::Eval(_)
-            | Command::Bench { .. }
-            | Command::Completions { .. } => false,
+            // Models and their cache are shared with others.
+            Command::Pull { .. } | Command::Config { .. } | Command::Completions { .. } => false,
         }
     }
 }
@@ -227,389 +217,20 @@ pub enum ConfigCommand {
     Show,
 }
 
-/// Where measurements are recorded.
-#[derive(Clone, Debug, clap::Args)]
-pub struct RecordArgs {
-    /// Folder of the records [default: eval/results of the source tree]
-    #[arg(long, value_name = "FOLDER", conflicts_with = "no_records")]
-    pub results: Option<PathBuf>,
-    /// Write no records
-    #[arg(long)]
-    pub no_records: bool,
-    /// The commit that the program was built from, for the records [default: what git says of the current folder]
-    #[arg(long, value_name = "HASH", conflicts_with = "no_records")]
-    pub commit: Option<String>,
-    /// Name of this machine in the records [default: cpu2 with two cores, otherwise a description]
-    #[arg(long, value_name = "NAME", conflicts_with = "no_records")]
-    pub machine: Option<String>,
-}
-
-/// What of speed and safety is measured.
-#[derive(Debug, Subcommand)]
-pub enum BenchCommand {
-    /// Reading prompts, beside transformers
-    Prefill(SpeedArgs),
-    /// Writing answers, beside transformers and the floor of bytes; one at a time, or with --batch many
-    Decode(Box<DecodeArgs>),
-    /// Time between tokens of answers while long prompts arrive, and without them
-    Serve(ServeBenchArgs),
-    /// From starting `quire serve` to readiness, with the model's files in the page cache
-    Start {
-        /// Timed starts
-        #[arg(long, default_value_t = 5)]
-        repeats: usize,
-        /// Seconds that a start may take
-        #[arg(long, default_value_t = 300)]
-        limit: u64,
-        /// First part of the records' case
-        #[arg(long, default_value = "ref")]
-        label: String,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// The server under many requests at once, and beside connections that never finish a request
-    Http {
-        /// Chat completions that the `openai` client sends at once
-        #[arg(long, default_value_t = 200)]
-        requests: usize,
-        /// Connections that stay half open
-        #[arg(long, default_value_t = 2000)]
-        connections: usize,
-        /// Python with the public `openai` package
-        #[arg(long, default_value = "python3")]
-        python: PathBuf,
-        /// Seconds that the server may take to become ready
-        #[arg(long, default_value_t = 300)]
-        limit: u64,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// A GPU's attention of one token over a long context, beside cuDNN's
-    AttentionDecode {
-        /// Tokens of context
-        #[arg(long, default_value_t = 131_072)]
-        tokens: usize,
-        /// Sequences, separated by commas
-        #[arg(long, value_delimiter = ',', default_value = "1,8")]
-        batch: Vec<usize>,
-        /// Calls of a round
-        #[arg(long, default_value_t = 20)]
-        repeats: usize,
-        /// Timed rounds
-        #[arg(long, default_value_t = 3)]
-        rounds: usize,
-        /// Python with torch and transformers on the GPU, for the comparison
-        #[arg(long, default_value = "python3")]
-        python: PathBuf,
-        /// Measure Quire alone
-        #[arg(long)]
-        no_peer: bool,
-        /// First part of the records' case
-        #[arg(long, default_value = "8b")]
-        label: String,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// Write a model folder with random weights, to measure with; tokenizer and prompt format are those of --model
-    Checkpoint {
-        /// Folder to write
-        dir: PathBuf,
-        /// `8b` (Llama-3.1-8B, 16 GB) or `tiny`
-        #[arg(long, default_value = "8b")]
-        shape: Named<CheckpointShape>,
-        /// Seed of the weights
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-    },
-    /// Time to first token: full recompute, reuse and cacheblend
-    Blend {
-        /// Context lengths in tokens, separated by commas
-        #[arg(long, value_delimiter = ',', default_value = "2048,4096,8192")]
-        lengths: Vec<usize>,
-        /// Timed rounds
-        #[arg(long, default_value_t = 5)]
-        repeats: usize,
-        /// Text of the prompts: `generated`, or a file or folder of JSON lines
-        #[arg(long, default_value = "generated")]
-        data: String,
-        /// First part of the records' case
-        #[arg(long, default_value = "ref")]
-        label: String,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// Indexes: recall against keys read and time, beside hnswlib, faiss and usearch
-    Index(Box<IndexArgs>),
-    /// Read bandwidth of memory
-    Membw {
-        /// Repetitions
-        #[arg(long, default_value_t = 5)]
-        repeats: usize,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// The chunk store: bytes written and freed, rates of reading, time to open
-    Store(StoreArgs),
-    /// Chat templates of public models, rendered here and by Hugging Face transformers
-    Templates {
-        /// Python interpreter that imports transformers and jinja2
-        #[arg(long, value_name = "PROGRAM", default_value = "python3")]
-        python: PathBuf,
-        /// Folder of packages that carry templates; scripts/chat_templates.sh brings some
-        #[arg(long, value_name = "FOLDER")]
-        packages: PathBuf,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// Kill an ingest at random moments and check what is left
-    Crash(CrashArgs),
-    /// How soon many small notes can be searched
-    Library(LibraryArgs),
-    /// Works on a library until the drill kills it
-    #[command(hide = true)]
-    CrashWorker {
-        /// What to do, as the drill writes it
-        orders: PathBuf,
-    },
-    /// Finding passages: recall over questions whose passages are known, and the time of an enormous query
-    Search {
-        /// Passages with questions: SQuAD's format, or a list of ctxs, question and answers; may be repeated
-        #[arg(long, value_name = "FILE")]
-        data: Vec<PathBuf>,
-        /// Distinct words of the enormous query
-        #[arg(long, default_value_t = 200_000)]
-        words: usize,
-        /// Times that it is sent
-        #[arg(long, default_value_t = 5)]
-        repeats: usize,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// Which listed faults are mended, as logs of `cargo test` show
-    Faults {
-        /// The list: tables whose last column, `test`, names tests
-        #[arg(long, value_name = "FILE", default_value = "docs/faults.md")]
-        list: PathBuf,
-        /// What a run of `cargo test` printed; once for each run
-        #[arg(long = "log", value_name = "FILE", required = true)]
-        logs: Vec<PathBuf>,
-        /// Faults whose tests were ignored, as those for a GPU, are no failure
-        #[arg(long)]
-        allow_ignored: bool,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-    /// Make the tables of all records
-    Report {
-        /// File to write
-        #[arg(long, value_name = "FILE", default_value = "docs/results.md")]
-        out: PathBuf,
-        /// Records.
-        #[command(flatten)]
-        records: RecordArgs,
-    },
-}
-
-/// A comparison of speed.
-#[derive(Debug, clap::Args)]
-pub struct SpeedArgs {
-    /// Prompt lengths in tokens, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "2048,8192")]
-    pub lengths: Vec<usize>,
-    /// Timed rounds
-    #[arg(long, default_value_t = 5)]
-    pub repeats: usize,
-    /// Tokens to decode
-    #[arg(long, default_value_t = 64)]
-    pub tokens: usize,
-    /// Decode strategies, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "full")]
-    pub strategies: Vec<Named<Strategy>>,
-    /// Text of the prompts: `generated`, or a file or folder of JSON lines
-    #[arg(long, default_value = "generated")]
-    pub data: String,
-    /// Python with torch and transformers, for the comparison
-    #[arg(long, default_value = "python3")]
-    pub python: PathBuf,
-    /// Measure Quire alone
-    #[arg(long)]
-    pub no_peer: bool,
-    /// First part of the records' case
-    #[arg(long, default_value = "ref")]
-    pub label: String,
-    /// Records.
-    #[command(flatten)]
-    pub records: RecordArgs,
-}
-
-/// Answers one at a time, or many.
-#[derive(Debug, clap::Args)]
-pub struct DecodeArgs {
-    /// What one comparison needs.
-    #[command(flatten)]
-    pub speed: SpeedArgs,
-    /// Sequences that decode at the same time, separated by commas; cases become LABEL/LENGTH/bBATCH/STRATEGY
-    #[arg(long, value_delimiter = ',')]
-    pub batch: Vec<usize>,
-    /// Draws from the likeliest tokens of this probability in all; a batch draws at --temperature, and its cases become
-    /// LABEL/LENGTH/bBATCH/STRATEGY/tTEMPERATURE-kTOP_K-pTOP_P
-    #[arg(long, default_value_t = 1.0, requires = "batch", allow_negative_numbers = true)]
-    pub top_p: f32,
-    /// Draws from so many likeliest tokens; 0: from all
-    #[arg(long, default_value_t = 0, requires = "batch")]
-    pub top_k: usize,
-    /// Prompts of a batch
-    #[arg(long, value_enum, default_value = "random", requires = "batch")]
-    pub prompt: PromptArg,
-    /// The length's name in the records' case, with one length [default: `short` up to 512 tokens, `2k` for 2048]
-    #[arg(long, value_name = "NAME", requires = "batch")]
-    pub length_name: Option<String>,
-    /// Device of the comparison, as PyTorch names it; it gets random weights of the model's shape
-    #[arg(long, default_value = "cuda", requires = "batch")]
-    pub peer_device: String,
-}
-
-/// What prompts of a batch are made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum PromptArg {
-    /// Tokens drawn at random, other ones for every sequence
-    Random,
-    /// The text that --data names, the same for every sequence
-    Text,
-}
-
-/// Answers beside arriving prompts.
-#[derive(Debug, clap::Args)]
-pub struct ServeBenchArgs {
-    /// Sequences that decode all the time
-    #[arg(long, default_value_t = 16)]
-    pub sequences: usize,
-    /// Tokens of their prompts
-    #[arg(long, default_value_t = 512)]
-    pub context: usize,
-    /// Tokens that each may write at most
-    #[arg(long, default_value_t = 4096)]
-    pub answer_tokens: usize,
-    /// Tokens that each writes without arrivals
-    #[arg(long, default_value_t = 128)]
-    pub alone: usize,
-    /// Prompts that arrive
-    #[arg(long, default_value_t = 8)]
-    pub arrivals: usize,
-    /// Tokens of each of them
-    #[arg(long, default_value_t = 8192)]
-    pub arrival_tokens: usize,
-    /// Arrivals a second [default: each when the one before has its first token]
-    #[arg(long)]
-    pub rate: Option<f64>,
-    /// Seed of all prompts
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
-    /// First part of the records' case
-    #[arg(long, default_value = "ref")]
-    pub label: String,
-    /// Records.
-    #[command(flatten)]
-    pub records: RecordArgs,
-}
-
-/// What [`IndexArgs`] can search.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum IndexDataArg {
-    /// Made-up keys, and queries that are not distributed like them
-    Ood,
-    /// Made-up keys, and queries that are
-    In,
-    /// Keys and queries of the model's heads
-    Model,
-}
-
-/// A comparison of indexes.
-#[derive(Debug, clap::Args)]
-pub struct IndexArgs {
-    /// What is searched, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "ood,in")]
-    pub sets: Vec<IndexDataArg>,
-    /// Made-up keys
-    #[arg(long, default_value_t = 131_072)]
-    pub keys: usize,
-    /// Sample queries for made-up keys
-    #[arg(long, default_value_t = 32_768)]
-    pub samples: usize,
-    /// Queries to choose settings with, and as many others to report figures for
-    #[arg(long, default_value_t = 1000)]
-    pub queries: usize,
-    /// Seed of what is made up
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
-    /// Indexes, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "flat,graph,clusters,hnsw")]
-    pub kinds: Vec<Named<IndexKind>>,
-    /// Timed rounds
-    #[arg(long, default_value_t = 3)]
-    pub repeats: usize,
-    /// Texts for the model's heads, in tokens, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "8192")]
-    pub lengths: Vec<usize>,
-    /// Retrieval tasks for the model's heads: `generated`, or a file or folder of JSON lines
-    #[arg(long, default_value = "generated")]
-    pub data: String,
-    /// Running text for the model's heads: a text file, or JSON lines with texts in `document`
-    #[arg(long, value_name = "FILE")]
-    pub text: Option<PathBuf>,
-    /// Texts of each kind and length for the model's heads
-    #[arg(long, default_value_t = 2)]
-    pub texts: usize,
-    /// Python with faiss, hnswlib and usearch, for the comparison
-    #[arg(long, default_value = "python3")]
-    pub python: PathBuf,
-    /// Measure Quire alone
-    #[arg(long)]
-    pub no_peer: bool,
-    /// Folder for curves [default: draw none]
-    #[arg(long, value_name = "FOLDER")]
-    pub figures: Option<PathBuf>,
-    /// First part of the records' case for the model's heads
-    #[arg(long, default_value = "model")]
-    pub label: String,
-    /// Records.
-    #[command(flatten)]
-    pub records: RecordArgs,
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use engine::Strategy;
+    use settings::Named;
 
     #[test]
     fn settings_may_stand_behind_the_subcommand() {
         let cli = Cli::try_parse_from(["quire", "ask", "Who?", "--strategy", "window", "--top-chunks=3"]).unwrap();
-        assert_eq!(cli.settings.top_chunks, Some(3));
-        assert_eq!(cli.settings.strategy, Some(Named(Strategy::Window)));
+        assert_eq!(cli.common.settings.top_chunks, Some(3));
+        assert_eq!(cli.common.settings.strategy, Some(Named(Strategy::Window)));
         let error = Cli::try_parse_from(["quire", "ask", "Who?", "--strategy", "magic"]).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("retrieval"), "{error}");
-    }
-
-    #[test]
-    fn options_of_batches_need_a_batch() {
-        let parse = |words: &str| Cli::try_parse_from(["quire", "bench", "decode"].into_iter().chain(words.split(' ')));
-        for words in ["--length-name short", "--prompt text", "--peer-device cpu"] {
-            assert!(parse(words).unwrap_err().to_string().contains("--batch"), "{words}");
-        }
-        let cli = parse("--batch 1,64 --lengths 2048 --machine h200").unwrap();
-        let Command::Bench { command: BenchCommand::Decode(args) } = cli.command else { unreachable!() };
-        assert_eq!((args.batch, args.prompt, args.speed.lengths), (vec![1, 64], PromptArg::Random, vec![2048]));
-        assert_eq!(args.speed.records.machine.as_deref(), Some("h200"));
-        assert!(Cli::try_parse_from(["quire", "bench", "checkpoint", "x", "--shape", "9b"]).is_err());
     }
 }

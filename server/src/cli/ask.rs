@@ -5,10 +5,9 @@ use serde_json::json;
 
 use super::output::{Out, place, seconds};
 use super::{answer_view, asking};
-use crate::config::Config;
-use crate::control::{AnswerSettings, Command, Event, Retrieval};
-use crate::error::{QuireError, Result};
-use crate::service::Answer;
+use service::Answer;
+use service::control::{AnswerSettings, Command, Event, Retrieval};
+use settings::{Config, QuireError, Result};
 
 pub(super) fn search(config: &Config, query: &str, out: &Out) -> Result<()> {
     let command = Command::Search { passages: Retrieval::from_settings(&config.settings), query: query.into() };

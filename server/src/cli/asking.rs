@@ -3,9 +3,8 @@
 use indicatif::ProgressBar;
 
 use super::output::Out;
-use crate::config::Config;
-use crate::control::{Cancel, Command, Event, Link, Need};
-use crate::error::Result;
+use service::control::{Cancel, Command, Event, Link, Need};
+use settings::{Config, Result};
 
 /// Has a command executed to its end. `name`: how the user called it, as in help; `on_event` prints what happens.
 ///

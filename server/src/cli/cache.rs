@@ -5,9 +5,8 @@ use serde_json::json;
 use super::args::CacheCommand as Called;
 use super::asking;
 use super::output::{Out, bytes, count, grouped};
-use crate::config::Config;
-use crate::control::{CacheCommand, CacheEvent, CacheTotals, Command, Event, ListedChunk};
-use crate::error::{QuireError, Result};
+use service::control::{CacheCommand, CacheEvent, CacheTotals, Command, Event, ListedChunk};
+use settings::{Config, QuireError, Result};
 
 pub(super) fn run(config: &Config, called: &Called, out: &Out) -> Result<()> {
     let (name, command) = command(called);

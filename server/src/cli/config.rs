@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::output::Out;
-use crate::config::{Config, SETTINGS};
+use settings::{Config, SETTINGS};
 
 pub(super) fn show(config: &Config, out: &Out) {
     let mut values = serde_json::to_value(&config.settings).unwrap_or_default();

@@ -9,10 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::answer_view;
 use super::ingest::{ingest, summary};
 use super::output::{Out, count, grouped, seconds};
-use crate::config::{Settings, find_shipped};
-use crate::error::{QuireError, Result};
-use crate::service::{Answer, IngestReport, Options, Purpose, Question, Service};
 use documents::{DocumentsError, discover};
+use service::{Answer, IngestReport, Options, Purpose, Question, Service};
+use settings::{QuireError, Result, Settings, find_shipped};
 
 const COLLECTION: &str = "examples";
 /// Timed rounds of each side, after one untimed round.
@@ -150,10 +149,21 @@ fn compare(service: &Service, blended: &Question, recompute: &Question) -> Resul
         times.blended_seconds.push(answers.0.stats.ttft_seconds);
         times.full_recompute_seconds.push(answers.1.stats.ttft_seconds);
     }
-    times.blended_median_seconds = eval::median(&times.blended_seconds);
-    times.full_recompute_median_seconds = eval::median(&times.full_recompute_seconds);
+    times.blended_median_seconds = median(&times.blended_seconds);
+    times.full_recompute_median_seconds = median(&times.full_recompute_seconds);
     times.ratio = times.full_recompute_median_seconds / times.blended_median_seconds;
     Ok((answers.0, answers.1, times))
+}
+
+/// The middle of the values, or of the two in the middle the mean; not a number if there is none.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match (sorted.len(), sorted.len() / 2) {
+        (0, _) => f64::NAN,
+        (length, middle) if length % 2 == 0 => (sorted[middle - 1] + sorted[middle]) / 2.0,
+        (_, middle) => sorted[middle],
+    }
 }
 
 fn demonstration(folder: &Path) -> Result<Example> {

@@ -5,11 +5,10 @@ use engine::{DeviceChoice, Engine, Isa, ModelSpec, Tokenizer, find_gpu, memory_l
 use serde::Serialize;
 
 use super::output::{Out, bytes, count};
-use crate::config::Settings;
-use crate::control;
-use crate::error::{QuireError, Result};
-use crate::store::store_dir;
 use documents::{DocumentsError, collection_names, data_dir};
+use service::control;
+use service::store::store_dir;
+use settings::{QuireError, Result, Settings};
 
 /// How a check went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -4,10 +4,9 @@ use serde_json::json;
 
 use super::asking;
 use super::output::{Out, bytes, count, grouped, short};
-use crate::config::Config;
-use crate::control::{Command, Event};
-use crate::error::{QuireError, Result};
-use crate::service::{DocumentName, DocumentsCommand, DocumentsEvent};
+use service::control::{Command, Event};
+use service::{DocumentName, DocumentsCommand, DocumentsEvent};
+use settings::{Config, QuireError, Result};
 
 /// What is to be removed, or brought back.
 pub(super) struct Removal {

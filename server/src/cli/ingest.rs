@@ -8,18 +8,17 @@ use serde_json::json;
 
 use super::asking;
 use super::output::{Out, count, seconds, short};
-use crate::config::Config;
-use crate::control::{Command, Event, ExactPath, IngestProgress};
-use crate::error::{QuireError, Result};
-use crate::service::{DocumentState, IngestOptions, IngestReport, Service};
 use documents::Skipped;
+use service::control::{Command, Event, ExactPath, IngestProgress};
+use service::{DocumentState, IngestOptions, IngestReport, Service};
+use settings::{Config, QuireError, Result};
 
 pub(super) fn run(config: &Config, paths: &[PathBuf], sync: bool, out: &Out) -> Result<()> {
     let settings = &config.settings;
     let command = Command::Ingest {
         collection: settings.collection.clone(),
         paths: paths.iter().map(|path| ExactPath::resolve(path)).collect(),
-        options: IngestOptions { sync, ..settings.ingesting()? },
+        options: IngestOptions { sync, ..IngestOptions::from_settings(settings)? },
         cache_bytes: settings.cache_bytes.map(|bytes| bytes.0),
     };
     let link = asking::open(config, "ingest", command.need(), out)?;

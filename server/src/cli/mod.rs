@@ -4,56 +4,35 @@ mod answer_view;
 mod args;
 mod ask;
 mod asking;
-mod bench;
-mod bench_http;
-mod bench_library;
-mod bench_load;
-mod bench_search;
 mod cache;
 mod chat;
-mod child;
 mod config;
-pub mod crash;
 mod demo;
 mod doctor;
 mod documents;
-mod eval;
-pub mod faults;
 mod ingest;
-pub mod library_drill;
 mod output;
 mod parse;
 mod pull;
 mod serve;
-mod start;
-mod store_args;
 mod terminal;
 
-pub use args::{Cli, Command};
-pub use parse::parse;
+pub use args::{Cli, Command, CommonArgs};
+pub use output::{Out, count};
+pub use parse::{grammar, parse, parse_as};
+pub use terminal::safe;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use crate::config::Config;
-use crate::error::{QuireError, Result};
-use output::Out;
+use settings::{Config, QuireError, Result};
 
 /// Runs a parsed command line and says with which code the process ends: 0 done, 1 failed, 2 wrong usage.
 #[must_use]
 pub fn run(cli: Cli) -> ExitCode {
-    let out = Out::new(cli.json, cli.verbose, cli.quiet);
-    match dispatch(cli, &out) {
-        Ok(()) if out.is_lost() => {
-            out.failed("the result could not be written to standard output: is it closed, or the disk full?");
-            ExitCode::FAILURE
-        }
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            out.error(&error);
-            ExitCode::from(error.exit_code())
-        }
-    }
+    let out = Out::new(&cli.common);
+    let outcome = dispatch(cli, &out).map_err(|error| (error.full_message(), error.exit_code()));
+    out.end(outcome)
 }
 
 /// Prints help, the version, or what is wrong with the words of a command line, and says with which code to end.
@@ -77,11 +56,7 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         out.text(&String::from_utf8_lossy(&script));
         return Ok(());
     }
-    let config = Config::load(&cli.settings, cli.config.as_deref())?;
-    start_log(&config.settings.log)?;
-    for variable in &config.unknown_variables {
-        tracing::warn!("{variable} is no setting of quire; `quire config show` lists them");
-    }
+    let config = load_config(&cli.common)?;
     let settings = &config.settings;
     if cli.command.reads_documents() {
         crate::process::keep_files_private();
@@ -90,7 +65,7 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         Command::Ingest { paths, sync } => ingest::run(&config, &paths, sync, out),
         Command::Ls { name } => documents::ls(&config, name, out),
         Command::Rm { names, now, undo } => {
-            let whole = cli.settings.collection.is_some();
+            let whole = cli.common.settings.collection.is_some();
             documents::rm(&config, &documents::Removal { names, now, undo, whole }, out)
         }
         Command::Collections => documents::collections(&config, out),
@@ -98,7 +73,7 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         Command::Search { query } => ask::search(&config, &query.join(" "), out),
         Command::Ask { question, compare } => ask::run(&config, &question.join(" "), compare, out),
         Command::Chat(args) => {
-            let documents = args.documents || cli.settings.collection.is_some();
+            let documents = args.documents || cli.common.settings.collection.is_some();
             chat::run(&config, &args, documents, out)
         }
         Command::Pull { id } => pull::run(&id, out),
@@ -109,11 +84,22 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
             config::show(&config, out);
             Ok(())
         }
-        Command::Eval(args) => eval::run(settings, args, out),
-        Command::Bench { command } => bench::run(settings, command, out),
         Command::Demo { documents } => demo::run(settings, documents.as_deref(), out),
         Command::Completions { .. } => Ok(()),
     }
+}
+
+/// Reads the settings, and begins to log as they say.
+///
+/// # Errors
+/// [`QuireError::Config`]: a setting or a file of settings is wrong.
+pub fn load_config(common: &CommonArgs) -> Result<Config> {
+    let config = Config::load(&common.settings, common.config.as_deref())?;
+    start_log(&config.settings.log)?;
+    for variable in &config.unknown_variables {
+        tracing::warn!("{variable} is no setting of quire; `quire config show` lists them");
+    }
+    Ok(config)
 }
 
 fn start_log(filter: &str) -> Result<()> {

@@ -3,21 +3,23 @@
 use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::json;
 
+use super::args::CommonArgs;
 use super::terminal::{safe, safe_json};
-use crate::error::QuireError;
 use crate::process::stdout_was_closed;
 use documents::Span;
 
 /// Where a command prints.
-pub(super) struct Out {
+#[derive(Debug)]
+pub struct Out {
     /// As JSON lines.
-    pub(super) json: bool,
+    pub json: bool,
     /// With what an answer cost.
     pub(super) verbose: bool,
     /// Without remarks and progress.
@@ -31,7 +33,10 @@ pub(super) struct Out {
 }
 
 impl Out {
-    pub(super) fn new(json: bool, verbose: bool, quiet: bool) -> Out {
+    /// As the command line asks for it.
+    #[must_use]
+    pub fn new(common: &CommonArgs) -> Out {
+        let CommonArgs { json, verbose, quiet, .. } = *common;
         Out {
             json,
             verbose,
@@ -41,11 +46,6 @@ impl Out {
             lost: Cell::new(false),
             gone: Cell::new(false),
         }
-    }
-
-    /// Whether some of the result could not be written, other than to a reader that went away.
-    pub(super) fn is_lost(&self) -> bool {
-        self.lost.get()
     }
 
     /// Whether nothing more of the result can be written.
@@ -76,7 +76,7 @@ impl Out {
     }
 
     /// A line of the result. A reader that went away is no error of ours.
-    pub(super) fn line(&self, text: impl AsRef<str>) {
+    pub fn line(&self, text: impl AsRef<str>) {
         if self.silent {
             return;
         }
@@ -90,7 +90,7 @@ impl Out {
     }
 
     /// A result as one JSON line.
-    pub(super) fn value<T: Serialize>(&self, value: &T) {
+    pub fn value<T: Serialize>(&self, value: &T) {
         match serde_json::to_string(value) {
             Ok(text) if self.silent => drop(text),
             Ok(text) => self.written(writeln!(std::io::stdout().lock(), "{}", safe_json(text))),
@@ -105,7 +105,7 @@ impl Out {
     }
 
     /// A remark for people, beside the result.
-    pub(super) fn note(&self, text: &str) {
+    pub fn note(&self, text: &str) {
         if !self.quiet {
             self.complain(text);
         }
@@ -116,11 +116,27 @@ impl Out {
         let _ = writeln!(std::io::stderr().lock(), "{}", safe(text));
     }
 
-    /// An error, with the reasons behind it that its text does not name itself.
-    pub(super) fn error(&self, error: &QuireError) {
-        let message = error.full_message();
+    /// Tells how a command ended (if not well: why, and with which exit code), and says with which code the process ends. A result
+    /// that could not be written is no success.
+    #[must_use]
+    pub fn end(&self, outcome: Result<(), (String, u8)>) -> ExitCode {
+        match outcome {
+            Ok(()) if self.lost.get() => {
+                self.failed("the result could not be written to standard output: is it closed, or the disk full?");
+                ExitCode::FAILURE
+            }
+            Ok(()) => ExitCode::SUCCESS,
+            Err((message, exit_code)) => {
+                self.error(&message, exit_code);
+                ExitCode::from(exit_code)
+            }
+        }
+    }
+
+    /// An error that ends the command, or a turn of it.
+    pub(super) fn error(&self, message: &str, exit_code: u8) {
         if self.json {
-            self.value(&json!({"error": {"message": message, "exit_code": error.exit_code()}}));
+            self.value(&json!({"error": {"message": message, "exit_code": exit_code}}));
         }
         self.complain(&format!("error: {message}"));
     }
@@ -131,7 +147,8 @@ impl Out {
     }
 
     /// A bar for work of known size; only on a terminal.
-    pub(super) fn bar(&self) -> Option<ProgressBar> {
+    #[must_use]
+    pub fn bar(&self) -> Option<ProgressBar> {
         if !self.terminal || self.json {
             return None;
         }
@@ -191,7 +208,8 @@ pub(super) fn bytes(value: u64) -> String {
 }
 
 /// A number with its noun.
-pub(super) fn count(number: usize, noun: &str) -> String {
+#[must_use]
+pub fn count(number: usize, noun: &str) -> String {
     if number == 1 { format!("1 {noun}") } else { format!("{} {noun}s", grouped(number as u64)) }
 }
 

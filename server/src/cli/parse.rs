@@ -2,17 +2,25 @@
 
 use std::ffi::OsString;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches};
 
 use super::args::Cli;
-use crate::config::{SETTINGS, Setting, setting};
+use settings::{SETTINGS, Setting, setting};
 
 /// Settings with a short flag. The short help shows these, where they are used.
 const SHORT: &[(&str, char)] = &[("model", 'm'), ("collection", 'c'), ("data_dir", 'd'), ("port", 'p')];
 
-/// The grammar, with everything that help shows.
+/// The grammar of `quire`, with everything that help shows.
 pub(super) fn command() -> Command {
-    let mut root = Cli::command();
+    grammar::<Cli>(str::to_string)
+}
+
+/// The grammar of a program that takes settings as flags, with everything that help shows. `setting_name` says what the table
+/// of settings calls the command with these words.
+#[must_use]
+pub fn grammar<C: CommandFactory>(setting_name: fn(&str) -> String) -> Command {
+    let mut root = C::command();
     for (key, short) in SHORT {
         root = root.mut_arg(key, |arg| arg.short(*short).hide_short_help(false));
     }
@@ -24,16 +32,41 @@ pub(super) fn command() -> Command {
     let settings: Vec<Arg> = root.get_arguments().filter(|arg| of_setting(arg).is_some()).cloned().collect();
     // What the commands show, the root need not repeat.
     root = root.mut_args(|arg| if of_setting(&arg).is_some() { arg.hide(true) } else { arg });
-    show_used(root, "", &settings)
+    show_used(root, "", setting_name, &settings)
 }
 
-/// Parses a command line, the program's name first.
+/// Parses a command line of `quire`, the program's name first.
 ///
 /// # Errors
 /// Wrong usage, help and version, as clap tells them.
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
-    let matches = command().try_get_matches_from(with_values(words))?;
-    Cli::from_arg_matches(&matches)
+    parse_as(words, str::to_string).map_err(name_the_measuring_program)
+}
+
+/// Parses a command line of the program with this [`grammar`], the program's name first.
+///
+/// # Errors
+/// Wrong usage, help and version, as clap tells them.
+pub fn parse_as<C: CommandFactory + FromArgMatches>(
+    words: impl IntoIterator<Item = OsString>,
+    setting_name: fn(&str) -> String,
+) -> Result<C, clap::Error> {
+    let matches = grammar::<C>(setting_name).try_get_matches_from(with_values(words))?;
+    C::from_arg_matches(&matches)
+}
+
+/// `bench` and `eval` were commands of `quire` and are those of another program, which has to be told.
+fn name_the_measuring_program(error: clap::Error) -> clap::Error {
+    let now = match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(word)) if word == "bench" => "`quire-bench COMMAND` instead of `quire bench COMMAND`",
+        Some(ContextValue::String(word)) if word == "eval" => "`quire-bench eval` instead of `quire eval`",
+        _ => return error,
+    };
+    let message = format!(
+        "measuring is done by another program, with the same arguments: run {now}. If you do not have it, build it in the \
+         source tree: cargo build --release -p quire-bench"
+    );
+    command().error(ErrorKind::InvalidSubcommand, message)
 }
 
 /// `--prefix-cache`, also with a value.
@@ -61,15 +94,16 @@ fn of_setting(arg: &Arg) -> Option<&'static Setting> {
 }
 
 /// Gives every subcommand the settings as its own flags, visible where it uses them.
-fn show_used(command: Command, path: &str, settings: &[Arg]) -> Command {
+fn show_used(command: Command, path: &str, setting_name: fn(&str) -> String, settings: &[Arg]) -> Command {
     let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_string()).collect();
     names.into_iter().fold(command, |command, name| {
         let path = format!("{path} {name}").trim_start().to_string();
         command.mut_subcommand(name, |sub| {
             let group = sub.has_subcommands();
-            let shown = |arg: &Arg| !group && of_setting(arg).is_some_and(|setting| setting.is_used_by(&path));
+            let shown =
+                |arg: &Arg| !group && of_setting(arg).is_some_and(|setting| setting.is_used_by(&setting_name(&path)));
             let own: Vec<Arg> = settings.iter().map(|arg| arg.clone().hide(!shown(arg))).collect();
-            show_used(sub.args(own), &path, settings)
+            show_used(sub.args(own), &path, setting_name, settings)
         })
     })
 }
@@ -128,7 +162,6 @@ mod tests {
         let search = help("quire search --help");
         assert!(search.contains("--top-chunks") && search.contains("--data-dir"), "{search}");
         assert!(!search.contains("--temperature") && !search.contains("--prefix-cache"), "{search}");
-        assert!(help("quire bench decode --help").contains("--strategy"));
         assert!(!help("quire pull --help").contains("--top-chunks"));
         assert!(!help("quire --help").contains("--temperature") && help("quire serve --help").contains("--host"));
     }
@@ -149,7 +182,8 @@ mod tests {
     #[test]
     fn every_setting_names_commands_that_there_are() {
         let root = command();
-        let known: Vec<&str> = root.get_subcommands().map(Command::get_name).collect();
+        // Those of `quire-bench` are looked at there.
+        let known: Vec<&str> = root.get_subcommands().map(Command::get_name).chain(["bench", "eval"]).collect();
         for setting in SETTINGS {
             for name in setting.commands {
                 assert!(known.contains(&name.split(' ').next().unwrap()), "{}: {name}", setting.key);
@@ -159,7 +193,7 @@ mod tests {
 
     #[test]
     fn switches_are_written_in_every_usual_way() {
-        let value = |line: &str| words(line).unwrap().settings.prefix_cache;
+        let value = |line: &str| words(line).unwrap().common.settings.prefix_cache;
         for on in ["quire serve --prefix-cache", "quire --prefix-cache serve", "quire serve --prefix-cache=true"] {
             assert_eq!(value(on), Some(true), "{on}");
         }
@@ -180,9 +214,18 @@ mod tests {
     }
 
     #[test]
+    fn who_measures_by_habit_is_sent_to_the_other_program() {
+        for line in ["quire bench decode --batch 1", "quire --json bench", "quire eval --limit 3 -m x"] {
+            let error = words(line).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains("run `quire-bench "), "{line}: {error}");
+        }
+        assert!(!words("quire benhc").unwrap_err().to_string().contains("quire-bench"));
+    }
+
+    #[test]
     fn several_words_are_one_question() {
         let cli = words("quire search -c notes spare key -j").unwrap();
-        assert!(cli.json && cli.settings.collection.as_deref() == Some("notes"));
+        assert!(cli.common.json && cli.common.settings.collection.as_deref() == Some("notes"));
         assert!(matches!(cli.command, Quire::Search { query } if query == ["spare", "key"]));
         assert_eq!(words("quire search").unwrap_err().exit_code(), 2);
     }
@@ -190,7 +233,7 @@ mod tests {
     #[test]
     fn sizes_have_units() {
         let cli = words("quire serve --cache-bytes 1.5GiB --kv-budget-bytes 512M").unwrap();
-        assert_eq!(cli.settings.cache_bytes.unwrap().0, 3 << 29);
+        assert_eq!(cli.common.settings.cache_bytes.unwrap().0, 3 << 29);
         let error = words("quire serve --cache-bytes 8X").unwrap_err();
         assert!(error.exit_code() == 2 && error.to_string().contains("8G or 1.5GiB"), "{error}");
     }

@@ -6,16 +6,15 @@ use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::output::{Out, bytes, count};
-use crate::config;
-use crate::error::Result;
 use hub::{self, FileState, ModelId, PullEvent};
+use settings::Result;
 
 /// Between two lines about one file.
 const LINES: Duration = Duration::from_secs(10);
 
 pub(super) fn run(id: &ModelId, out: &Out) -> Result<()> {
     let mut view = View { out, bar: None, told: Instant::now() };
-    let pulled = hub::pull(&config::hub(), id, &mut |event| view.show(&event));
+    let pulled = hub::pull(&settings::hub(), id, &mut |event| view.show(&event));
     view.clear();
     let pulled = pulled?;
     if out.json {

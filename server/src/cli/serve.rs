@@ -3,9 +3,7 @@
 use std::time::Duration;
 
 use super::output::Out;
-use crate::config::Settings;
-use crate::error::{QuireError, Result};
-use crate::http;
+use settings::{QuireError, Result, Settings};
 
 pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -29,10 +27,10 @@ pub(super) fn run(settings: &Settings, out: &Out) -> Result<()> {
             out.line("ready");
         }
     };
-    let result = runtime.block_on(http::serve(settings, &announce, &ready));
+    let result = runtime.block_on(http_api::serve(settings, &announce, &ready));
     // What is still running was given its time: it must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    if !result?.is_some_and(http::close) {
+    if !result?.is_some_and(http_api::close) {
         // Loading or an answer still runs. The process must end without the exit handlers, which destroy globals of RocksDB that
         // another thread may be using: it would abort.
         // SAFETY: ends the process; everything was printed with a line's end and is flushed.
@@ -68,7 +66,7 @@ fn warnings(settings: &Settings, address: std::net::SocketAddr) -> Vec<String> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::config::{Named, Secret};
+    use settings::{Named, Secret};
 
     #[test]
     fn a_server_that_anyone_can_use_says_so_unless_it_has_a_key() {

@@ -15,7 +15,8 @@ fn commands(c: char) -> bool {
 }
 
 /// The text with such characters as escapes, as in `\u{1b}`; lines that end in the way of Windows end in ours.
-pub(super) fn safe(text: &str) -> Cow<'_, str> {
+#[must_use]
+pub fn safe(text: &str) -> Cow<'_, str> {
     if !text.contains(commands) {
         return Cow::Borrowed(text);
     }

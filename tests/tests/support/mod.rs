@@ -24,17 +24,34 @@ pub(crate) fn model() -> PathBuf {
 /// building it from here would choose other features of shared dependencies and compile them all once more.
 pub(crate) fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let test = std::env::current_exe().unwrap();
-        let binary = test.parent().and_then(Path::parent).unwrap().join("quire");
-        assert!(binary.exists(), "{} is missing: run `cargo build --release --workspace` first", binary.display());
-        binary
-    })
+    BINARY.get_or_init(|| built("quire"))
+}
+
+/// The same of `quire-bench`, which finds the other beside itself.
+pub(crate) fn bench_binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| built("quire-bench"))
+}
+
+fn built(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let binary = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(binary.exists(), "{} is missing: run `cargo build --release --workspace` first", binary.display());
+    binary
 }
 
 /// The program with no settings from outside.
 pub(crate) fn quire(data_dir: &Path) -> Command {
-    let mut command = Command::new(binary());
+    program(binary(), data_dir)
+}
+
+/// `quire-bench` with no settings from outside.
+pub(crate) fn bench(data_dir: &Path) -> Command {
+    program(bench_binary(), data_dir)
+}
+
+fn program(path: &Path, data_dir: &Path) -> Command {
+    let mut command = Command::new(path);
     clean(&mut command, data_dir);
     command.arg("--data-dir").arg(data_dir).arg("--model").arg(model());
     command

@@ -11,7 +11,7 @@ use rustyline::history::FileHistory;
 use rustyline::{Behavior, Config, Editor};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
-use crate::error::{QuireError, Result};
+use settings::{QuireError, Result};
 
 /// Bytes of one line at most.
 const LINE_LIMIT: u64 = 16 << 20;

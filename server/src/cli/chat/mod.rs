@@ -15,12 +15,11 @@ use super::answer_view;
 use super::args::ChatArgs;
 use super::asking::{self, Aside};
 use super::output::{Out, count, seconds};
-use crate::config::{self, Config};
-use crate::control::{AnswerSettings, Cancel, Command, Event, Link, Need, Retrieval};
-use crate::error::{QuireError, Result};
-use crate::service::{Answer, Conversation};
 use input::{Entry, Grammar};
 use lines::{Lines, Typed};
+use service::control::{AnswerSettings, Cancel, Command, Event, Link, Need, Retrieval};
+use service::{Answer, Conversation};
+use settings::{Config, QuireError, Result};
 
 const HELP: &str = "\
 /help            this text
@@ -41,7 +40,7 @@ pub(super) fn run(config: &Config, args: &ChatArgs, documents: bool, out: &Out) 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let interactive = std::io::stdin().is_terminal();
     let lines = match interactive {
-        true => Lines::edited((!args.no_history).then(config::chat_history))?,
+        true => Lines::edited((!args.no_history).then(settings::chat_history))?,
         false => Lines::piped(),
     };
     let result = runtime.block_on(async {
@@ -126,7 +125,7 @@ impl Chat<'_> {
                 Err(error) => Err(error),
             };
             match step {
-                Err(error) if self.interactive => self.out.error(&error),
+                Err(error) if self.interactive => self.out.error(&error.full_message(), error.exit_code()),
                 step => step?,
             }
             if self.out.is_closed() {

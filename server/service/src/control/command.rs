@@ -1,0 +1,319 @@
+//! What the command line asks for, as data: the same whether it is done here or by a server.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use engine::{AttentionConfig, BlendConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::{Conversation, DocumentsCommand, IngestOptions, Options};
+use settings::{GenerationSource, Named, Result, Settings};
+
+/// A use case of the command line. What came from settings of whoever asks travels with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// Find passages by their words.
+    Search {
+        /// Where.
+        passages: Retrieval,
+        /// What to look for.
+        query: String,
+    },
+    /// Answer a question over a collection.
+    Ask {
+        /// The question.
+        question: String,
+        /// Over which passages.
+        passages: Retrieval,
+        /// How.
+        answering: AnswerSettings,
+        /// Also with everything computed anew.
+        compare: bool,
+    },
+    /// Say whether the model takes a conversation: some know no instructions.
+    CheckConversation {
+        /// The conversation.
+        conversation: Conversation,
+        /// Whether it is over documents.
+        over_documents: bool,
+    },
+    /// Answer the next question of a conversation, which whoever asks keeps.
+    Turn {
+        /// What was said before.
+        conversation: Conversation,
+        /// The question.
+        question: String,
+        /// Over which passages; `None`: the model alone.
+        passages: Option<Retrieval>,
+        /// How.
+        answering: AnswerSettings,
+    },
+    /// Read documents into a collection.
+    Ingest {
+        /// The collection.
+        collection: String,
+        /// Files and folders, absolute.
+        paths: Vec<ExactPath>,
+        /// How.
+        options: IngestOptions,
+        /// The budget that the chunk store gets for good, in bytes.
+        cache_bytes: Option<u64>,
+    },
+    /// List, remove or restore documents and collections.
+    Documents(DocumentsCommand),
+    /// Look into the chunk store, or remove chunks from it.
+    Cache(CacheCommand),
+}
+
+/// Which passages a question is answered from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retrieval {
+    /// The collection that is searched.
+    pub collection: String,
+    /// Passages at most.
+    pub top_chunks: usize,
+}
+
+impl Retrieval {
+    /// As the settings say.
+    #[must_use]
+    pub fn from_settings(settings: &Settings) -> Retrieval {
+        Retrieval { collection: settings.collection.clone(), top_chunks: settings.top_chunks }
+    }
+}
+
+/// What can be done with the chunk store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum CacheCommand {
+    /// Count.
+    Stats,
+    /// List all chunks.
+    List,
+    /// Compare everything with its checksums.
+    Verify {
+        /// Remove what is damaged.
+        repair: bool,
+    },
+    /// Remove these chunks, by their keys.
+    Remove {
+        /// Their keys, as text.
+        keys: Vec<String>,
+    },
+    /// Remove the least recently used chunks until so many bytes are left.
+    Shrink {
+        /// Bytes of payload that may stay.
+        to_bytes: u64,
+    },
+    /// Remove all chunks.
+    Clear,
+}
+
+/// How answers are made, as far as whoever asks decides it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AnswerSettings {
+    /// Tokens of an answer at most; 0: until the text or the context ends.
+    pub max_tokens: usize,
+    /// Temperature; `None`: the model's own.
+    pub temperature: Option<f32>,
+    /// Sampling that the model comes with, or none.
+    pub generation_config: Named<GenerationSource>,
+    /// How decoding attends.
+    pub attention: AttentionConfig,
+    /// What becomes of cached chunks.
+    pub blend: BlendConfig,
+}
+
+impl AnswerSettings {
+    /// As the settings say.
+    #[must_use]
+    pub fn from_settings(settings: &Settings) -> AnswerSettings {
+        AnswerSettings {
+            max_tokens: settings.max_tokens,
+            temperature: settings.temperature,
+            generation_config: settings.generation_config,
+            attention: settings.attention(),
+            blend: settings.blending(),
+        }
+    }
+
+    /// The options of an answer of the model that `settings` name.
+    ///
+    /// # Errors
+    /// See [`Settings::sampling`].
+    pub fn options(&self, settings: &Settings) -> Result<Options> {
+        let own = Settings {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            generation_config: self.generation_config,
+            ..settings.clone()
+        };
+        let options = Options::from_settings(&own)?;
+        Ok(Options { attention: self.attention.clone(), blend: self.blend.clone(), ..options })
+    }
+}
+
+/// What must be open for a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The data folder, to look into it: this can be done beside whoever writes there.
+    Look,
+    /// The data folder, for oneself.
+    Write,
+    /// The model alone.
+    Model,
+    /// Model and data folder, to answer.
+    Answers,
+    /// Model and data folder, to ingest.
+    Ingest,
+    /// The data folder, to remove documents for good; the model, too, where there are chunks, whose keys depend on it.
+    Purge,
+}
+
+impl Command {
+    /// What must be open for it.
+    #[must_use]
+    pub fn need(&self) -> Need {
+        match self {
+            Command::Search { .. } => Need::Look,
+            Command::Ask { .. } => Need::Answers,
+            Command::CheckConversation { over_documents: true, .. } | Command::Turn { passages: Some(_), .. } => {
+                Need::Answers
+            }
+            Command::CheckConversation { .. } | Command::Turn { .. } => Need::Model,
+            Command::Ingest { .. } => Need::Ingest,
+            Command::Documents(DocumentsCommand::List { .. } | DocumentsCommand::Collections) => Need::Look,
+            Command::Documents(DocumentsCommand::Remove { now: true, .. } | DocumentsCommand::Reclaim) => Need::Purge,
+            Command::Documents(_) => Need::Write,
+            Command::Cache(CacheCommand::Stats | CacheCommand::List) => Need::Look,
+            Command::Cache(_) => Need::Write,
+        }
+    }
+
+    /// Its name, for logs and metrics.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Search { .. } => "search",
+            Command::Ask { .. } => "ask",
+            Command::CheckConversation { .. } | Command::Turn { .. } => "chat",
+            Command::Ingest { .. } => "ingest",
+            Command::Documents(DocumentsCommand::List { .. }) => "ls",
+            Command::Documents(DocumentsCommand::Collections) => "collections",
+            Command::Documents(DocumentsCommand::Remove { .. } | DocumentsCommand::Restore { .. }) => "rm",
+            Command::Documents(DocumentsCommand::Reclaim) => "reclaim",
+            Command::Cache(CacheCommand::Stats) => "cache stats",
+            Command::Cache(CacheCommand::List) => "cache ls",
+            Command::Cache(CacheCommand::Verify { .. }) => "cache verify",
+            Command::Cache(_) => "cache evict",
+        }
+    }
+
+    /// Whether it writes documents: one does at a time.
+    #[must_use]
+    pub fn writes_documents(&self) -> bool {
+        matches!(self, Command::Ingest { .. } | Command::Documents(_)) && self.need() != Need::Look
+    }
+
+    /// Whether it writes an answer, which takes a place in the server's queue.
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        matches!(self, Command::Ask { .. } | Command::Turn { .. })
+    }
+}
+
+/// A path to the byte: text where it is UTF-8, else its bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "WrittenPath", into = "WrittenPath")]
+pub struct ExactPath(PathBuf);
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum WrittenPath {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl ExactPath {
+    /// What a path means in the current folder: links followed where it is there, else absolute as it is written.
+    #[must_use]
+    pub fn resolve(path: &Path) -> ExactPath {
+        let absolute = || std::path::absolute(path).unwrap_or_else(|_| path.into());
+        ExactPath(path.canonicalize().unwrap_or_else(|_| absolute()))
+    }
+
+    /// The path.
+    #[must_use]
+    pub fn as_path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl From<WrittenPath> for ExactPath {
+    fn from(written: WrittenPath) -> ExactPath {
+        ExactPath(match written {
+            WrittenPath::Text(text) => text.into(),
+            WrittenPath::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        })
+    }
+}
+
+impl From<ExactPath> for WrittenPath {
+    fn from(path: ExactPath) -> WrittenPath {
+        match path.0.to_str() {
+            Some(text) => WrittenPath::Text(text.into()),
+            None => WrittenPath::Bytes(path.0.as_os_str().as_bytes().to_vec()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_command_is_the_same_behind_the_wire() {
+        let settings = Settings { temperature: Some(0.7), ratio: 0.15, top_chunks: 3, ..Settings::default() };
+        let (passages, answering) = (Retrieval::from_settings(&settings), AnswerSettings::from_settings(&settings));
+        let mut conversation = Conversation::new(Some("Be brief.".into()));
+        conversation.add("a \"question\"\n".into(), "an\u{1b} answer".into());
+        let odd = ExactPath(OsString::from_vec(b"/tmp/caf\xe9".to_vec()).into());
+        let commands = [
+            Command::Search { passages: passages.clone(), query: "Żółć".into() },
+            Command::Ask { question: "Who?".into(), passages, answering: answering.clone(), compare: true },
+            Command::Turn { conversation, question: "Why?".into(), passages: None, answering },
+            Command::Ingest {
+                collection: "c".into(),
+                paths: vec![odd],
+                options: IngestOptions::default(),
+                cache_bytes: Some(u64::MAX),
+            },
+            Command::Documents(DocumentsCommand::Remove { collection: "c".into(), names: Vec::new(), now: true }),
+            Command::Cache(CacheCommand::Verify { repair: true }),
+            Command::Cache(CacheCommand::Clear),
+        ];
+        for command in commands {
+            let text = serde_json::to_string(&command).unwrap();
+            assert_eq!(serde_json::from_str::<Command>(&text).unwrap(), command, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_command_of_another_build_is_not_half_understood() {
+        for text in [r#"{"forget":{}}"#, r#"{"cache":{"verify":{"repair":true,"deep":true}}}"#] {
+            assert!(serde_json::from_str::<Command>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_named_by_where_it_would_be() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(ExactPath::resolve(Path::new("not/there")).as_path(), here.join("not/there"));
+        assert_eq!(ExactPath::resolve(Path::new(".")).as_path(), here.canonicalize().unwrap());
+    }
+}

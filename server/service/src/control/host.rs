@@ -1,0 +1,181 @@
+//! What commands are executed on, by the side that owns the data folder.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use chunk_cache::{Access, ChunkStore, StoreError};
+use documents::{Found, Library, data_dir};
+use engine::Engine;
+
+use super::command::{Need, Retrieval};
+use crate::metrics::Metrics;
+use crate::store::store_dir;
+use crate::{DocumentsCommand, DocumentsEvent, Purpose, Service, manage_documents};
+use settings::{QuireError, Result, Settings};
+
+/// What is open, with the settings of whoever opened it.
+pub struct Host {
+    settings: Settings,
+    open: Open,
+}
+
+/// What commands find.
+enum Open {
+    /// The folder; what is needed of it is opened by each command.
+    Folder,
+    /// The model alone.
+    Model { engine: Engine, metrics: Arc<Metrics> },
+    /// Everything.
+    Service(Arc<Service>),
+}
+
+/// A chunk store that a command works on.
+pub(super) enum Chunks<'a> {
+    /// Of a service, which others use meanwhile.
+    Shared(&'a ChunkStore),
+    /// Opened for this command.
+    Own(Box<ChunkStore>),
+}
+
+impl std::ops::Deref for Chunks<'_> {
+    type Target = ChunkStore;
+    fn deref(&self) -> &ChunkStore {
+        match self {
+            Chunks::Shared(store) => store,
+            Chunks::Own(store) => store,
+        }
+    }
+}
+
+impl Host {
+    /// Opens in this process what commands of this `need` want. `collection` is looked for before the model is loaded:
+    /// that it is missing is the commoner mistake.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the model, the data folder or the store, each named.
+    pub fn alone(settings: &Settings, need: Need) -> Result<Host> {
+        let open = match need {
+            Need::Purge if store_dir(&settings.data_dir).is_dir() => {
+                data_dir::check(&settings.data_dir)?;
+                Open::Service(Arc::new(Service::open(settings, Purpose::Ask)?))
+            }
+            Need::Look | Need::Write | Need::Purge => {
+                data_dir::check(&settings.data_dir)?;
+                Open::Folder
+            }
+            Need::Model => {
+                let config = settings.engine()?;
+                let name = settings.served_name(&config.model_dir);
+                let metrics = Arc::new(Metrics::new(&settings.metrics_prefix, &name));
+                Open::Model { engine: Engine::load(config)?, metrics }
+            }
+            Need::Answers => {
+                data_dir::check(&settings.data_dir)?;
+                Library::new(&settings.data_dir).collection(&settings.collection)?;
+                Open::Service(Arc::new(Service::open(settings, Purpose::Ask)?))
+            }
+            Need::Ingest => Open::Service(Arc::new(Service::open(settings, Purpose::Ingest)?)),
+        };
+        Ok(Host { settings: settings.clone(), open })
+    }
+
+    /// A running server's.
+    #[must_use]
+    pub fn serving(settings: &Settings, service: Arc<Service>) -> Host {
+        Host { settings: settings.clone(), open: Open::Service(service) }
+    }
+
+    /// Ends what was opened in this process.
+    pub fn close(&self) {
+        match &self.open {
+            Open::Folder => {}
+            Open::Model { engine, .. } => engine.shutdown(),
+            Open::Service(service) => service.engine().shutdown(),
+        }
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) fn service(&self) -> Result<&Service> {
+        match &self.open {
+            Open::Service(service) => Ok(service),
+            Open::Folder | Open::Model { .. } => Err(not_open("the data folder with its model")),
+        }
+    }
+
+    /// Who answers without documents.
+    pub(super) fn model(&self) -> Result<(&Engine, &Arc<Metrics>)> {
+        match &self.open {
+            Open::Model { engine, metrics } => Ok((engine, metrics)),
+            Open::Service(service) => Ok((service.engine(), service.metrics())),
+            Open::Folder => Err(not_open("the model")),
+        }
+    }
+
+    pub(super) fn search(&self, passages: &Retrieval, query: &str) -> Result<Vec<Found>> {
+        let (collection, limit) = (&passages.collection, passages.top_chunks);
+        match &self.open {
+            Open::Service(service) => service.search(collection, query, limit),
+            _ => Ok(Library::new(&self.settings.data_dir).search(collection, query, limit)?),
+        }
+    }
+
+    pub(super) fn manage_documents(
+        &self,
+        command: &DocumentsCommand,
+        on_event: &mut dyn FnMut(DocumentsEvent),
+    ) -> Result<()> {
+        match &self.open {
+            Open::Service(service) => service.manage_documents(command, on_event),
+            _ => manage_documents(&Library::new(&self.settings.data_dir), command, &|| Ok(0), on_event),
+        }
+    }
+
+    /// The chunk store; `None` where there is none.
+    pub(super) fn chunks(&self, access: Access) -> Result<Option<Chunks<'_>>> {
+        if let Open::Service(service) = &self.open {
+            return Ok(service.store().chunks().map(Chunks::Shared));
+        }
+        let opened = ChunkStore::open_existing(&self.chunks_dir(), access, self.settings.store_bytes())?;
+        Ok(opened.map(|store| Chunks::Own(Box::new(store))))
+    }
+
+    pub(super) fn chunks_dir(&self) -> std::path::PathBuf {
+        store_dir(&self.settings.data_dir)
+    }
+
+    /// Whether another process has the chunk store open.
+    pub(super) fn has_others(&self, dir: &Path) -> Result<bool> {
+        match &self.open {
+            Open::Service(_) => Ok(false),
+            _ => Ok(ChunkStore::is_in_use(dir)?),
+        }
+    }
+
+    pub(super) fn is_serving(&self) -> bool {
+        matches!(self.open, Open::Service(_))
+    }
+
+    /// Removes all chunks, also where the disk is full, and whatever model they are of.
+    pub(super) fn clear_chunks(&self) -> Result<u64> {
+        let Some(store) = self.is_serving().then(|| self.chunks(Access::Write)).transpose()?.flatten() else {
+            let dir = self.chunks_dir();
+            return Ok(if dir.is_dir() { ChunkStore::clear(&dir)? } else { 0 });
+        };
+        let keys: Vec<_> = store.list().into_iter().map(|(key, _)| key).collect();
+        let removed = store.remove_all(&keys)?;
+        store.compact()?;
+        Ok(removed)
+    }
+
+    /// The error of a store that others have open.
+    pub(super) fn locked(dir: &Path) -> QuireError {
+        StoreError::Locked { path: dir.into() }.into()
+    }
+}
+
+fn not_open(what: &str) -> QuireError {
+    QuireError::Internal(format!("a command needs {what}, which is not open"))
+}

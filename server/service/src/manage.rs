@@ -1,0 +1,414 @@
+//! Listing, removing and restoring documents and collections: what can be done without a model, as data, so that it can be
+//! asked for from elsewhere.
+
+use documents::{Catalog, CollectionInfo, DocumentId, DocumentInfo, DocumentsError, Library};
+use serde::{Deserialize, Serialize};
+
+use super::Service;
+use settings::{QuireError, Result};
+
+/// What can be done with documents that are there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum DocumentsCommand {
+    /// List the documents of a collection.
+    List {
+        /// The collection.
+        collection: String,
+    },
+    /// List the collections.
+    Collections,
+    /// Remove documents, or a collection with all of its documents.
+    Remove {
+        /// The collection.
+        collection: String,
+        /// The documents; none: the whole collection.
+        names: Vec<DocumentName>,
+        /// For good, down to the bytes on disk; else they can be restored until space is reclaimed.
+        now: bool,
+    },
+    /// Bring back what was removed.
+    Restore {
+        /// The collection.
+        collection: String,
+        /// The documents; none: the whole collection.
+        names: Vec<DocumentName>,
+    },
+    /// Remove for good all that could still be restored, down to the bytes on disk.
+    Reclaim,
+}
+
+/// A document as people name it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DocumentName {
+    /// What was given: an id, a name, or a path.
+    pub given: String,
+    /// The paths that this may mean, absolute.
+    pub paths: Vec<String>,
+}
+
+impl DocumentName {
+    /// What `given` may mean to somebody in the current folder.
+    #[must_use]
+    pub fn here(given: &str) -> DocumentName {
+        let absolute = std::path::absolute(given).ok();
+        let canonical = std::fs::canonicalize(given).ok();
+        let mut paths: Vec<String> =
+            [canonical, absolute].into_iter().flatten().filter_map(|p| p.to_str().map(Into::into)).collect();
+        paths.dedup();
+        DocumentName { given: given.into(), paths }
+    }
+
+    /// All that it may be known by.
+    fn candidates(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.given.as_str()).chain(self.paths.iter().map(String::as_str))
+    }
+
+    /// The name that a document of the collection is known by, or its id.
+    fn find(&self, catalog: &Catalog, collection: &CollectionInfo) -> Result<Option<Target>> {
+        if let Ok(id) = self.given.parse::<DocumentId>() {
+            let there = |info: &DocumentInfo| info.collection == collection.id && info.removed.is_none();
+            return Ok(catalog.document(&id)?.filter(there).map(|info| Target::Document(info.id)));
+        }
+        for name in self.candidates() {
+            if catalog.named(collection.id, name)?.is_some() {
+                return Ok(Some(Target::Name(name.into())));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// What a name stands for in a collection.
+enum Target {
+    /// A document with all of its names.
+    Document(DocumentId),
+    /// One name of a document.
+    Name(String),
+}
+
+/// A document in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DocumentSummary {
+    /// Its id.
+    pub id: DocumentId,
+    /// The names that it is known by.
+    pub names: Vec<String>,
+    /// Bytes of its text.
+    pub bytes: u64,
+    /// Its passages.
+    pub passages: u32,
+    /// Tokens of its passages.
+    pub tokens: u64,
+    /// When it came in, in seconds since 1970.
+    pub created: u64,
+    /// When it last changed.
+    pub updated: u64,
+}
+
+impl From<DocumentInfo> for DocumentSummary {
+    fn from(info: DocumentInfo) -> DocumentSummary {
+        let DocumentInfo { id, names, bytes, passages, tokens, created, updated, .. } = info;
+        DocumentSummary { id, names, bytes, passages, tokens, created, updated }
+    }
+}
+
+/// A collection in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CollectionSummary {
+    /// Its name.
+    pub name: String,
+    /// Its documents.
+    pub documents: u64,
+    /// Bytes of their texts.
+    pub bytes: u64,
+    /// Their passages.
+    pub passages: u64,
+    /// Tokens of their passages.
+    pub tokens: u64,
+    /// `auto`, or the language that it is set to.
+    pub language: String,
+    /// When it was made, in seconds since 1970.
+    pub created: u64,
+}
+
+/// What a command found or did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum DocumentsEvent {
+    /// A document of a collection.
+    Document(DocumentSummary),
+    /// A collection.
+    Collection(CollectionSummary),
+    /// A document or a collection is removed.
+    Removed {
+        /// What it was called.
+        name: String,
+    },
+    /// A document or a collection is back.
+    Restored {
+        /// What it is called.
+        name: String,
+    },
+    /// A name stands for nothing, or what it stands for cannot be changed.
+    Failed {
+        /// The name.
+        name: String,
+        /// Why.
+        error: String,
+    },
+    /// Space was reclaimed.
+    Reclaimed {
+        /// Collections that are gone for good.
+        collections: usize,
+        /// Documents that are gone for good.
+        documents: usize,
+        /// Cached chunks that are gone with them.
+        chunks: u64,
+    },
+}
+
+/// Carries out a command over documents; what it finds and does is told to `on_event`. Chunks of documents that are gone
+/// for good are removed by `release`, which says how many there were.
+///
+/// # Errors
+/// An unknown collection, a catalog that fails or cannot be written; [`QuireError::CheckFailed`] if some names failed.
+pub fn manage_documents(
+    library: &Library,
+    command: &DocumentsCommand,
+    release: &dyn Fn() -> Result<u64>,
+    on_event: &mut dyn FnMut(DocumentsEvent),
+) -> Result<()> {
+    match command {
+        DocumentsCommand::List { collection } => list(library, collection, on_event),
+        DocumentsCommand::Collections => collections(library, on_event),
+        DocumentsCommand::Remove { collection, names, now } => {
+            let removed = remove(library, collection, names, on_event)?;
+            if *now {
+                removed.purge(library)?;
+                erase(library, release)?;
+            }
+            removed.check()
+        }
+        DocumentsCommand::Restore { collection, names } => restore(library, collection, names, on_event),
+        DocumentsCommand::Reclaim => reclaim(library, release, on_event),
+    }
+}
+
+impl Service {
+    /// As [`manage_documents`], with this service's documents and chunks.
+    ///
+    /// # Errors
+    /// As [`manage_documents`].
+    pub fn manage_documents(&self, command: &DocumentsCommand, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
+        let done = manage_documents(&self.library, command, &|| self.release_chunks(), on_event);
+        self.release_chunks()?;
+        done
+    }
+}
+
+/// A collection that is there.
+fn known(library: &Library, catalog: Option<&Catalog>, name: &str) -> Result<CollectionInfo> {
+    let found = catalog.map(|catalog| catalog.collection(name)).transpose()?.flatten();
+    let unknown = || -> Result<CollectionInfo> {
+        let known = library.collections()?.into_iter().map(|info| info.name).collect();
+        Err(DocumentsError::UnknownCollection { name: name.into(), known }.into())
+    };
+    found.map_or_else(unknown, Ok)
+}
+
+fn documents_of(catalog: &Catalog, collection: &CollectionInfo, take: &mut dyn FnMut(DocumentInfo)) -> Result<()> {
+    let mut seen = std::collections::HashSet::new();
+    for (name, id) in catalog.names(collection.id, None, usize::MAX)? {
+        if !seen.insert(id) {
+            continue;
+        }
+        match catalog.document(&id) {
+            Ok(Some(info)) => take(info),
+            Ok(None) => tracing::warn!(name, "the row of a document is missing: ingest it again"),
+            Err(problem @ DocumentsError::DamagedDocument { .. }) => {
+                tracing::warn!(name, %problem, "a document is damaged")
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn list(library: &Library, name: &str, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
+    let catalog = library.catalog()?;
+    let collection = known(library, catalog.as_deref(), name)?;
+    match catalog {
+        Some(catalog) => {
+            documents_of(&catalog, &collection, &mut |info| on_event(DocumentsEvent::Document(info.into())))
+        }
+        None => Ok(()),
+    }
+}
+
+fn collections(library: &Library, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
+    let Some(catalog) = library.catalog()? else { return Ok(()) };
+    for info in catalog.collections()? {
+        let mut sum = CollectionSummary {
+            name: info.name.clone(),
+            documents: 0,
+            bytes: 0,
+            passages: 0,
+            tokens: 0,
+            language: info.language.to_string(),
+            created: info.created,
+        };
+        documents_of(&catalog, &info, &mut |document| {
+            sum.documents += 1;
+            sum.bytes += document.bytes;
+            sum.passages += u64::from(document.passages);
+            sum.tokens += document.tokens;
+        })?;
+        on_event(DocumentsEvent::Collection(sum));
+    }
+    Ok(())
+}
+
+/// What was removed by name.
+#[derive(Default)]
+struct Removed {
+    collection: Option<u32>,
+    documents: Vec<DocumentId>,
+    /// How many names stood for nothing, and how many there were.
+    failed: (usize, usize),
+}
+
+impl Removed {
+    /// Removes it for good.
+    fn purge(&self, library: &Library) -> Result<()> {
+        if let Some(id) = self.collection {
+            library.reclaim(Some(id))?;
+        }
+        library.writable()?.purge(&self.documents)?;
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        check(self.failed, "removed")
+    }
+}
+
+fn remove(
+    library: &Library,
+    name: &str,
+    names: &[DocumentName],
+    on_event: &mut dyn FnMut(DocumentsEvent),
+) -> Result<Removed> {
+    // So that nothing is made where there is nothing to remove.
+    known(library, library.catalog()?.as_deref(), name)?;
+    let catalog = library.writable()?;
+    let mut done = Removed { failed: (0, names.len()), ..Removed::default() };
+    if names.is_empty() {
+        done.collection = library.remove_collection(name)?.map(|info| info.id);
+        on_event(DocumentsEvent::Removed { name: name.into() });
+        return Ok(done);
+    }
+    let collection = library.collection(name)?;
+    let writer = collection.writer()?;
+    for wanted in names {
+        let id = match wanted.find(&catalog, collection.info())? {
+            Some(Target::Document(id)) => writer.change(|transaction, _| transaction.remove(&id))?.0.then_some(id),
+            Some(Target::Name(name)) => writer.change(|transaction, info| transaction.remove_name(info, &name))?.0,
+            None => None,
+        };
+        let Some(id) = id else {
+            done.failed.0 += 1;
+            let unknown = DocumentsError::UnknownDocument { name: wanted.given.clone(), collection: name.into() };
+            on_event(DocumentsEvent::Failed { name: wanted.given.clone(), error: unknown.to_string() });
+            continue;
+        };
+        // One with further names stays.
+        if catalog.document(&id)?.is_some_and(|info| info.removed.is_some()) {
+            done.documents.push(id);
+        }
+        on_event(DocumentsEvent::Removed { name: wanted.given.clone() });
+    }
+    Ok(done)
+}
+
+fn restore(
+    library: &Library,
+    name: &str,
+    names: &[DocumentName],
+    on_event: &mut dyn FnMut(DocumentsEvent),
+) -> Result<()> {
+    let catalog = library.writable()?;
+    if names.is_empty() {
+        if catalog.restore_collection(name)?.is_none() {
+            return Err(QuireError::CheckFailed(format!(
+                "no collection `{name}` was removed, or its space is reclaimed"
+            )));
+        }
+        on_event(DocumentsEvent::Restored { name: name.into() });
+        return Ok(());
+    }
+    let collection = library.collection(name)?;
+    let writer = collection.writer()?;
+    let mut failed = 0;
+    for wanted in names {
+        let restored = writer.change(|transaction, info| {
+            for candidate in wanted.candidates() {
+                if transaction.restore(info, candidate)?.is_some() {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        });
+        let error = match restored {
+            Ok((true, _)) => {
+                on_event(DocumentsEvent::Restored { name: wanted.given.clone() });
+                continue;
+            }
+            Ok((false, _)) => format!("no document `{}` was removed, or its space is reclaimed", wanted.given),
+            Err(error @ (DocumentsError::NameTaken { .. } | DocumentsError::DamagedDocument { .. })) => {
+                error.to_string()
+            }
+            Err(error) => return Err(error.into()),
+        };
+        failed += 1;
+        on_event(DocumentsEvent::Failed { name: wanted.given.clone(), error });
+    }
+    check((failed, names.len()), "restored")
+}
+
+fn reclaim(
+    library: &Library,
+    release: &dyn Fn() -> Result<u64>,
+    on_event: &mut dyn FnMut(DocumentsEvent),
+) -> Result<()> {
+    if library.catalog()?.is_none() {
+        on_event(DocumentsEvent::Reclaimed { collections: 0, documents: 0, chunks: 0 });
+        return Ok(());
+    }
+    let reclaimed = library.reclaim(None)?;
+    let chunks = erase(library, release)?;
+    let collections = reclaimed.collections.len();
+    on_event(DocumentsEvent::Reclaimed { collections, documents: reclaimed.documents, chunks });
+    Ok(())
+}
+
+/// Takes what is gone for good off the disk; says how many cached chunks went.
+fn erase(library: &Library, release: &dyn Fn() -> Result<u64>) -> Result<u64> {
+    // The tokens of released chunks are rows of the catalog until the chunk store was told.
+    let chunks = release()?;
+    library.erase()?;
+    Ok(chunks)
+}
+
+fn check((failed, total): (usize, usize), what: &str) -> Result<()> {
+    match failed {
+        0 => Ok(()),
+        failed => {
+            Err(QuireError::CheckFailed(format!("{failed} of {total} documents could not be {what} (named above)")))
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "manage/tests.rs"]
+mod tests;
