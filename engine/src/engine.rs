@@ -261,6 +261,11 @@ impl Engine {
             let (parameter, expected) = ("top_logprobs", "a whole number from 0 to 20");
             return Err(EngineError::Sampling { parameter, expected, found: count.to_string() });
         }
+        if request.forced.as_ref().is_some_and(|tokens| tokens.is_empty()) {
+            return wrong(
+                "forced answer: expected at least one token, found none; leave it out to have the model answer",
+            );
+        }
         request.attention.validate()?;
         request.blend.validate(self.spec().layers)?;
         if self.spec().sliding_window.is_some() && request.attention.strategy != Strategy::Full {
@@ -281,7 +286,7 @@ impl Engine {
             Some(c) => c.len(),
         };
         self.check_chunks(&request.prompt.chunks)?;
-        self.check_tokens(&request.prompt)?;
+        self.check_tokens(&request.prompt, request.forced.as_deref().unwrap_or_default())?;
         self.check_prompt(context + request.prompt.len(), request.max_tokens != Some(0))?;
         self.check_index(context + request.prompt.len(), &request.attention)
     }
@@ -320,10 +325,10 @@ impl Engine {
     }
 
     /// A batch is computed at once: no request may bring in what makes it fail.
-    fn check_tokens(&self, prompt: &Prompt) -> Result<()> {
+    fn check_tokens(&self, prompt: &Prompt, answer: &[u32]) -> Result<()> {
         let vocab = self.spec().vocab;
         let chunks = prompt.chunks.iter().flat_map(|chunk| chunk.tokens.iter());
-        let mut tokens = prompt.prefix.iter().chain(chunks).chain(&prompt.suffix);
+        let mut tokens = prompt.prefix.iter().chain(chunks).chain(&prompt.suffix).chain(answer);
         match tokens.find(|token| **token as usize >= vocab) {
             Some(token) => Err(EngineError::InvalidRequest(format!(
                 "token id: expected below the model's vocabulary of {vocab}, found {token}"

@@ -109,6 +109,11 @@ pub struct Request {
     pub blend: BlendConfig,
     /// Go on behind the model's end-of-text tokens (for benchmarks).
     pub ignore_eos: bool,
+    /// For evaluations: the answer is these tokens, whatever the model would choose, and ends with the last of them at the
+    /// latest. At least one. Their log-probabilities are the model's.
+    pub forced: Option<Arc<[u32]>>,
+    /// For evaluations: each token is reported with the model's logits in its place ([`TokenEvent::logits`]).
+    pub report_logits: bool,
 }
 
 impl Request {
@@ -126,6 +131,8 @@ impl Request {
             attention: AttentionConfig::default(),
             blend: BlendConfig::default(),
             ignore_eos: false,
+            forced: None,
+            report_logits: false,
         }
     }
 }
@@ -159,6 +166,8 @@ pub struct TokenEvent {
     pub at: Instant,
     /// The tokens whose text became certain with it, where the request asks for them.
     pub logprobs: Vec<TokenLogprob>,
+    /// The model's logits in its place before anything was adjusted, `[vocab]`, where the request asks for them; else empty.
+    pub logits: Vec<f32>,
 }
 
 /// A token of an answer's text. The texts of all of them, put together, are the answer's text; so are the bytes, unless the

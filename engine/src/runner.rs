@@ -303,7 +303,8 @@ impl Runner {
         let request = &submitted.request;
         let context = request.context.as_ref().map_or(0, |c| c.len());
         let room = self.max_context.saturating_sub(context + request.prompt.len());
-        let limit = request.max_tokens.map_or(room, |most| most.min(room));
+        let forced = request.forced.as_ref().map_or(room, |tokens| tokens.len());
+        let limit = request.max_tokens.unwrap_or(room).min(room).min(forced);
         Sequence::new(submitted, &self.model, &self.tokenizer, limit, self.root, self.config.wait_for_index)
     }
 

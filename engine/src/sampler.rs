@@ -345,6 +345,14 @@ pub(crate) fn likeliest(logits: &[f32], sampled: Sampled, count: usize) -> Vec<(
     best.into_iter().map(|(id, logit)| (id, logprob(id, logit))).collect()
 }
 
+/// The natural log-probability of a token of the vocabulary.
+///
+/// # Errors
+/// [`EngineError::BadLogits`], as for sampling.
+pub(crate) fn logprob_of(id: u32, logits: &[f32]) -> Result<f32> {
+    Ok(logits[id as usize] - log_sum_exp(logits)?)
+}
+
 /// The id of the largest logit, the lowest id among equals.
 fn largest(logits: &[f32]) -> u32 {
     let mut best = 0;

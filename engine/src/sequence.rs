@@ -18,7 +18,7 @@ use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Prompt, Request, TokenEvent, Usage};
 use crate::runner::{Load, never_fits};
-use crate::sampler::{Choice, Sampled, Sampler, likeliest};
+use crate::sampler::{Choice, Sampled, Sampler, likeliest, logprob_of};
 use crate::scheduler::{Bytes, Entry, Work};
 use crate::tokenizer::Tokenizer;
 use crate::unwind::guarded;
@@ -402,8 +402,11 @@ impl Sequence {
 
     /// What the choice of the next token needs.
     pub(crate) fn choice(&mut self) -> Choice {
+        if self.request.forced.is_some() {
+            return Choice::Logits;
+        }
         let choice = self.sampler.choice();
-        if self.top() > 0 { Choice::WithLogits(Box::new(choice)) } else { choice }
+        if self.wants_logits() { Choice::WithLogits(Box::new(choice)) } else { choice }
     }
 
     /// Tokens that are reported in the place of each.
@@ -411,19 +414,31 @@ impl Sequence {
         self.request.logprobs.unwrap_or(0)
     }
 
-    /// The next token, and the likeliest in its place with their log-probabilities.
-    fn choose(&mut self, next: Next) -> Result<(Sampled, Vec<(u32, f32)>)> {
+    /// Whether what is reported of a token needs the logits in its place.
+    fn wants_logits(&self) -> bool {
+        self.top() > 0 || self.request.report_logits
+    }
+
+    /// The next token, and the logits in its place where they are wanted, as the model gave them.
+    fn choose(&mut self, next: Next) -> Result<(Sampled, Vec<f32>)> {
         let (sampled, raw) = match next {
             Next::Token(sampled) => (sampled, Vec::new()),
             Next::TokenOf(sampled, raw) => (sampled, raw),
-            Next::Logits(logits) => {
-                let raw = if self.top() > 0 { logits.clone() } else { Vec::new() };
-                let sampled = self.sample(logits)?;
-                return Ok((sampled, likeliest(&raw, sampled, self.top())));
-            }
+            Next::Logits(logits) => match self.forced_token() {
+                Some(id) => (Sampled { id, logprob: logprob_of(id, &logits)? }, logits),
+                None => {
+                    let raw = if self.wants_logits() { logits.clone() } else { Vec::new() };
+                    return Ok((self.sample(logits)?, raw));
+                }
+            },
         };
         self.sampler.chosen(sampled.id);
-        Ok((sampled, likeliest(&raw, sampled, self.top())))
+        Ok((sampled, raw))
+    }
+
+    /// The next token, where the request says which.
+    fn forced_token(&self) -> Option<u32> {
+        self.request.forced.as_ref().and_then(|tokens| tokens.get(self.written()).copied())
     }
 
     fn sample(&mut self, mut logits: Vec<f32>) -> Result<Sampled> {
@@ -445,18 +460,20 @@ impl Sequence {
         if self.limit == 0 {
             return self.finish(FinishReason::Length);
         }
-        let (sampled, top) = self.choose(next)?;
+        let (sampled, raw) = self.choose(next)?;
         let Sampled { id, logprob } = sampled;
+        let top = likeliest(&raw, sampled, self.top());
+        let logits = if self.request.report_logits { raw } else { Vec::new() };
         let at = Instant::now();
         self.text.push(id);
         if self.eos.contains(&id) {
             let (text, logprobs) = (String::new(), Vec::new());
-            let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs }));
+            let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs, logits }));
             return self.finish(FinishReason::Stop);
         }
         let may_stop = self.written() > self.request.min_tokens;
         let AnswerPiece { text, logprobs, stopped } = self.answer.push(sampled, top, may_stop)?;
-        let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs }));
+        let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs, logits }));
         if stopped {
             return self.finish(FinishReason::StopString);
         }

@@ -23,6 +23,8 @@ use crate::sequence::Waiting;
 
 #[path = "failure_tests.rs"]
 mod failures;
+#[path = "forced_tests.rs"]
+mod forced;
 #[path = "gpu_tests.rs"]
 mod gpu;
 

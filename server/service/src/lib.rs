@@ -99,6 +99,8 @@ impl Options {
             attention: self.attention.clone(),
             blend: self.blend.clone(),
             ignore_eos: self.ignore_eos,
+            forced: None,
+            report_logits: false,
         }
     }
 }
