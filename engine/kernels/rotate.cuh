@@ -54,4 +54,13 @@ struct Head {
             y = __fadd_rn(__fmul_rn(y0, c), __fmul_rn(x0, s));
         });
     }
+
+    // Undoes `rotate`.
+    __device__ __forceinline__ void rotate_back(const float* cos, const float* sin, int dim) {
+        each(dim, [&](int i, int, float& x, float& y) {
+            float c = cos[i], s = sin[i], x0 = x, y0 = y;
+            x = __fadd_rn(__fmul_rn(x0, c), __fmul_rn(y0, s));
+            y = __fsub_rn(__fmul_rn(y0, c), __fmul_rn(x0, s));
+        });
+    }
 };

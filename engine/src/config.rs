@@ -117,14 +117,37 @@ named_values! {
 }
 
 named_values! {
-    /// What becomes of cached chunks in a prompt.
+    /// What becomes of cached chunks in a prompt: the rule that chooses which of their tokens are recomputed. A chunk whose
+    /// state is exact, since it stands behind the very tokens that it was computed behind, is used as it is in all of them but
+    /// `full-recompute`.
     BlendMode, "the blend mode" {
-        /// They are ignored: everything is computed.
-        FullRecompute = "full-recompute",
-        /// Their keys are rotated to the new positions; nothing is recomputed.
-        Reuse = "reuse",
-        /// The tokens whose state deviates most are recomputed (CacheBlend, arXiv 2405.16444).
+        /// The tokens that the question and the first token of the answer attend most.
+        Answer = "answer",
+        /// The tokens that the question attends most.
+        Question = "question",
+        /// The tokens whose values deviate most on an early layer (CacheBlend, arXiv 2405.16444).
         CacheBlend = "cacheblend",
+        /// The first 32 tokens of each chunk (EPIC, arXiv 2410.15332), whatever the ratio.
+        Epic = "epic",
+        /// Tokens drawn at random, to compare with.
+        Random = "random",
+        /// Keys are rotated to the new positions; nothing is recomputed.
+        Reuse = "reuse",
+        /// Chunks are ignored: everything is computed.
+        FullRecompute = "full-recompute",
+    }
+}
+
+named_values! {
+    /// What is added to the keys and values of tokens that stay cached: on every layer but the first, by head, the mean of what
+    /// recomputing has changed.
+    Correction, "the correction" {
+        /// Nothing.
+        None = "none",
+        /// The mean over all recomputed tokens of the prompt.
+        Prompt = "prompt",
+        /// The mean over the recomputed tokens of the same chunk, drawn towards the prompt's.
+        Chunk = "chunk",
     }
 }
 
@@ -208,27 +231,51 @@ impl AttentionConfig {
 pub struct BlendConfig {
     /// What becomes of cached chunks.
     pub mode: BlendMode,
-    /// Share of the cached tokens that `cacheblend` recomputes, 0 to 1.
+    /// Share of the cached tokens that is recomputed, 0 to 1. `epic`, `reuse` and `full-recompute` do not look at it.
     pub ratio: f32,
-    /// The layer on which fresh and cached values are compared. Up to it, everything is computed.
+    /// Instead of `ratio`, for `answer` and `question`: as many tokens are recomputed as have this share of the attention that
+    /// the rule goes by, above 0, up to 1. A question that looks at few places pays less than one that looks everywhere.
+    pub mass: Option<f32>,
+    /// How tokens that stay cached are corrected; `None`: as the rule does by itself ([`correction`](Self::correction)).
+    pub correction: Option<Correction>,
+    /// The layer on which `cacheblend` compares fresh and cached values. Up to it, everything is computed.
     pub check_layer: usize,
 }
 
 impl Default for BlendConfig {
     fn default() -> Self {
-        BlendConfig { mode: BlendMode::CacheBlend, ratio: 0.15, check_layer: 1 }
+        BlendConfig { mode: BlendMode::CacheBlend, ratio: 0.15, mass: None, correction: None, check_layer: 1 }
     }
 }
 
 impl BlendConfig {
+    /// How tokens that stay cached are corrected: as set, else by chunk for the rules that look at the question, and not at all
+    /// for those that were published without.
+    #[must_use]
+    pub fn correction(&self) -> Correction {
+        let own = if self.mode.asks() { Correction::Chunk } else { Correction::None };
+        self.correction.unwrap_or(own)
+    }
+
     /// `layers`: of the model.
     ///
     /// # Errors
-    /// [`EngineError::RequestSetting`] for a ratio outside 0 to 1 or a check layer that the model does not have.
+    /// [`EngineError::RequestSetting`] for a ratio outside 0 to 1, for a share of attention that is none or that the mode does
+    /// not go by, and for a check layer that the model does not have.
     pub fn validate(&self, layers: usize) -> Result<()> {
         let wrong = |parameter, problem| EngineError::RequestSetting { of: "blending", parameter, problem };
         if !(0.0..=1.0).contains(&self.ratio) {
             return Err(wrong("ratio", format!("expected a number from 0 to 1, found {}", self.ratio)));
+        }
+        if let Some(mass) = self.mass {
+            if !(mass > 0.0 && mass <= 1.0) {
+                return Err(wrong("blend_mass", format!("expected a number above 0, up to 1, found {mass}")));
+            }
+            if !self.mode.asks() {
+                let problem =
+                    format!("expected only with `answer` or `question`, found with `{}`; set a ratio", self.mode);
+                return Err(wrong("blend_mass", problem));
+            }
         }
         // On layer 0 keys and values depend on nothing but the token: there is nothing to compare.
         if self.mode == BlendMode::CacheBlend && !(1..layers.max(2)).contains(&self.check_layer) {
@@ -237,6 +284,14 @@ impl BlendConfig {
             return Err(wrong("check_layer", problem));
         }
         Ok(())
+    }
+}
+
+impl BlendMode {
+    /// Whether it goes by the attention that the question pays, so that it needs one.
+    #[must_use]
+    pub fn asks(self) -> bool {
+        matches!(self, BlendMode::Answer | BlendMode::Question)
     }
 }
 
@@ -260,6 +315,12 @@ mod tests {
         assert!(BlendConfig { check_layer: 0, ..Default::default() }.validate(8).is_err());
         assert!(BlendConfig { check_layer: 8, ..Default::default() }.validate(8).is_err());
         assert!(BlendConfig::default().validate(8).is_ok());
+        let mass = |mode, mass| BlendConfig { mode, mass: Some(mass), ..Default::default() }.validate(8);
+        assert!(mass(BlendMode::Answer, 0.9).is_ok() && mass(BlendMode::Question, 1.0).is_ok());
+        for (mode, share) in [(BlendMode::Answer, 0.0), (BlendMode::Answer, f32::NAN), (BlendMode::Epic, 0.9)] {
+            let refused = mass(mode, share).unwrap_err().to_string();
+            assert!(refused.contains("blend_mass"), "{refused}");
+        }
         let attention = AttentionConfig { strategy: Strategy::Retrieval, k: 0, ..Default::default() };
         assert!(attention.validate().is_err());
         let kinds = ann_index::IndexKind::ALL;

@@ -386,7 +386,8 @@ impl Engine {
         ask(&self.inner.commands, |reply| Computation::AttentionInputs { tokens, reply })
     }
 
-    /// KV of a context that many questions share. Blocks.
+    /// KV of a context that many questions share. No question is known yet: where the blend mode goes by one, `cacheblend` stands
+    /// in for it, as [`PrefillStats::rule`](crate::PrefillStats::rule) then says. Blocks.
     ///
     /// # Errors
     /// As [`submit`](Engine::submit).

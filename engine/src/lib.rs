@@ -43,7 +43,7 @@ pub use backend::cuda::{
 };
 pub use chat::{ChatMessage, ChatTemplate, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
-pub use config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, EngineConfig, Strategy};
+pub use config::{AttentionConfig, BlendConfig, BlendMode, Correction, DeviceChoice, EngineConfig, Strategy};
 pub use engine::{Engine, EngineLoad, Model};
 pub use error::{EngineError, Result};
 pub use kv::{KvDtype, KvShape};

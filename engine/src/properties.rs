@@ -7,7 +7,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::blend::{blend, blend_behind};
+use crate::blend::{Context, blend, blend_behind};
 use crate::chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::error::{EngineError, Result};
@@ -44,11 +44,11 @@ fn chunk(model: &Transformer, tokens: &[u32]) -> PromptChunk {
 }
 
 fn config(mode: BlendMode, ratio: f32) -> BlendConfig {
-    BlendConfig { mode, ratio, check_layer: 1 }
+    BlendConfig { mode, ratio, ..BlendConfig::default() }
 }
 
 fn blended(model: &Transformer, chunks: &[PromptChunk], config: &BlendConfig) -> SequenceKv {
-    blend(model, &[BOS], chunks, config, &|| false).unwrap().kv
+    blend(model, &Context::unasked(&[BOS], chunks), config, &|| false).unwrap().kv
 }
 
 #[test]
@@ -162,6 +162,7 @@ fn blending_with_ratio_one_equals_full_prefill_in_any_order() {
                 chunk(&model, &tokens(&mut rng, n))
             })
             .collect();
+        chunks.push(PromptChunk { tokens: [].into(), prefix: [BOS].into(), source: None });
         let question = tokens(&mut rng, 9);
         // Keys and values that are stored in bf16 may round to the other side.
         let tolerance = if model.shape.dtype == KvDtype::F32 { 1e-4 } else { 1e-3 };
@@ -170,16 +171,29 @@ fn blending_with_ratio_one_equals_full_prefill_in_any_order() {
             let mut some = chunks.clone();
             some[2].source = None;
             let mut full = blended(&model, &some, &config(BlendMode::FullRecompute, 0.0));
-            let mut all = blended(&model, &some, &config(BlendMode::CacheBlend, 1.0));
             let want = append(&model, &mut full, &question);
-            let got = append(&model, &mut all, &question);
-            assert_close(&want, &got, tolerance, name);
+            for mode in [BlendMode::CacheBlend, BlendMode::Answer, BlendMode::Question, BlendMode::Random] {
+                let asked = Context { prefix: &[BOS], chunks: &some, suffix: &question };
+                let mut all = blend(&model, &asked, &config(mode, 1.0), &|| false).unwrap().kv;
+                let got = append(&model, &mut all, &question);
+                assert_close(&want, &got, tolerance, &format!("{name}, {mode}"));
+            }
             let plain: Vec<u32> = std::iter::once(BOS).chain(some.iter().flat_map(|c| c.tokens.to_vec())).collect();
             let mut kv = SequenceKv::new(model.shape);
             append(&model, &mut kv, &plain);
             assert_close(&append(&model, &mut kv, &question), &want, tolerance, name);
         }
     }
+}
+
+#[test]
+fn epic_with_chunks_that_it_recomputes_whole_equals_full_prefill() {
+    let mut rng = ChaCha8Rng::seed_from_u64(20);
+    let model = model("llama2");
+    let chunks = [32, 1, 17, 31].map(|n| chunk(&model, &tokens(&mut rng, n)));
+    let question = tokens(&mut rng, 5);
+    let run = |mode| append(&model, &mut blended(&model, &chunks, &config(mode, 0.0)), &question);
+    assert_close(&run(BlendMode::FullRecompute), &run(BlendMode::Epic), 1e-4, "epic");
 }
 
 #[test]
@@ -263,7 +277,11 @@ fn a_chunk_whose_source_fails_is_computed_and_counted() {
         layers: (0..model.spec.layers).map(|l| bad.source.as_ref().unwrap().layer(l).unwrap()).collect(),
     };
     bad.source = Some(Arc::new(Damaged(kv)));
-    let out = blend(&model, &[BOS], &[good.clone(), bad.clone()], &config(BlendMode::Reuse, 0.0), &|| false).unwrap();
+    let out =
+        blend(&model, &Context::unasked(&[BOS], &[good.clone(), bad.clone()]), &config(BlendMode::Reuse, 0.0), &|| {
+            false
+        })
+        .unwrap();
     assert_eq!((out.stats.failed_chunks, out.stats.reused_tokens, out.stats.recomputed_tokens), (1, 30, 31));
     bad.source = None;
     let want = blended(&model, &[good, bad], &config(BlendMode::Reuse, 0.0));
@@ -291,7 +309,7 @@ fn a_chunk_whose_source_panics_is_computed_and_counted() {
     bad.source = Some(Arc::new(Panicking(ChunkKv::compute(&model, &[BOS], &bad.tokens, 512).unwrap())));
     for _ in 0..3 {
         let chunks = [good.clone(), bad.clone()];
-        let out = blend(&model, &[BOS], &chunks, &config(BlendMode::Reuse, 0.0), &|| false).unwrap();
+        let out = blend(&model, &Context::unasked(&[BOS], &chunks), &config(BlendMode::Reuse, 0.0), &|| false).unwrap();
         assert_eq!((out.stats.failed_chunks, out.stats.reused_tokens, out.stats.recomputed_tokens), (1, 30, 31));
         let want = blended(
             &model,
@@ -312,7 +330,8 @@ fn a_blend_in_which_nothing_is_computed_gives_the_cached_state() {
     append(&model, &mut start, &[BOS]);
     for (mode, ratio) in [(BlendMode::Reuse, 0.0), (BlendMode::CacheBlend, 0.0)] {
         for chunks in [vec![chunk.clone()], vec![chunk.clone(), chunk.clone()]] {
-            let out = blend_behind(&model, &start, &[BOS], &chunks, &config(mode, ratio), &|| false).unwrap();
+            let out = blend_behind(&model, &start, &Context::unasked(&[BOS], &chunks), &config(mode, ratio), &|| false)
+                .unwrap();
             assert_eq!((out.stats.recomputed_tokens, out.stats.reused_tokens), (0, 40 * chunks.len()));
             let want = blended(&model, &chunks, &config(mode, ratio));
             assert_eq!(want.rows(1, 0, 0..41), out.kv.rows(1, 0, 0..41));
@@ -325,7 +344,7 @@ fn a_cancelled_blend_stops() {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     let model = model("llama2");
     let chunks = [chunk(&model, &tokens(&mut rng, 30))];
-    let stopped = blend(&model, &[BOS], &chunks, &BlendConfig::default(), &|| true);
+    let stopped = blend(&model, &Context::unasked(&[BOS], &chunks), &BlendConfig::default(), &|| true);
     assert!(matches!(stopped, Err(EngineError::Cancelled)));
 }
 

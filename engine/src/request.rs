@@ -8,7 +8,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::chunk::PromptChunk;
-use crate::config::{AttentionConfig, BlendConfig};
+use crate::config::{AttentionConfig, BlendConfig, BlendMode};
 use crate::error::EngineError;
 use crate::kv::sequence::SequenceKv;
 use crate::sampler::SamplingParams;
@@ -262,7 +262,16 @@ pub struct PrefillStats {
     pub seconds: f64,
     /// Chunks whose source failed; they were computed.
     pub failed_chunks: usize,
-    /// Mean over cached tokens of |fresh - cached|^2 / |fresh|^2 of keys and values on the check layer.
+    /// The rule that chose which cached tokens were recomputed. It is another than the request's where that one needs a question
+    /// and a context was prepared without one. `None`: no context was made.
+    pub rule: Option<BlendMode>,
+    /// What was computed beyond one pass over the question and over what was not cached: the layers of each token that were,
+    /// over the cached tokens that were not exact times all layers. A second pass over the question and the layers that only
+    /// choose are counted. `None`: no such token.
+    pub charged_share: Option<f32>,
+    /// How far cached state was off where it was recomputed. `cacheblend`: the mean over cached tokens of |fresh - cached|^2 /
+    /// |fresh|^2 of keys and values on the check layer. With a correction: the same of the means over recomputed tokens, by
+    /// head, on all layers but the first. `None`: not seen.
     pub blend_deviation: Option<f32>,
 }
 

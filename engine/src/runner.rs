@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::blend::blend;
+use crate::blend::{Context, blend};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig};
 use crate::error::{EngineError, Result};
@@ -500,7 +500,7 @@ impl Runner {
 
     fn prepare(&self, prefix: &[u32], chunks: &[PromptChunk], config: &BlendConfig) -> Result<PreparedContext> {
         let begun = Instant::now();
-        let mut blended = blend(&self.model, prefix, chunks, config, &|| false)?;
+        let mut blended = blend(&self.model, &Context::unasked(prefix, chunks), config, &|| false)?;
         blended.stats.seconds = begun.elapsed().as_secs_f64();
         Ok(PreparedContext { kv: blended.kv, stats: blended.stats, engine: self.identity })
     }

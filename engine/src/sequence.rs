@@ -9,7 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::answer_text::{AnswerPiece, AnswerText};
 use crate::attention::cold::ColdStats;
 use crate::backend::cuda::Next;
-use crate::blend::blend_behind;
+use crate::blend::{Context, blend_behind};
 use crate::config::Strategy;
 use crate::error::Result;
 use crate::kv::prefix::{SharedPage, SharedPages};
@@ -252,7 +252,9 @@ impl Sequence {
     /// What is to be done behind the first `held` tokens of context and text.
     fn work(&self, held: usize, chunk: usize) -> Work {
         if self.phase == Phase::Context {
-            return Work::Context((self.context - held).max(1));
+            // A question that is asked first takes pages, too.
+            let asked = if self.request.blend.mode.asks() { self.prompt } else { 0 };
+            return Work::Context((self.context - held + asked).max(1));
         }
         if self.waits_for_index() {
             return Work::Index;
@@ -336,7 +338,9 @@ impl Sequence {
     pub(crate) fn blend(&mut self, model: &Transformer, cache: &mut PrefixCache<SharedPage>) -> Result<()> {
         let (Prompt { prefix, chunks, .. }, events) = (&self.request.prompt, &self.events);
         let cancelled = || events.is_closed();
-        let blend = || blend_behind(model, &self.kv, prefix, chunks, &self.request.blend, &cancelled);
+        // The question as it was asked: an answer that is computed again must not change what is recomputed.
+        let context = Context { prefix, chunks, suffix: &self.text[..self.prompt] };
+        let blend = || blend_behind(model, &self.kv, &context, &self.request.blend, &cancelled);
         let blended = guarded("blending a context", blend)?;
         self.kv = blended.kv;
         self.phase = Phase::Text;

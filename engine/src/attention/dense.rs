@@ -50,7 +50,8 @@ impl Queries<'_> {
         self.positions.len() * self.heads
     }
 
-    fn visible(&self, token: usize) -> Range<usize> {
+    /// Positions that a token sees.
+    pub(super) fn visible(&self, token: usize) -> Range<usize> {
         let end = self.positions[token] + 1;
         end.saturating_sub(self.window.unwrap_or(end))..end
     }

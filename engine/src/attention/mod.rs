@@ -2,6 +2,7 @@
 
 pub(crate) mod cold;
 pub(crate) mod dense;
+pub(crate) mod paid;
 mod state;
 
 pub use state::AttentionState;

@@ -1,11 +1,27 @@
-//! Blending: a context's KV from cached chunks and selective recompute
-//! (CacheBlend, arXiv 2405.16444, section 4).
+//! Blending: a context's KV from cached chunks and selective recompute (CacheBlend, arXiv 2405.16444, section 4).
+//!
+//! `plan` says which parts of a context are exact, cached or to be computed; a rule chooses which cached tokens are recomputed,
+//! one file each (`answer`, `question`, `cacheblend`, `epic`, `random`); `run` goes over the layers. What rules share stands
+//! apart: `paid` sees what the question attends, `select` takes the best within the budget, `correct` shifts what stays cached,
+//! and `stream` has the rows that are computed.
 
+mod answer;
+mod cacheblend;
+mod correct;
+#[cfg(test)]
+mod emulator;
+mod epic;
+mod paid;
 mod plan;
+mod question;
+mod random;
+#[cfg(test)]
+mod rule_tests;
 mod run;
 mod select;
 mod stream;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use run::{blend, blend_behind};
+pub(crate) use correct::PRIOR;
+pub(crate) use run::{Context, blend, blend_behind};

@@ -31,8 +31,6 @@ pub(crate) struct BlendPlan {
     pub(crate) tokens: Vec<u32>,
     /// Contiguous from position 0.
     pub(crate) spans: Vec<Span>,
-    /// `Some((layer, ratio))`: select there.
-    pub(crate) check: Option<(usize, f32)>,
 }
 
 impl BlendPlan {
@@ -52,18 +50,18 @@ impl BlendPlan {
             spans.push(Span { positions: start..tokens.len(), treatment, chunk: Some(i) });
         }
         spans.retain(|s| !s.positions.is_empty());
-        let check = match config.mode {
-            BlendMode::CacheBlend => Some((config.check_layer, config.ratio)),
-            BlendMode::Reuse | BlendMode::FullRecompute => None,
-        };
-        let check = check.filter(|_| spans.iter().any(|s| s.treatment == Treatment::Cached));
-        BlendPlan { tokens, spans, check }
+        BlendPlan { tokens, spans }
     }
 
     /// Positions of all tokens with one of these treatments, ascending.
     pub(crate) fn positions(&self, treatments: &[Treatment]) -> Vec<usize> {
         let chosen = self.spans.iter().filter(|s| treatments.contains(&s.treatment));
         chosen.flat_map(|s| s.positions.clone()).collect()
+    }
+
+    /// The spans that a rule chooses from: what is exact takes no part in scores, budgets, corrections and what is charged.
+    pub(crate) fn composed(&self) -> impl Iterator<Item = &Span> {
+        self.spans.iter().filter(|s| s.treatment == Treatment::Cached)
     }
 
     /// Spans whose cached state is read.
@@ -103,6 +101,6 @@ mod tests {
         let chunks = [chunk(&[5, 6], &[1], true), chunk(&[7], &[1, 5, 6], true)];
         let plan = BlendPlan::new(&[1], &chunks, &BlendConfig::default(), &[]);
         assert_eq!(plan.positions(&[Treatment::Exact]), [1, 2, 3]);
-        assert_eq!(plan.check, None);
+        assert_eq!(plan.composed().count(), 0);
     }
 }

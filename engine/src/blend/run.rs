@@ -2,6 +2,10 @@
 //!
 //! Rows that are computed may lie anywhere in the context. Each sees exactly the tokens up to its own
 //! *position*: attention masks by position, not by row.
+//!
+//! Rules that know what to recompute beforehand, and `cacheblend`, which finds out on the way, go over the layers once, while
+//! these are loaded. Those that ask the question go over them twice: with the question alone over everything as cached, then with
+//! the tokens that it attends, whose keys and values then replace the cached ones.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -9,11 +13,14 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
+use super::correct::Corrector;
+use super::paid::{Paid, Watch};
 use super::plan::{BlendPlan, Span, Treatment};
-use super::select::most_deviating;
+use super::select::{Budget, highest};
 use super::stream::{Stream, write_cached};
+use super::{answer, cacheblend, epic, question, random};
 use crate::chunk::{ChunkLayer, ChunkSource, PromptChunk, read_layer};
-use crate::config::BlendConfig;
+use crate::config::{BlendConfig, BlendMode, Correction};
 use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Rows, Transformer};
@@ -28,36 +35,51 @@ pub(crate) struct Blended {
     pub(crate) stats: PrefillStats,
 }
 
+/// What is blended.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) prefix: &'a [u32],
+    pub(crate) chunks: &'a [PromptChunk],
+    /// What will be read behind it, for rules that go by the question; its KV is not kept. Empty: not known.
+    pub(crate) suffix: &'a [u32],
+}
+
+impl<'a> Context<'a> {
+    /// A context whose question is not known.
+    pub(crate) fn unasked(prefix: &'a [u32], chunks: &'a [PromptChunk]) -> Context<'a> {
+        Context { prefix, chunks, suffix: &[] }
+    }
+}
+
 /// One layer's cached rows, one entry per cached span; or the chunk whose source failed.
 type LoadedLayer = std::result::Result<Vec<ChunkLayer>, (usize, EngineError)>;
 
-/// Computes the KV of `prefix` and `chunks`. A chunk whose source fails is computed instead.
+/// Computes the KV of `context`. A chunk whose source fails is computed instead.
 ///
 /// # Errors
 /// [`EngineError::Cancelled`] once `cancelled` says so.
 pub(crate) fn blend(
     model: &Transformer,
-    prefix: &[u32],
-    chunks: &[PromptChunk],
+    context: &Context<'_>,
     config: &BlendConfig,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Blended> {
-    blend_behind(model, &model.new_kv(), prefix, chunks, config, cancelled)
+    blend_behind(model, &model.new_kv(), context, config, cancelled)
 }
 
-/// As [`blend`], where `start` holds the KV of the first tokens of `prefix`; they count neither as reused nor as recomputed.
+/// As [`blend`], where `start` holds the KV of the first tokens of the prefix; they count neither as reused nor as recomputed.
 pub(crate) fn blend_behind(
     model: &Transformer,
     start: &SequenceKv,
-    prefix: &[u32],
-    chunks: &[PromptChunk],
+    context: &Context<'_>,
     config: &BlendConfig,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Blended> {
+    let config = &resolved(config, context, model.spec.layers);
     let mut failed = Vec::new();
     loop {
-        let plan = BlendPlan::new(prefix, chunks, config, &failed);
-        match attempt(model, start, &plan, chunks, cancelled) {
+        let plan = BlendPlan::new(context.prefix, context.chunks, config, &failed);
+        match attempt(model, start, &plan, context, config, cancelled) {
             Ok(mut blended) => {
                 blended.stats.failed_chunks = failed.len();
                 return Ok(blended);
@@ -69,6 +91,15 @@ pub(crate) fn blend_behind(
             }
         }
     }
+}
+
+/// The settings as they can be served: without a question, `cacheblend` stands in for the rules that go by it.
+fn resolved(config: &BlendConfig, context: &Context<'_>, layers: usize) -> BlendConfig {
+    if !config.mode.asks() || !context.suffix.is_empty() {
+        return config.clone();
+    }
+    let check_layer = config.check_layer.clamp(1, layers.saturating_sub(1).max(1));
+    BlendConfig { mode: BlendMode::CacheBlend, mass: None, check_layer, ..config.clone() }
 }
 
 enum Attempt {
@@ -86,7 +117,8 @@ fn attempt(
     model: &Transformer,
     start: &SequenceKv,
     plan: &BlendPlan,
-    chunks: &[PromptChunk],
+    context: &Context<'_>,
+    config: &BlendConfig,
     cancelled: &dyn Fn() -> bool,
 ) -> std::result::Result<Blended, Attempt> {
     let spans = plan.cached_spans();
@@ -96,7 +128,7 @@ fn attempt(
         let spans = &spans;
         let read = move || {
             for layer in 0..model.spec.layers {
-                let rows = load_layer(model, spans, chunks, layer);
+                let rows = load_layer(model, spans, context.chunks, layer);
                 let lost = rows.is_err();
                 // The receiver is gone when the blend was cancelled.
                 if send.send(rows).is_err() || lost {
@@ -106,7 +138,7 @@ fn attempt(
         };
         let none = |error| EngineError::Internal(format!("the system gives no thread to read chunks with: {error}"));
         std::thread::Builder::new().name("quire-read".into()).spawn_scoped(scope, read).map_err(none)?;
-        Run::new(model, start, plan, spans, loaded)?.layers(cancelled)
+        Run::new(model, start, plan, spans, loaded, cancelled)?.follow(config, context.suffix)
     })
 }
 
@@ -133,8 +165,9 @@ struct Run<'a> {
     /// Tokens whose KV was there.
     held: usize,
     kv: SequenceKv,
-    /// The rows that are computed.
-    active: Stream<'a>,
+    cancelled: &'a dyn Fn() -> bool,
+    /// Layers of tokens that were computed, beyond those that had to be: see [`PrefillStats::charged_share`].
+    charged: usize,
     deviation: Option<f32>,
 }
 
@@ -145,15 +178,8 @@ impl<'a> Run<'a> {
         plan: &'a BlendPlan,
         spans: &'a [Span],
         loaded: Receiver<LoadedLayer>,
+        cancelled: &'a dyn Fn() -> bool,
     ) -> Result<Run<'a>> {
-        // Without a check layer, cached tokens are never computed.
-        let computed: &[Treatment] = match plan.check {
-            Some(_) => &[Treatment::Fresh, Treatment::Cached],
-            None => &[Treatment::Fresh],
-        };
-        let mut positions = plan.positions(computed);
-        positions.retain(|position| *position >= start.len());
-        let tokens: Vec<u32> = positions.iter().map(|p| plan.tokens[*p]).collect();
         let mut kv = start.clone();
         kv.extend_to(plan.tokens.len())?;
         Ok(Run {
@@ -164,119 +190,217 @@ impl<'a> Run<'a> {
             loaded,
             held: start.len(),
             kv,
-            active: Stream::new(model, positions, &tokens)?,
+            cancelled,
+            charged: 0,
             deviation: None,
         })
     }
 
-    fn layers(mut self, cancelled: &dyn Fn() -> bool) -> std::result::Result<Blended, Attempt> {
-        for layer in 0..self.model.spec.layers {
-            let cached = self.next_layer(cancelled)?.map_err(|(chunk, error)| Attempt::ChunkLost(chunk, error))?;
-            if let Some((check, ratio)) = self.plan.check
-                && check == layer
-            {
-                self.select(layer, ratio, &cached)?;
+    /// Follows the rule.
+    fn follow(mut self, config: &BlendConfig, suffix: &[u32]) -> std::result::Result<Blended, Attempt> {
+        let composed = self.plan.positions(&[Treatment::Cached]);
+        let correction = config.correction();
+        let recomputed = match config.mode {
+            _ if composed.is_empty() => self.once(&[], correction)?,
+            BlendMode::Reuse | BlendMode::FullRecompute => self.once(&[], correction)?,
+            BlendMode::Epic => self.once(&epic::chosen(self.plan), correction)?,
+            BlendMode::Random => {
+                let tokens = self.plan.tokens.iter().chain(suffix).copied();
+                let chosen = highest(&random::scores(composed.len(), tokens), Budget::of(config));
+                self.once(&picked(&composed, &chosen), correction)?
             }
-            self.write_cached(layer, &cached)?;
-            self.compute(layer, cancelled)?;
-        }
-        let recomputed = self.active.len();
+            BlendMode::CacheBlend => self.checking(config.check_layer, config.ratio, correction)?,
+            BlendMode::Question | BlendMode::Answer => {
+                let paid = self.asking(suffix)?;
+                let scores = match config.mode {
+                    BlendMode::Question => picked(&question::scores(paid), &composed),
+                    _ => answer::scores(&paid, &composed),
+                };
+                let chosen = picked(&composed, &highest(&scores, Budget::of(config)));
+                self.again(&chosen, correction, suffix.len())?
+            }
+        };
+        Ok(self.finish(config.mode, recomputed, composed.len()))
+    }
+
+    fn finish(self, rule: BlendMode, recomputed: usize, composed: usize) -> Blended {
+        let fresh = self.fresh(0).len();
+        let layers = self.model.spec.layers;
         let stats = PrefillStats {
             prompt_tokens: self.plan.tokens.len(),
-            reused_tokens: self.plan.tokens.len() - self.held - recomputed,
-            recomputed_tokens: recomputed,
+            reused_tokens: self.plan.tokens.len() - self.held - fresh - recomputed,
+            recomputed_tokens: fresh + recomputed,
+            rule: Some(rule),
+            charged_share: (composed > 0).then(|| (self.charged as f64 / (composed * layers) as f64) as f32),
             blend_deviation: self.deviation,
             ..PrefillStats::default()
         };
-        Ok(Blended { kv: self.kv, stats })
+        Blended { kv: self.kv, stats }
+    }
+
+    /// Positions, from `from` on, of tokens that are computed whatever the rule.
+    fn fresh(&self, from: usize) -> Vec<usize> {
+        let mut positions = self.plan.positions(&[Treatment::Fresh]);
+        positions.retain(|position| *position >= self.held.max(from));
+        positions
+    }
+
+    fn stream(&self, positions: Vec<usize>, suffix: &[u32]) -> Result<Stream<'a>> {
+        let context = &self.plan.tokens;
+        let token = |p: &usize| context.get(*p).copied().unwrap_or_else(|| suffix[*p - context.len()]);
+        let tokens: Vec<u32> = positions.iter().map(token).collect();
+        Stream::new(self.model, positions, &tokens)
+    }
+
+    fn layers(&self) -> std::ops::Range<usize> {
+        0..self.model.spec.layers
+    }
+
+    /// One pass over the layers as they come, in which the positions `chosen` are recomputed. Returns how many.
+    fn once(&mut self, chosen: &[usize], correction: Correction) -> std::result::Result<usize, Attempt> {
+        let mut stream = self.stream(merged(self.fresh(0), chosen), &[])?;
+        let mut corrector = Corrector::new(self.model, self.plan, chosen, correction, 1, &self.kv)?;
+        for layer in self.layers() {
+            let cached = self.next_layer()?;
+            self.write_cached(layer, &cached, true)?;
+            self.compute(layer, &mut stream, corrector.as_mut(), None)?;
+        }
+        self.deviation = corrector.map_or(Ok(None), Corrector::deviation)?;
+        self.charged = chosen.len() * self.model.spec.layers;
+        Ok(chosen.len())
+    }
+
+    /// One pass over the layers as they come, which begins with all tokens and goes on behind the check layer with those that
+    /// deviate most. Returns how many.
+    fn checking(&mut self, check: usize, ratio: f32, correction: Correction) -> std::result::Result<usize, Attempt> {
+        let composed = self.plan.positions(&[Treatment::Cached]);
+        let mut stream = self.stream(merged(self.fresh(0), &composed), &[])?;
+        let (mut chosen, mut corrector) = (composed.len(), None);
+        for layer in self.layers() {
+            let rows = self.next_layer()?;
+            if layer == check {
+                let blocks = blocks(self.model, stream.len());
+                let cached = cacheblend::Cached { spans: self.spans, rows: &rows, shape: self.model.shape };
+                let checked = cacheblend::check(&stream, layer, blocks, &cached, &self.kv, ratio)?;
+                stream.keep(&checked.kept)?;
+                corrector = Corrector::new(self.model, self.plan, &checked.chosen, correction, layer, &self.kv)?;
+                self.deviation = Some(checked.deviation);
+                chosen = checked.chosen.len();
+            }
+            self.write_cached(layer, &rows, layer >= check)?;
+            self.compute(layer, &mut stream, corrector.as_mut(), None)?;
+        }
+        self.charged = cacheblend::token_layers(self.plan, check, self.model.spec.layers, chosen);
+        Ok(chosen)
+    }
+
+    /// One pass over the layers as they come with the question behind the chunks as they are cached, whose KV is then forgotten.
+    /// Returns what it attends.
+    fn asking(&mut self, suffix: &[u32]) -> std::result::Result<Paid, Attempt> {
+        let context = self.plan.tokens.len();
+        let asked: Vec<usize> = (context..context + suffix.len()).collect();
+        self.kv.extend_to(context + suffix.len())?;
+        let mut stream = self.stream(merged(self.fresh(0), &asked), suffix)?;
+        let mut watch = Watch::new(self.model, context, stream.len(), suffix.len())?;
+        for layer in self.layers() {
+            let cached = self.next_layer()?;
+            self.write_cached(layer, &cached, true)?;
+            self.compute(layer, &mut stream, None, Some(&mut watch))?;
+        }
+        self.kv.truncate(context);
+        Ok(watch.finish()?)
+    }
+
+    /// A pass over the layers behind `asking`, in which the positions `chosen` are recomputed, and what is computed anyway
+    /// behind the first of the cached chunks. Returns how many were chosen.
+    fn again(&mut self, chosen: &[usize], correction: Correction, suffix: usize) -> Result<usize> {
+        // Once for choosing, and once more to be read.
+        let mut rows = suffix;
+        if let Some(first) = self.plan.composed().next().filter(|_| !chosen.is_empty()) {
+            let mut stream = self.stream(merged(self.fresh(first.positions.start), chosen), &[])?;
+            rows += stream.len();
+            let mut corrector = Corrector::new(self.model, self.plan, chosen, correction, 1, &self.kv)?;
+            for layer in self.layers() {
+                self.compute(layer, &mut stream, corrector.as_mut(), None)?;
+            }
+            self.deviation = corrector.map_or(Ok(None), Corrector::deviation)?;
+        }
+        self.charged = rows * self.model.spec.layers;
+        Ok(chosen.len())
     }
 
     /// Waits for a layer's cached rows, as long as somebody wants them.
-    fn next_layer(&self, cancelled: &dyn Fn() -> bool) -> Result<LoadedLayer> {
+    fn next_layer(&self) -> std::result::Result<Vec<ChunkLayer>, Attempt> {
         const LOOK: Duration = Duration::from_millis(50);
         loop {
             match self.loaded.recv_timeout(LOOK) {
-                Ok(layer) => return Ok(layer),
-                Err(RecvTimeoutError::Timeout) if cancelled() => return Err(EngineError::Cancelled),
+                Ok(layer) => return layer.map_err(|(chunk, error)| Attempt::ChunkLost(chunk, error)),
+                Err(RecvTimeoutError::Timeout) if (self.cancelled)() => return Err(EngineError::Cancelled.into()),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(EngineError::Internal("the thread that reads cached chunks ended early".into()));
+                    return Err(EngineError::Internal("the thread that reads cached chunks ended early".into()).into());
                 }
             }
         }
     }
 
-    /// Writes what stays cached. Rows that are computed overwrite theirs afterwards.
-    fn write_cached(&mut self, layer: usize, cached: &[ChunkLayer]) -> Result<()> {
-        let checked = self.plan.check.is_none_or(|(check, _)| layer >= check);
+    /// Writes what is cached; `all`: not only what is exact. Rows that are computed overwrite theirs afterwards.
+    fn write_cached(&mut self, layer: usize, cached: &[ChunkLayer], all: bool) -> Result<()> {
         for ((span, rows), cached) in self.spans.iter().zip(&self.span_rows).zip(cached) {
-            if checked || span.treatment == Treatment::Exact {
+            if all || span.treatment == Treatment::Exact {
                 write_cached(self.model, &mut self.kv, layer, rows, cached)?;
             }
         }
         Ok(())
     }
 
-    /// Narrows the active rows to the fresh ones and the most deviating of the cached ones.
-    fn select(&mut self, layer: usize, ratio: f32, cached: &[ChunkLayer]) -> Result<()> {
-        let width = self.model.shape.width();
-        let mut candidates = Vec::new();
-        let mut deviation = Vec::new();
-        let mut relative = 0.0;
-        for block in blocks(self.model, self.active.len()) {
-            let (fresh_keys, fresh_values) = self.active.keys_and_values(layer, block.clone(), &self.kv)?;
-            for i in 0..block.len() {
-                let position = self.active.position(block.start + i);
-                let Some((keys, values)) = self.cached_row(position, cached) else { continue };
-                let row = i * width..(i + 1) * width;
-                let (k, size_k) = distance(&fresh_keys[row.clone()], &keys);
-                let (v, size_v) = distance(&fresh_values[row], &values);
-                candidates.push(block.start + i);
-                deviation.push(k + v);
-                relative += (k + v) / (size_k + size_v).max(f32::MIN_POSITIVE);
+    /// Runs the layer for the rows of `stream`, in order of position: a row needs those before it. A layer that is corrected needs
+    /// all of its rows written first; where they are more than one block, they are computed once more to attend.
+    fn compute(
+        &mut self,
+        layer: usize,
+        stream: &mut Stream<'_>,
+        corrector: Option<&mut Corrector<'_>>,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<()> {
+        let mut entered = false;
+        if let Some(corrector) = corrector.filter(|corrector| corrector.acts(layer)) {
+            corrector.before(layer, &self.kv)?;
+            for block in blocks(self.model, stream.len()) {
+                self.stop_if_cancelled()?;
+                stream.enter(layer, block, &mut self.kv)?;
             }
+            corrector.after(layer, &mut self.kv)?;
+            entered = blocks(self.model, stream.len()).count() == 1;
         }
-        self.deviation = Some(relative / candidates.len().max(1) as f32);
-        let chosen = most_deviating(&deviation, ratio);
-        let mut keep = vec![true; self.active.len()];
-        candidates.iter().for_each(|c| keep[*c] = false);
-        chosen.iter().for_each(|c| keep[candidates[*c]] = true);
-        let kept: Vec<usize> = (0..keep.len()).filter(|i| keep[*i]).collect();
-        self.active.keep(&kept)
-    }
-
-    /// The cached keys and values of a position whose span is `Cached`.
-    fn cached_row(&self, position: usize, cached: &[ChunkLayer]) -> Option<(Vec<f32>, Vec<f32>)> {
-        let after = self.spans.partition_point(|s| s.positions.end <= position);
-        let span = self.spans.get(after)?;
-        if !span.positions.contains(&position) || span.treatment != Treatment::Cached {
-            return None;
-        }
-        let (dtype, width) = (self.model.shape.dtype, self.model.shape.width());
-        let at = (position - span.positions.start) * width * dtype.size();
-        let row = at..at + width * dtype.size();
-        Some((dtype.decode(&cached[after].keys[row.clone()]), dtype.decode(&cached[after].values[row])))
-    }
-
-    /// Runs the layer for the active rows, in order of position: a row needs those before it.
-    fn compute(&mut self, layer: usize, cancelled: &dyn Fn() -> bool) -> Result<()> {
-        for block in blocks(self.model, self.active.len()) {
-            if cancelled() {
-                return Err(EngineError::Cancelled);
+        for block in blocks(self.model, stream.len()) {
+            self.stop_if_cancelled()?;
+            if !entered {
+                stream.enter(layer, block, &mut self.kv)?;
             }
-            self.active.compute(layer, block, &mut self.kv)?;
+            stream.leave(layer, &self.kv, watch.as_deref_mut())?;
         }
         Ok(())
     }
+
+    fn stop_if_cancelled(&self) -> Result<()> {
+        if (self.cancelled)() { Err(EngineError::Cancelled) } else { Ok(()) }
+    }
 }
 
-fn blocks(model: &Transformer, rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn blocks(model: &Transformer, rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
     let size = ROWS.min(model.most_rows());
     (0..rows).step_by(size).map(move |start| start..rows.min(start + size))
 }
 
-/// Squared distance, and the squared size of `fresh`.
-fn distance(fresh: &[f32], cached: &[f32]) -> (f32, f32) {
-    let squares = fresh.iter().zip(cached).map(|(f, c)| ((f - c) * (f - c), f * f));
-    squares.fold((0.0, 0.0), |a, b| (a.0 + b.0, a.1 + b.1))
+/// The elements at these indices.
+fn picked<T: Copy>(from: &[T], indices: &[usize]) -> Vec<T> {
+    indices.iter().map(|i| from[*i]).collect()
+}
+
+/// Both, ascending.
+fn merged(mut a: Vec<usize>, b: &[usize]) -> Vec<usize> {
+    a.extend_from_slice(b);
+    a.sort_unstable();
+    a
 }

@@ -1,28 +1,88 @@
-//! Which cached tokens are recomputed.
+//! How many tokens are recomputed, and the best ones of so many.
 
-/// The `ratio` of the tokens whose state deviates most, as ascending indices into `deviation`. Ties go to the
-/// earlier token. (CacheBlend, arXiv 2405.16444, section 4.3: high-KV-deviation tokens; the same set on
-/// all later layers, as its code does.)
-pub(crate) fn most_deviating(deviation: &[f32], ratio: f32) -> Vec<usize> {
-    let count = (deviation.len() as f64 * f64::from(ratio)).round() as usize;
-    let mut order: Vec<usize> = (0..deviation.len()).collect();
-    order.sort_by(|a, b| deviation[*b].total_cmp(&deviation[*a]));
-    order.truncate(count);
+use crate::config::BlendConfig;
+
+/// What limits the tokens that are recomputed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Budget {
+    /// This share of the tokens.
+    Tokens(f32),
+    /// As many as it takes to have this share of the sum of all scores.
+    Mass(f32),
+}
+
+impl Budget {
+    pub(super) fn of(config: &BlendConfig) -> Budget {
+        config.mass.map_or(Budget::Tokens(config.ratio), Budget::Mass)
+    }
+
+    /// How many of the tokens, the one with the best score first.
+    fn count(self, descending: impl ExactSizeIterator<Item = f32> + Clone) -> usize {
+        match self {
+            Budget::Tokens(ratio) => (descending.len() as f64 * f64::from(ratio)).round() as usize,
+            Budget::Mass(share) => {
+                let goal = f64::from(share) * descending.clone().map(f64::from).sum::<f64>();
+                let mut covered = 0.0;
+                let before = descending.take_while(|score| {
+                    let open = covered < goal;
+                    covered += f64::from(*score);
+                    open
+                });
+                before.count()
+            }
+        }
+    }
+}
+
+/// The best-scored tokens as far as the budget goes, as ascending indices into `scores`, which are not negative. Ties go to the
+/// earlier token.
+pub(super) fn highest(scores: &[f32], budget: Budget) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+    order.truncate(budget.count(order.iter().map(|i| scores[*i])));
     order.sort_unstable();
     order
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn the_largest_deviations_are_chosen_in_order_of_position() {
-        let deviation = [0.1, 5.0, 0.2, 9.0, 5.0];
-        assert_eq!(most_deviating(&deviation, 0.4), [1, 3]);
-        assert_eq!(most_deviating(&deviation, 0.6), [1, 3, 4]);
-        assert_eq!(most_deviating(&deviation, 1.0), [0, 1, 2, 3, 4]);
-        assert!(most_deviating(&deviation, 0.0).is_empty());
-        assert!(most_deviating(&[], 0.5).is_empty());
+    fn the_highest_scores_are_chosen_in_order_of_position() {
+        let scores = [0.1, 5.0, 0.2, 9.0, 5.0];
+        assert_eq!(highest(&scores, Budget::Tokens(0.4)), [1, 3]);
+        assert_eq!(highest(&scores, Budget::Tokens(0.6)), [1, 3, 4]);
+        assert_eq!(highest(&scores, Budget::Tokens(1.0)), [0, 1, 2, 3, 4]);
+        assert!(highest(&scores, Budget::Tokens(0.0)).is_empty());
+        assert!(highest(&[], Budget::Tokens(0.5)).is_empty());
+    }
+
+    #[test]
+    fn a_mass_is_covered_by_the_fewest_tokens_that_have_it() {
+        let scores = [1.0, 6.0, 0.0, 2.0, 1.0];
+        let chosen = |share| highest(&scores, Budget::Mass(share));
+        assert_eq!(chosen(0.5), [1]);
+        assert_eq!(chosen(0.625), [1, 3]);
+        assert_eq!(chosen(0.875), [0, 1, 3]);
+        assert_eq!(chosen(1.0), [0, 1, 3, 4], "a token that has nothing adds nothing");
+        assert!(highest(&[0.0; 3], Budget::Mass(0.9)).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn one_token_less_than_chosen_does_not_cover_the_mass(
+            scores in prop::collection::vec(0u8..20, 1..60), share in 1usize..=16,
+        ) {
+            let scores: Vec<f32> = scores.into_iter().map(f32::from).collect();
+            let chosen = highest(&scores, Budget::Mass(share as f32 / 16.0));
+            let goal = scores.iter().sum::<f32>() * share as f32 / 16.0;
+            let sum: f32 = chosen.iter().map(|i| scores[*i]).sum();
+            let least = chosen.iter().map(|i| scores[*i]).fold(f32::INFINITY, f32::min);
+            prop_assert!(sum >= goal);
+            prop_assert!(chosen.is_empty() || sum - least < goal);
+        }
     }
 }

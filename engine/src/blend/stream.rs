@@ -2,17 +2,27 @@
 
 use std::ops::Range;
 
-use crate::backend::cuda::Memory;
+use super::paid::{Attended, Watch};
+use crate::backend::cuda::{Batch, Memory};
 use crate::chunk::ChunkLayer;
 use crate::error::Result;
 use crate::kv::sequence::SequenceKv;
-use crate::model::transformer::{Rows, Transformer, gather};
+use crate::model::transformer::{Qkv, Rows, Transformer, gather};
 
 /// Rows at ascending positions of one context, with their residual stream.
 pub(super) struct Stream<'a> {
     model: &'a Transformer,
     rows: Rows,
     x: Residual,
+    /// What `enter` has left for `leave`.
+    entered: Option<(Range<usize>, Entered)>,
+}
+
+/// Queries of some rows in a layer, where the model computes.
+enum Entered {
+    Host(Qkv, Rows),
+    /// They are in the workspace.
+    Device(Batch),
 }
 
 /// `[rows, hidden]`
@@ -28,7 +38,7 @@ impl<'a> Stream<'a> {
             None => Residual::Host(model.embed(tokens)?),
             Some(device) => Residual::Device(device.stream(tokens)?),
         };
-        Ok(Stream { model, rows: model.rows(positions), x })
+        Ok(Stream { model, rows: model.rows(positions), x, entered: None })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -59,27 +69,52 @@ impl<'a> Stream<'a> {
         }
     }
 
-    /// Runs the layer for the rows of `block`, whose predecessors have been through it. The last layer only writes KV.
-    pub(super) fn compute(&mut self, layer: usize, block: Range<usize>, kv: &mut SequenceKv) -> Result<()> {
+    /// Computes queries, keys and values of the rows of `block` in `layer`, and writes keys and values.
+    pub(super) fn enter(&mut self, layer: usize, block: Range<usize>, kv: &mut SequenceKv) -> Result<()> {
         let model = self.model;
-        let last = layer + 1 == model.spec.layers;
-        match &mut self.x {
+        let entered = match &self.x {
             Residual::Host(x) => {
-                let rows = self.rows.part(block.clone());
-                let x = &mut x[block.start * model.spec.hidden..block.end * model.spec.hidden];
-                let qkv = model.qkv(layer, x, &rows);
+                let (rows, hidden) = (self.rows.part(block.clone()), model.spec.hidden);
+                let qkv = model.qkv(layer, &x[block.start * hidden..block.end * hidden], &rows);
                 model.write_kv(kv.recent_mut(layer), &rows, &qkv.keys, &qkv.values);
-                if !last {
-                    let queries = model.queries(&qkv.q, &rows.positions);
-                    let state = kv.attend_exact(&model.cpu, layer, &queries);
-                    model.finish_layer(layer, x, &state.out);
-                }
-                Ok(())
+                Entered::Host(qkv, rows)
             }
             Residual::Device(x) => {
                 let positions = &self.rows.positions[block.clone()];
-                on_device(model)?.stream_layer(layer, x, block.start, positions, kv, last)
+                Entered::Device(on_device(model)?.stream_enter(layer, x, block.start, positions, kv)?)
             }
+        };
+        self.entered = Some((block, entered));
+        Ok(())
+    }
+
+    /// Attention and all behind it for the rows that were last entered; those before them have been through the layer. In the
+    /// last layer nothing behind attention is of use, and attention only to `watch`, which sees what they pay.
+    pub(super) fn leave(&mut self, layer: usize, kv: &SequenceKv, mut watch: Option<&mut Watch<'_>>) -> Result<()> {
+        let Some((block, entered)) = self.entered.take() else { return Ok(()) };
+        let model = self.model;
+        let last = layer + 1 == model.spec.layers;
+        if last && watch.is_none() {
+            return Ok(());
+        }
+        match (&mut self.x, entered) {
+            (Residual::Host(x), Entered::Host(qkv, rows)) => {
+                let state = kv.attend_exact(&model.cpu, layer, &model.queries(&qkv.q, &rows.positions));
+                if let Some(watch) = &mut watch {
+                    let attended = Attended { q: &qkv.q, lse: &state.lse, positions: &rows.positions };
+                    watch.add(layer, &block, kv, &attended);
+                }
+                if !last {
+                    let hidden = model.spec.hidden;
+                    model.finish_layer(layer, &mut x[block.start * hidden..block.end * hidden], &state.out);
+                }
+                Ok(())
+            }
+            (Residual::Device(x), Entered::Device(batch)) => {
+                on_device(model)?.stream_leave(layer, x, block.start, &batch, last)?;
+                watch.map_or(Ok(()), |watch| watch.add_on_device(layer, &block, &batch))
+            }
+            _ => Err(crate::EngineError::Internal("rows of another device".into())),
         }
     }
 

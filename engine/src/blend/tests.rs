@@ -14,8 +14,8 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 use super::plan::{BlendPlan, Treatment};
-use super::select::most_deviating;
-use super::{blend, run};
+use super::select::{Budget, highest};
+use super::{Context, blend, run};
 use crate::chunk::{ChunkKv, ChunkLayer, PromptChunk};
 use crate::config::{BlendConfig, BlendMode};
 use crate::kv::KvDtype;
@@ -104,22 +104,27 @@ fn case(model: &Transformer, sizes: &[usize], rng: &mut ChaCha8Rng) -> Case {
 }
 
 impl Case {
-    /// Squared distance of a row's keys and values in a layer, and the squared size of the fresh ones.
-    fn distance(&self, width: usize, layer: usize, row: usize) -> (f64, f64) {
+    /// Squared distances of a row's keys and of its values in a layer, and the squared sizes of the fresh ones.
+    fn sides(&self, width: usize, layer: usize, row: usize) -> [(f64, f64); 2] {
         let at = row * width..(row + 1) * width;
-        let sides = [
-            (&self.fresh[layer].0[at.clone()], &self.cached[layer].0[at.clone()]),
-            (&self.fresh[layer].1[at.clone()], &self.cached[layer].1[at]),
-        ];
-        let pairs = sides.iter().flat_map(|(fresh, cached)| fresh.iter().zip(*cached));
-        pairs.fold((0.0, 0.0), |(d, s), (f, c)| (d + f64::from(f - c).powi(2), s + f64::from(*f).powi(2)))
+        let (fresh, cached) = (&self.fresh[layer], &self.cached[layer]);
+        [(&fresh.0, &cached.0), (&fresh.1, &cached.1)].map(|(fresh, cached)| {
+            let pairs = fresh[at.clone()].iter().zip(&cached[at.clone()]);
+            pairs.fold((0.0, 0.0), |(d, s), (f, c)| (d + f64::from(f - c).powi(2), s + f64::from(*f).powi(2)))
+        })
     }
 
-    /// The rows with the largest distances in a layer, so many of them.
+    /// Both sides together.
+    fn distance(&self, width: usize, layer: usize, row: usize) -> (f64, f64) {
+        let [keys, values] = self.sides(width, layer, row);
+        (keys.0 + values.0, keys.1 + values.1)
+    }
+
+    /// The rows whose values are farthest in a layer, so many of them.
     fn most_distant(&self, width: usize, layer: usize, count: usize) -> Vec<usize> {
         let mut rows: Vec<usize> = (1..self.tokens.len()).collect();
         rows.sort_by(|a, b| {
-            let distance = |row: &usize| self.distance(width, layer, *row).0;
+            let distance = |row: &usize| self.sides(width, layer, *row)[1].0;
             distance(b).total_cmp(&distance(a))
         });
         rows.truncate(count);
@@ -180,8 +185,9 @@ fn rows_that_are_not_chosen_are_the_rotated_cache_from_the_check_layer_on() {
             // The ratio of 45 tokens is thirteen and a half; the last case crosses pages.
             for sizes in [&[45][..], &[20, 31, 1], &[200, 100]] {
                 let case = case(&model, sizes, &mut rng);
-                let config = BlendConfig { mode: BlendMode::CacheBlend, ratio: 0.3, check_layer };
-                let blended = blend(&model, &[BOS], &case.chunks, &config, &|| false).unwrap();
+                let config =
+                    BlendConfig { mode: BlendMode::CacheBlend, ratio: 0.3, check_layer, ..BlendConfig::default() };
+                let blended = blend(&model, &Context::unasked(&[BOS], &case.chunks), &config, &|| false).unwrap();
                 let cached = case.tokens.len() - 1;
                 let count = (cached * 3 + 5) / 10;
                 let chosen = case.most_distant(width, check_layer, count);
@@ -216,7 +222,7 @@ fn chunks_that_are_reused_are_the_rotated_cache_at_their_places() {
         let model = model(dtype);
         let case = case(&model, &[7, 260, 40, 1], &mut rng);
         let config = BlendConfig { mode: BlendMode::Reuse, ..BlendConfig::default() };
-        let blended = blend(&model, &[BOS], &case.chunks, &config, &|| false).unwrap();
+        let blended = blend(&model, &Context::unasked(&[BOS], &case.chunks), &config, &|| false).unwrap();
         assert_eq!((blended.stats.recomputed_tokens, blended.stats.blend_deviation), (1, None));
         for layer in 0..LAYERS {
             for row in 1..case.tokens.len() {
@@ -245,7 +251,7 @@ fn other_tokens_of_equal_number_before_a_chunk_do_not_make_it_exact() {
 
 #[test]
 fn a_share_is_rounded_to_the_nearest_number_of_rows() {
-    let count = |rows: usize, ratio| most_deviating(&vec![1.0; rows], ratio).len();
+    let count = |rows: usize, ratio| highest(&vec![1.0; rows], Budget::Tokens(ratio)).len();
     assert_eq!(count(45, 0.3), 14);
     assert_eq!([count(10, 0.14), count(10, 0.16), count(3, 0.5), count(1, 0.49)], [1, 2, 2, 0]);
     assert_eq!([count(1000, 0.0), count(1000, 1.0)], [0, 1000]);
@@ -257,7 +263,7 @@ proptest! {
         deviation in prop::collection::vec(0u8..20, 0..60), share in 0usize..=16,
     ) {
         let deviation: Vec<f32> = deviation.into_iter().map(f32::from).collect();
-        let chosen = most_deviating(&deviation, share as f32 / 16.0);
+        let chosen = highest(&deviation, Budget::Tokens(share as f32 / 16.0));
         // Half a row is a row.
         prop_assert_eq!(chosen.len(), (deviation.len() * share + 8) / 16);
         prop_assert!(chosen.windows(2).all(|pair| pair[0] < pair[1]));

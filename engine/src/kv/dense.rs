@@ -32,6 +32,11 @@ impl PageRows<'_> {
     pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
         self.page.write(&self.shape, position % PAGE, keys, values);
     }
+
+    /// Reads the token at `position`: rotated keys and values, `[kv_heads, head_dim]` each.
+    pub(crate) fn read(&self, position: usize, keys: &mut [f32], values: &mut [f32]) {
+        self.page.read_all(&self.shape, position % PAGE, keys, values);
+    }
 }
 
 impl DenseKv {
@@ -91,6 +96,16 @@ impl DenseKv {
     #[cfg(test)]
     pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
         self.pages_mut(&[position])[0].write(position, keys, values);
+    }
+
+    /// Reads the token at `position`: rotated keys and values, `[kv_heads, head_dim]` each.
+    pub(crate) fn read(&self, position: usize, keys: &mut [f32], values: &mut [f32]) {
+        self.page(position).read_all(&self.shape, position % PAGE, keys, values);
+    }
+
+    /// Forgets the tokens from `end` on. Their pages stay, as room for others.
+    pub(crate) fn truncate(&mut self, end: usize) {
+        self.end = self.end.min(end.max(self.start));
     }
 
     /// Keys and values of one head for `range`, row-major.

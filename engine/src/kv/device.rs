@@ -203,6 +203,11 @@ impl DeviceRun {
         }
     }
 
+    /// Forgets the tokens from `end` on. Their pages stay, as room for others.
+    pub(crate) fn truncate(&mut self, end: usize) {
+        self.end = self.end.min(end.max(self.start));
+    }
+
     /// A run with the tokens before `end` (the sinks), which shares its pages.
     pub(crate) fn head_copy(&self, end: usize) -> DeviceRun {
         let mut copy = self.clone();

@@ -92,6 +92,14 @@ impl Page {
         }
     }
 
+    /// Reads the token in `slot` back, all heads: `[kv_heads, head_dim]` each.
+    pub(crate) fn read_all(&self, shape: &KvShape, slot: usize, keys: &mut [f32], values: &mut [f32]) {
+        let rows = keys.chunks_exact_mut(shape.head_dim).zip(values.chunks_exact_mut(shape.head_dim));
+        for (head, (key, value)) in rows.enumerate() {
+            self.read(shape, head, slot, key, value);
+        }
+    }
+
     fn read_as<E: KvElement>(&self, shape: &KvShape, head: usize, slot: usize, key: &mut [f32], value: &mut [f32]) {
         let dim = shape.head_dim;
         let (k, v) = self.head::<E>(shape, head);

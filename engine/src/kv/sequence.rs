@@ -119,6 +119,17 @@ impl SequenceKv {
         self.device.as_mut().map_or(Ok(()), |kv| kv.recent.extend_to(end))
     }
 
+    /// Forgets the tokens from `end` on, none of which has left the recent run. Their pages stay, as room for others.
+    pub(crate) fn truncate(&mut self, end: usize) {
+        self.recent.iter_mut().for_each(|run| run.truncate(end));
+        self.device.iter_mut().for_each(|kv| kv.recent.truncate(end));
+    }
+
+    /// A layer of the recent run.
+    pub(crate) fn recent(&self, layer: usize) -> &DenseKv {
+        &self.recent[layer]
+    }
+
     /// The run that new tokens are written to.
     pub(crate) fn recent_mut(&mut self, layer: usize) -> &mut DenseKv {
         &mut self.recent[layer]

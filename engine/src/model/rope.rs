@@ -178,6 +178,14 @@ pub(crate) fn rotate_half(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
+/// Undoes [`rotate_half`].
+pub(crate) fn rotate_half_back(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, second) = head.split_at_mut(cos.len());
+    for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c + *b * s, *b * c - *a * s);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

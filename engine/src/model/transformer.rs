@@ -67,7 +67,7 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// Row `i`'s cosines and sines.
-    fn angles(&self, i: usize) -> (&[f32], &[f32]) {
+    pub(crate) fn angles(&self, i: usize) -> (&[f32], &[f32]) {
         let half = self.cos.len() / self.positions.len();
         (&self.cos[i * half..(i + 1) * half], &self.sin[i * half..(i + 1) * half])
     }

@@ -210,7 +210,8 @@ fn mixed(rng: &mut ChaCha8Rng, n: usize) -> Vec<Request> {
                 request.blend.mode = BlendMode::Reuse;
             }
             if i % 7 == 3 {
-                let context = blend(&MODEL, &tokens(rng, 150), &[], &request.blend, &|| false).unwrap();
+                let context =
+                    blend(&MODEL, &Context::unasked(&tokens(rng, 150), &[]), &request.blend, &|| false).unwrap();
                 let context = PreparedContext { kv: context.kv, stats: context.stats, engine: 1 };
                 request.prompt.suffix.truncate(100);
                 request.context = Some(Arc::new(context));
@@ -328,7 +329,8 @@ fn what_comes_before_a_context_is_shared_with_any_prompt() {
         PromptChunk { tokens: tokens.into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
     };
     let chunks = [chunk(300), chunk(70)];
-    for (round, mode) in [BlendMode::CacheBlend, BlendMode::Reuse, BlendMode::FullRecompute].into_iter().enumerate() {
+    let modes = [BlendMode::Answer, BlendMode::CacheBlend, BlendMode::Reuse, BlendMode::Answer, BlendMode::Question];
+    for (round, mode) in modes.into_iter().chain([BlendMode::FullRecompute]).enumerate() {
         let mut request = plain(vec![9, 8, 7, round as u32 + 3], 30);
         (request.prompt.prefix, request.prompt.chunks) = (instructions.clone(), chunks.to_vec());
         request.blend.mode = mode;
@@ -464,7 +466,9 @@ fn cached_pages_give_way_to_requests() {
 fn pages_of_a_context_that_others_go_on_from_are_not_freed_by_giving_way() {
     let mut rng = ChaCha8Rng::seed_from_u64(16);
     let mut bench = Bench::new(config(), 64);
-    let blended = blend(&MODEL, &tokens(&mut rng, 2 * PAGE + 20), &[], &BlendConfig::default(), &|| false).unwrap();
+    let blended =
+        blend(&MODEL, &Context::unasked(&tokens(&mut rng, 2 * PAGE + 20), &[]), &BlendConfig::default(), &|| false)
+            .unwrap();
     let context = Arc::new(PreparedContext { kv: blended.kv, stats: blended.stats, engine: 1 });
     let request = Request { context: Some(Arc::clone(&context)), ..plain(tokens(&mut rng, 9), 20) };
     let _events = bench.submit(&request);

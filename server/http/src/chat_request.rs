@@ -135,6 +135,8 @@ impl ChatRequest {
                 "index" => attention.index = named(&name, value)?,
                 "blend" => blend.mode = named(&name, value)?,
                 "ratio" => blend.ratio = share(&name, value)?,
+                "blend_mass" => blend.mass = Some(share(&name, value)?),
+                "correction" => blend.correction = Some(named(&name, value)?),
                 "check_layer" => blend.check_layer = size(&name, value, 0)?,
                 _ if retrieval.field(key, &name, value)? => {}
                 _ => return Err(QuireError::UnsupportedParameter { param: name, hint: QUIRE_FIELDS }),
@@ -185,7 +187,8 @@ impl ChatRequest {
 }
 
 const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, query, score_threshold, passages, strategy, \
-                            sinks, window, k, ef, index, blend, ratio and check_layer";
+                            sinks, window, k, ef, index, blend, ratio, blend_mass, correction and \
+                            check_layer";
 
 fn choices(value: &Value, most: usize) -> Result<usize> {
     let number = size("n", value, 1)?;

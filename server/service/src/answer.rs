@@ -91,8 +91,13 @@ pub struct Stats {
     pub attended_share: Option<f64>,
     /// Building indexes over cold keys.
     pub index_build_seconds: f64,
-    /// How far cached state was off on the check layer: mean squared deviation over mean square.
+    /// How far cached state was off where it was compared with fresh state: mean squared deviation over mean square.
     pub blend_deviation: Option<f32>,
+    /// The rule that chose what was recomputed; absent without a context.
+    pub rule: Option<String>,
+    /// What blending computed beyond reading the question once: its share of computing the cached tokens anew; absent where no
+    /// cached token stood behind others than it was computed behind.
+    pub charged_share: Option<f32>,
     /// The decode strategy.
     pub strategy: String,
     /// The blend mode.
@@ -288,6 +293,8 @@ impl Tally {
         stats.queue_seconds = prefill.queue_seconds;
         stats.prefill_seconds = prefill.seconds;
         stats.blend_deviation = prefill.blend_deviation;
+        stats.rule = prefill.rule.map(|rule| rule.to_string());
+        stats.charged_share = prefill.charged_share;
         stats.ttft_seconds = self.started.elapsed().as_secs_f64();
         self.metrics.first_token(prefill, stats.ttft_seconds);
         if prefill.failed_chunks > 0 {

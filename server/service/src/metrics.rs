@@ -153,7 +153,10 @@ impl Metrics {
             chunks: gauge!("quire:chunks", &disk()),
             tokens_reused: counter_of("quire:tokens_reused_total".into(), "Context tokens reused as cached"),
             tokens_recomputed: counter_of("quire:tokens_recomputed_total".into(), "Context tokens computed again"),
-            deviation: histogram_of("quire:blend_deviation".into(), "Deviation of cached state on the check layer"),
+            deviation: histogram_of(
+                "quire:blend_deviation".into(),
+                "Deviation of cached state from fresh state, where they were compared",
+            ),
             keys_scanned: histogram_of("quire:keys_scanned_per_token".into(), "Cold keys the index read per token"),
             index_build: histogram_of("quire:index_build_seconds".into(), "Building indexes over cold keys"),
             corruption: counter_of("quire:corruption_found_total".into(), "Damaged layers found in the chunk store"),

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 
 use ann_index::IndexKind;
 use engine::{
-    AttentionConfig, BlendConfig, BlendMode, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig, KvDtype,
-    SamplingParams, Strategy,
+    AttentionConfig, BlendConfig, BlendMode, Correction, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig,
+    KvDtype, SamplingParams, Strategy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -266,10 +266,14 @@ settings! {
         index: Named<IndexKind> = Named(IndexKind::Flat), "flat";
     }
     "Blending", ANSWERING, ANYONE {
-        /// What becomes of cached chunks: cacheblend, reuse or full-recompute
+        /// What becomes of cached chunks: answer, question, cacheblend, epic, random, reuse or full-recompute
         blend: Named<BlendMode> = Named(BlendMode::CacheBlend), "cacheblend";
-        /// Share of cached tokens that cacheblend recomputes, 0 to 1
+        /// Share of cached tokens that is recomputed, 0 to 1
         ratio: f32 = 0.15, "0.15";
+        /// Instead of the ratio: recompute tokens until this share of the attention is covered (answer and question)
+        blend_mass: Option<f32> = None, "none";
+        /// How tokens that stay cached are corrected: none, prompt or chunk
+        correction: Option<Named<Correction>> = None, "chunk for answer and question, else none";
         /// Layer on which cacheblend compares fresh and cached values
         check_layer: usize = 1, "1";
     }
@@ -395,6 +399,15 @@ impl Settings {
         if !(0.0..=1.0).contains(&self.ratio) {
             return refuse("ratio", format!("expected 0 to 1, found {}", self.ratio));
         }
+        if let Some(mass) = self.blend_mass {
+            if !(mass > 0.0 && mass <= 1.0) {
+                return refuse("blend_mass", format!("expected above 0, up to 1, found {mass}"));
+            }
+            if !self.blend.0.asks() {
+                let problem = format!("expected only with blend answer or question, found with {}", self.blend.0);
+                return refuse("blend_mass", problem);
+            }
+        }
         if let Some(key) = &self.api_key {
             check_key(key).or_else(|problem| refuse("api_key", problem.into()))?;
         }
@@ -443,7 +456,13 @@ impl Settings {
     /// What becomes of cached chunks.
     #[must_use]
     pub fn blending(&self) -> BlendConfig {
-        BlendConfig { mode: self.blend.0, ratio: self.ratio, check_layer: self.check_layer }
+        BlendConfig {
+            mode: self.blend.0,
+            ratio: self.ratio,
+            mass: self.blend_mass,
+            correction: self.correction.map(|named| named.0),
+            check_layer: self.check_layer,
+        }
     }
 
     /// Settings of a GPU.

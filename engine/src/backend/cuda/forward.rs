@@ -213,7 +213,7 @@ impl CudaModel {
     }
 
     /// Attention of all rows over their sequences' recent runs, then over sinks where there are such.
-    fn attend(&self, layer: usize, batch: &Batch) -> Result<()> {
+    pub(super) fn attend(&self, layer: usize, batch: &Batch) -> Result<()> {
         let w = &self.workspace;
         for span in &batch.spans {
             self.ops.attend(self, layer, batch, span, (&w.attention, &w.lse))?;

@@ -2,7 +2,7 @@
 //!
 //! `probe` finds the libraries, `device` holds context, stream and memory, `copies` brings keys and values over beside the kernels, `module` compiles and loads the kernels of
 //! `engine/kernels`, `launch` starts them, `ops` knows each kernel's arguments and shape, `gemm` multiplies matrices,
-//! `weights` brings a model over, `batch` lays out a step's inputs, `sample` chooses tokens, `forward` is the pass over the layers, `graph` replays
+//! `weights` brings a model over, `repair` sees what a question attends and corrects cached rows, `batch` lays out a step's inputs, `sample` chooses tokens, `forward` is the pass over the layers, `graph` replays
 //! decode steps, `host_work` does what strategies leave to the CPU, `model` ties them together.
 
 mod batch;
@@ -20,16 +20,19 @@ mod ops;
 #[cfg(test)]
 mod parity;
 mod probe;
+mod repair;
 mod sample;
 mod stream;
 mod weights;
 
+pub(crate) use batch::Batch;
 pub(crate) use bench::copy_bandwidth_of;
 pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
 pub(crate) use device::{Device, Memory, Pinned};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};
 pub use probe::missing_libraries;
+pub(crate) use repair::ShiftRows;
 
 /// The GPU that these settings name, in words.
 ///

@@ -21,11 +21,12 @@ macro_rules! sources {
 }
 
 /// The files that are compiled, one program each.
-const SOURCES: [(&str, &str); 16] = sources![
+const SOURCES: [(&str, &str); 18] = sources![
     "embed.cu",
     "norm.cu",
     "rope_append.cu",
     "kv_rows.cu",
+    "kv_shift.cu",
     "swiglu.cu",
     "split.cu",
     "merge.cu",
@@ -38,6 +39,7 @@ const SOURCES: [(&str, &str); 16] = sources![
     "attention_prefill_sm90.cu",
     "attention_merge.cu",
     "attention_any.cu",
+    "attention_paid.cu",
 ];
 /// What they include.
 const HEADERS: [(&str, &str); 4] =

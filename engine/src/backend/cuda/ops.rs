@@ -9,6 +9,7 @@ use super::forward::{Pending, Qkv, VECTOR_ROWS};
 use super::launch::{Shape, arguments};
 use super::model::{CudaModel, Limits};
 use super::module::{Kernel, Modules, PREFILL, PREFILL_HOPPER};
+use super::repair::RepairKernels;
 use super::weights::{Format, Matrix};
 use crate::error::{EngineError, Result};
 use crate::kv::{KvDtype, KvShape};
@@ -23,11 +24,11 @@ const ATTENTION_THREADS: usize = 128;
 /// Dynamic shared memory of `attention_decode.cu`.
 pub(super) const DECODE_SHARED: usize = 131_072;
 /// Threads of a block of most kernels.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Heads that a block of `rope_append.cu` and `kv_rows.cu` takes.
-const BLOCK_HEADS: usize = 8;
+pub(super) const BLOCK_HEADS: usize = 8;
 /// Most blocks in a grid's second direction.
-const GRID_ROWS: usize = 65_535;
+pub(super) const GRID_ROWS: usize = 65_535;
 
 /// The residual stream with what is still to be added, or some of its rows.
 pub(crate) struct Residual<'a> {
@@ -117,9 +118,10 @@ pub(crate) struct Ops {
     attention_prefill: Option<Prefill>,
     attention_merge: Kernel,
     attention_any: Kernel,
+    pub(super) repair: RepairKernels,
     /// Cosines and sines, `[positions][head_dim / 2]`.
-    cos: Memory,
-    sin: Memory,
+    pub(super) cos: Memory,
+    pub(super) sin: Memory,
     /// Partial states of `attention_decode.cu`, and its counters.
     partial: Memory,
     counters: Memory,
@@ -177,6 +179,7 @@ impl Ops {
             attention_prefill: tuned.then(|| Prefill::new(device, modules, spec)).transpose()?,
             attention_merge: plain("attention_merge.cu", "attention_merge")?,
             attention_any: plain("attention_any.cu", &format!("attention_any_{kv}"))?,
+            repair: RepairKernels::new(&plain, kv)?,
             cos: device.upload(&cos, "the table of rotations")?,
             sin: device.upload(&sin, "the table of rotations")?,
             partial: device.allocate(blocks * 16 * (dim + 2) * 4, "partial states of attention")?,

@@ -4,12 +4,14 @@
 //! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
 //! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
 //! swiglu.cu, split.cu, gemv.cu, sample.cu, draw.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
-//! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending) and merge.cu (sinks, cold tokens); products and single
+//! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending), attention_paid.cu and
+//! kv_shift.cu (blending by the question, with correction) and merge.cu (sinks, cold tokens); products and single
 //! kernels are also compared alone, in double precision. fill.cu only makes inputs of benches.
 
 mod alone;
 mod draw;
 mod models;
+mod repair;
 
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ use super::gemm::{Gemm, ProductShape};
 use super::model::{CudaConfig, CudaModel, Limits, Next};
 use super::weights::{Format, Matrix};
 use super::{Device, Memory};
-use crate::blend::{blend, blend_behind};
+use crate::blend::{Context, blend, blend_behind};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 use crate::kv::KvDtype;
@@ -284,11 +286,11 @@ fn parity_of_blending_and_of_forks() {
         };
         let (here_chunks, there_chunks) = (chunks(&host), chunks(&device));
         for mode in [BlendMode::FullRecompute, BlendMode::Reuse, BlendMode::CacheBlend] {
-            let config = BlendConfig { mode, ratio: 0.2, check_layer: 1 };
+            let config = BlendConfig { mode, ratio: 0.2, ..BlendConfig::default() };
             let run = |model: &Transformer, chunks: &[PromptChunk]| {
                 let mut chunks = chunks.to_vec();
                 chunks[2].source = None;
-                let blended = blend(model, &[1], &chunks, &config, &|| false).unwrap();
+                let blended = blend(model, &Context::unasked(&[1], &chunks), &config, &|| false).unwrap();
                 let mut out = Vec::new();
                 // Two answers over one context: pages are shared, and copied when written.
                 for _ in 0..2 {
@@ -324,8 +326,8 @@ fn a_context_is_blended_beside_pages_of_all_memory() {
         })
         .collect();
     for mode in [BlendMode::FullRecompute, BlendMode::Reuse, BlendMode::CacheBlend] {
-        let config = BlendConfig { mode, ratio: 1.0, check_layer: 1 };
-        assert_eq!(blend(&model, &[1], &chunks, &config, &|| false).unwrap().kv.len(), 7501);
+        let config = BlendConfig { mode, ratio: 1.0, ..BlendConfig::default() };
+        assert_eq!(blend(&model, &Context::unasked(&[1], &chunks), &config, &|| false).unwrap().kv.len(), 7501);
     }
 }
 
@@ -390,11 +392,12 @@ fn parity_of_a_blend_in_which_nothing_is_computed() {
             let chunk = PromptChunk { tokens: text.as_slice().into(), prefix: [1].into(), source: Some(Arc::new(kv)) };
             let mut start = model.new_kv();
             model.forward(&mut [Piece::exact(&mut start, &prefix, Want::Nothing)]).unwrap();
-            let config = BlendConfig { mode, ratio: 0.0, check_layer: 1 };
+            let config = BlendConfig { mode, ratio: 0.0, ..BlendConfig::default() };
             let mut out = Vec::new();
             for _ in 0..2 {
                 let chunks = [chunk.clone(), chunk.clone()];
-                let blended = blend_behind(model, &start, &prefix, &chunks, &config, &|| false).unwrap();
+                let blended =
+                    blend_behind(model, &start, &Context::unasked(&prefix, &chunks), &config, &|| false).unwrap();
                 assert_eq!(blended.stats.recomputed_tokens, 0);
                 out.extend(logits(model, &mut blended.kv.clone(), &question, None));
             }

@@ -49,24 +49,29 @@ impl CudaModel {
         Ok((keys, values))
     }
 
-    /// Runs the layer for these rows and updates them in `x`; with `last`, only writes their KV.
-    pub(crate) fn stream_layer(
+    /// Queries, keys and values in `layer` of the rows of `x` from `first` on, which lie at `positions`: queries to the workspace,
+    /// keys and values to the pages.
+    pub(crate) fn stream_enter(
         &self,
         layer: usize,
         x: &Memory,
         first: usize,
         positions: &[usize],
         kv: &SequenceKv,
-        last: bool,
-    ) -> Result<()> {
+    ) -> Result<Batch> {
         let batch = self.positions(positions, kv)?;
         self.enter(layer, x, first, &batch)?;
+        Ok(batch)
+    }
+
+    /// Attention and all behind it for the rows that were last entered, which are updated in `x`; with `last`, attention alone.
+    pub(crate) fn stream_leave(&self, layer: usize, x: &Memory, first: usize, batch: &Batch, last: bool) -> Result<()> {
         if last {
-            return Ok(());
+            return self.attend(layer, batch);
         }
-        self.leave(layer, &batch)?;
+        self.leave(layer, batch)?;
         let row = self.spec.hidden * 4;
-        self.workspace.x.copy_to(0, x, first * row, positions.len() * row)
+        self.workspace.x.copy_to(0, x, first * row, batch.rows * row)
     }
 
     /// Writes cached rows to these positions.

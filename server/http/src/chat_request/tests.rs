@@ -70,6 +70,8 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({"quire": {"magic": 1}}), "quire.magic"),
         (json!({"quire": {"strategy": "magic"}}), "quire.strategy"),
         (json!({"quire": {"ratio": 2}}), "quire.ratio"),
+        (json!({"quire": {"blend_mass": 2}}), "quire.blend_mass"),
+        (json!({"quire": {"correction": "some"}}), "quire.correction"),
         (json!({"quire": {"top_chunks": 1025}}), "quire.top_chunks"),
         (json!({"quire": {"top_chunks": 3}}), "quire.top_chunks"),
         (json!({"quire": {"query": "keys"}}), "quire.query"),
@@ -169,7 +171,7 @@ fn everything_supported_arrives() {
         "top_p": 0.9, "seed": -1, "stop": "x", "logit_bias": {"5": -100}, "presence_penalty": 1, "min_tokens": 2, "n": 3,
         "logprobs": true, "top_logprobs": 4,
         "quire": {"collection": "c", "top_chunks": 3, "score_threshold": 0.25, "strategy": "retrieval", "k": 9, "index": "hnsw",
-                  "blend": "reuse", "ratio": 0.3},
+                  "blend": "question", "ratio": 0.3, "blend_mass": 0.75, "correction": "prompt"},
     }))
     .unwrap();
     // Parts are lines, and are searched for.
@@ -179,7 +181,8 @@ fn everything_supported_arrives() {
     assert_eq!((o.max_tokens, o.min_tokens, o.logprobs, request.choices), (Some(7), 2, Some(4), 3));
     assert_eq!((o.sampling.seed, o.attention.k), (Some(u64::MAX), 9));
     assert_eq!((o.sampling.logit_bias.as_slice(), o.stop.len()), ([(5, -100.0)].as_slice(), 1));
-    assert_eq!(o.blend.mode, engine::BlendMode::Reuse);
+    assert_eq!((o.blend.mode, o.blend.ratio, o.blend.mass), (engine::BlendMode::Question, 0.3, Some(0.75)));
+    assert_eq!(o.blend.correction, Some(engine::Correction::Prompt));
     assert!(request.stream && request.include_usage);
     let all = parse(json!({"logprobs": true, "max_tokens": -1, "top_k": -1})).unwrap().options;
     assert_eq!((all.logprobs, all.max_tokens, all.sampling.top_k), (Some(0), None, 0));
