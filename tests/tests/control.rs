@@ -408,8 +408,13 @@ fn settings_of_the_server_are_not_changed_by_a_command_and_it_says_so() {
     let (stdout, stderr) = texts(&output);
     assert!(stdout.starts_with(&example().answer), "{stdout}{stderr}");
     assert!(stderr.contains("--threads 1 (flag --threads) has no effect") && stderr.contains("has 2"), "{stderr}");
-    // What a command does not use is no matter; and a link to the model is the model.
-    succeed(quire(&data).args(["search", "river", "--threads", "1", "--tenant", "b"]));
+    // What a command does not use is no matter in the environment, and refused as a flag; and a link to the model is the model.
+    succeed(quire(&data).args(["search", "river"]).env("QUIRE_THREADS", "1").env("QUIRE_TENANT", "b"));
+    fail(
+        quire(&data).args(["search", "river", "--tenant", "b"]),
+        2,
+        &["`quire search` does not use --tenant", "`quire ask`"],
+    );
     let link = dir.path().join("linked");
     std::os::unix::fs::symlink(support::model(), &link).unwrap();
     let mut command = Command::new(support::binary());

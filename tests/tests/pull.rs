@@ -49,7 +49,7 @@ impl Place {
         let data = self.dir.path().join("data");
         clean(&mut command, &data);
         command.env("HF_HOME", self.dir.path().join("home")).env("HF_ENDPOINT", self.hub.endpoint());
-        command.args(words).arg("--data-dir").arg(&data);
+        command.args(words).env("QUIRE_DATA_DIR", &data);
         command
     }
 

@@ -48,7 +48,7 @@ fn commands_that_look_leave_no_trace_whatever_budget_they_are_given() {
         &["doctor", "--json"],
     ];
     for words in looking {
-        let printed = succeed(quire(&data).args(words).args(["--cache-bytes", "1M"]));
+        let printed = succeed(quire(&data).args(words).env("QUIRE_CACHE_BYTES", "1M"));
         assert!(!printed.is_empty());
         assert!(traces(&data) == before, "{words:?} changed the data folder");
     }
@@ -58,8 +58,8 @@ fn commands_that_look_leave_no_trace_whatever_budget_they_are_given() {
 fn the_budget_is_the_stores_and_changes_when_ingesting_with_another() {
     let dir = ingested();
     let data = dir.path().join("data");
-    let stats = |more: &[&str]| json(quire(&data).args(["cache", "stats", "--json"]).args(more));
-    let before = stats(&[]);
+    let stats = || json(quire(&data).args(["cache", "stats", "--json"]));
+    let before = stats();
     let (chunks, bytes) = (before["chunks"].as_u64().unwrap(), before["payload_bytes"].as_u64().unwrap());
     assert!(chunks > 2 && before["byte_budget"] == 8u64 << 30, "{before}");
     assert_eq!(
@@ -67,17 +67,17 @@ fn the_budget_is_the_stores_and_changes_when_ingesting_with_another() {
         (&json!("reference"), &before["chunks"])
     );
     // Asking keeps the budget, whatever is said.
-    succeed(quire(&data).args(["ask", &example().question, "--cache-bytes", "1M"]));
-    assert_eq!(stats(&["--cache-bytes", "1M"])["chunks"], chunks);
+    succeed(quire(&data).args(["ask", &example().question]).env("QUIRE_CACHE_BYTES", "1M"));
+    assert_eq!(json(quire(&data).args(["cache", "stats", "--json"]).env("QUIRE_CACHE_BYTES", "1M"))["chunks"], chunks);
     let half = (bytes / 2).to_string();
     let note = dir.path().join("note.md");
     std::fs::write(&note, "The lamp of Varn Point was lit in 1851.\n").unwrap();
     succeed(quire(&data).arg("ingest").arg(&note).args(["--cache-bytes", &half]));
-    let after = stats(&[]);
+    let after = stats();
     assert!(after["chunks"].as_u64().unwrap() < chunks && after["byte_budget"] == bytes / 2, "{after}");
     // Kept for those who come later and say nothing.
     succeed(quire(&data).arg("ingest").arg(&note));
-    assert_eq!(stats(&[])["byte_budget"], after["byte_budget"]);
+    assert_eq!(stats()["byte_budget"], after["byte_budget"]);
 }
 
 #[test]
@@ -114,7 +114,8 @@ fn damage_is_told_and_removed_only_when_asked() {
         fail(quire(&data).args(["cache", "verify"]), 1, &["damaged", "--repair"]);
     }
     assert!(traces(&data) == before, "verifying changed the data folder");
-    fail(quire(&data).args(["cache", "verify", "--repair"]), 1, &["damaged chunks were removed"]);
+    let repaired = succeed(quire(&data).args(["cache", "verify", "--repair"]));
+    assert!(repaired.contains("1 damaged chunk") && repaired.contains("computed again"), "{repaired}");
     assert_eq!(json(quire(&data).args(["cache", "verify", "--json"]))["clean"], true);
     // What was removed is computed again.
     succeed(quire(&data).arg("ingest").args(example().documents));
@@ -173,7 +174,7 @@ fn a_read_only_mount_is_searched_asked_served_and_looked_into() {
     let dir = ingested();
     let script = r#"
         mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"
-        run() { "$QUIRE" --data-dir "$1" --model "$MODEL" "${@:2}"; }
+        run() { QUIRE_DATA_DIR="$1" QUIRE_MODEL="$MODEL" "$QUIRE" "${@:2}"; }
         if touch "$1/x" 2>/dev/null; then echo "not read-only"; exit 9; fi
         run "$1" search river
         run "$1" ask --json "$2" | tail -n 1 > "$3/answer"
@@ -201,7 +202,7 @@ fn a_full_disk_is_freed_and_answers_are_made_without_the_cache() {
     let dir = tempfile::tempdir().unwrap();
     let script = r#"
         disk="$1/disk"; mkdir "$disk"; mount -t tmpfs -o size=48m none "$disk"
-        run() { "$QUIRE" --data-dir "$disk/data" --model "$MODEL" "${@}"; }
+        run() { QUIRE_DATA_DIR="$disk/data" QUIRE_MODEL="$MODEL" "$QUIRE" "${@}"; }
         run ingest "$EXAMPLES/12-gazetteer.txt"
         # Documents are kept where the state of their chunks does not fit.
         run ingest --json "$EXAMPLES" > "$1/acknowledged" 2> "$1/full"

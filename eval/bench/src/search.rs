@@ -190,6 +190,7 @@ fn write(collection: &Collection, sets: &[DataSet]) -> Result<()> {
             passages,
             attributes: None,
             instead_of: Vec::new(),
+            left_by: Vec::new(),
         };
         writer.change(|transaction, collection| transaction.put(collection, &document))?;
     }

@@ -49,6 +49,12 @@ impl Library {
         Library { data_dir: data_dir.into(), open: Mutex::default() }
     }
 
+    /// The data folder.
+    #[must_use]
+    pub fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<OpenLibrary>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -18,7 +18,7 @@ mod split;
 pub use catalog::{
     Access, Attributes, Catalog, Changed, CollectionInfo, DocumentId, DocumentInfo, JobError, JobRecord,
     LanguageSetting, NewDocument, NewPassage, ParseDocumentIdError, Passage, PutKind, PutOutcome, Reclaimed,
-    RecordKind, ReleasedChunk, TextHash, Transaction,
+    RecordKind, ReleasedChunk, Restored, TextHash, Transaction,
 };
 pub use collections::{Library, catalog_dir, collection_names};
 pub use error::{DocumentsError, Result};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::catalog::{NewDocument, NewPassage};
-use crate::{ChunkSpan, Collection, DocumentsError, Format, Library, Span};
+use crate::{ChunkSpan, Collection, Format, Library, Span};
 
 const NAMES: [&str; 5] = ["/none/a", "/none/b", "c", "d", "e"];
 const WORDS: [&str; 6] = ["anchor", "beacon", "compass", "dinghy", "estuary", "ferry"];
@@ -40,6 +40,7 @@ fn document(name: &str, text: &str) -> NewDocument {
         passages: text.lines().map(passage).collect(),
         attributes: None,
         instead_of: Vec::new(),
+        left_by: Vec::new(),
     }
 }
 
@@ -51,6 +52,8 @@ enum Step {
     PutAll(Vec<(usize, usize)>),
     /// A file has moved.
     Rename(usize, usize),
+    /// Two files have changed places.
+    Swap(usize, usize),
     Remove(usize),
     Restore(usize),
     /// A chunk makes way in the chunk store.
@@ -72,6 +75,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => put().prop_map(|(name, text)| Step::Put(name, text)),
         2 => prop::collection::vec(put(), 2..5).prop_map(Step::PutAll),
         3 => (name(), name()).prop_map(|(from, to)| Step::Rename(from, to)),
+        2 => (name(), name()).prop_map(|(one, other)| Step::Swap(one, other)),
         4 => name().prop_map(Step::Remove),
         3 => name().prop_map(Step::Restore),
         2 => (0..6usize).prop_map(Step::Evict),
@@ -89,8 +93,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 struct Model {
     /// Names that are there, with their texts.
     names: BTreeMap<String, String>,
-    /// Names that were removed last with these texts.
-    removed: BTreeMap<String, String>,
+    /// The texts that names were removed with, the last one last.
+    removed: BTreeMap<String, Vec<String>>,
     /// A chunk store: chunks, and whether they make way first.
     chunks: BTreeMap<Vec<u32>, bool>,
 }
@@ -98,6 +102,12 @@ struct Model {
 impl Model {
     fn needed(&self) -> BTreeSet<Vec<u32>> {
         self.names.values().flat_map(|text| text.lines().map(tokens)).collect()
+    }
+
+    fn remember(&mut self, name: &str, text: String) {
+        let texts = self.removed.entry(name.into()).or_default();
+        texts.retain(|known| *known != text);
+        texts.push(text);
     }
 
     /// What an ingest does for a document before it is committed.
@@ -169,11 +179,14 @@ fn apply(step: &Step, subject: &mut Subject, model: &mut Model) {
         Step::Put(name, at) => put_all(subject, model, &[(*name, *at)]),
         Step::PutAll(documents) => put_all(subject, model, documents),
         Step::Rename(from, to) => rename(subject, model, NAMES[*from], NAMES[*to]),
+        Step::Swap(one, other) => swap(subject, model, NAMES[*one], NAMES[*other]),
         Step::Remove(name) => {
             let removed = subject.change(|t, info| t.remove_name(info, NAMES[*name])).unwrap();
             let expected = model.names.remove(NAMES[*name]);
             assert_eq!(removed.is_some(), expected.is_some());
-            model.removed.extend(expected.map(|text| (NAMES[*name].to_string(), text)));
+            if let Some(text) = expected {
+                model.remember(NAMES[*name], text);
+            }
         }
         Step::Restore(name) => restore(subject, model, NAMES[*name]),
         Step::Evict(at) => {
@@ -224,17 +237,38 @@ fn rename(subject: &Subject, model: &mut Model, from: &str, to: &str) {
     }
 }
 
+fn swap(subject: &Subject, model: &mut Model, one: &str, other: &str) {
+    let (Some(first), Some(second)) = (model.names.get(one).cloned(), model.names.get(other).cloned()) else { return };
+    let info = |name: &str| subject.collection().document_info(name).unwrap().unwrap();
+    let before = [info(one), info(other)];
+    let come_in = |name: &str, text: &str, other: &str| {
+        let left_by = Vec::from_iter((first != second).then(|| other.to_string()));
+        let new = NewDocument { left_by, ..document(name, text) };
+        subject.change(|t, info| t.put(info, &new)).unwrap();
+    };
+    // Not together: the process may end in between.
+    come_in(one, &second, other);
+    come_in(other, &first, one);
+    model.store_chunks(&first);
+    model.store_chunks(&second);
+    model.names.insert(one.into(), second);
+    model.names.insert(other.into(), first);
+    if before.iter().all(|info| info.names.len() == 1) {
+        assert_eq!([info(one).id, info(other).id], [before[0].id, before[1].id], "ids stay with the names");
+    }
+}
+
 fn restore(subject: &Subject, model: &mut Model, name: &str) {
-    match subject.change(|t, info| t.restore(info, name)) {
-        Ok(Some(_)) => {
-            let text = model.removed.remove(name).unwrap();
-            model.store_chunks(&text);
-            assert!(model.names.insert(name.into(), text).is_none());
-        }
-        // Its document, which had another name, has another text by now.
-        Ok(None) => drop(model.removed.remove(name)),
-        Err(DocumentsError::NameTaken { .. }) => assert!(model.names.contains_key(name)),
-        Err(error) => panic!("{error}"),
+    let restored = subject.change(|t, info| t.restore(info, name)).unwrap();
+    let expected = model.removed.get_mut(name).and_then(Vec::pop);
+    assert_eq!(restored.is_some(), expected.is_some());
+    let Some(text) = expected else { return };
+    model.store_chunks(&text);
+    let before = model.names.insert(name.into(), text.clone()).filter(|before| *before != text);
+    assert_eq!(restored.unwrap().replaced, before.is_some());
+    // What had the name meanwhile can be brought back in turn.
+    if let Some(before) = before {
+        model.remember(name, before);
     }
 }
 

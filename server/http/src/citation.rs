@@ -101,7 +101,7 @@ mod tests {
     use std::sync::Arc;
 
     fn citation(given: Option<GivenPassage>, answer_span: Option<Span>) -> Citation {
-        let document = given.as_ref().map_or("/srv/secret/notes.txt".into(), |given| given.name().into());
+        let document = given.as_ref().map_or("/srv/secret/notes.txt".into(), |given| (*given.name()).into());
         Citation {
             document,
             span: Span { start: 5, end: 9 },
@@ -158,6 +158,8 @@ mod tests {
         let of = |key: &str| -> Vec<Value> { shown.iter().map(|annotation| annotation[key].clone()).collect() };
         assert_eq!(of("index"), [0, 1, 2, 3].map(Value::from));
         assert_eq!(of("file_id")[1..], [json!("p-7"), json!("Tides"), Value::Null]);
+        let nameless = citation(Some(GivenPassage { number: 3, ..GivenPassage::default() }), None);
+        assert_eq!((file_id(&nameless), &public(&nameless)["document"]), ("passage 3".into(), &json!("passage 3")));
         assert_eq!(of("filename")[..3], ["notes.txt", "Tides", "Tides"].map(Value::from));
         assert_eq!(of("start_index")[..2], [json!(2), json!(0)]);
         assert_eq!(of("end_index")[..2], [json!(4), json!(5)]);

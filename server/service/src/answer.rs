@@ -362,7 +362,7 @@ fn cite_one(passage: &Passage, parts: &[AnswerPart]) -> Citation {
     let answer_span = parts.iter().find(|part| text.contains(part.words.as_str())).map(|part| part.span);
     let (document, span, line) = match passage {
         Passage::Found(found) => (found.path.clone(), found.span, found.line),
-        Passage::Given(chunk) => (PathBuf::from(chunk.given.name()), chunk.span.chars, chunk.line()),
+        Passage::Given(chunk) => (PathBuf::from(&*chunk.given.name()), chunk.span.chars, chunk.line()),
     };
     let (score, document_id, given) = match passage {
         Passage::Found(found) => (Some(found.score), Some(found.id), None),

@@ -1,15 +1,18 @@
 //! Files that clients upload. Their bytes lie in `files` of the data folder, under their ids; what is known of them is a
 //! row of the catalog, which is written last and removed first: bytes without a row are swept at the next start.
+//!
+//! Documents that came in by another way are files too, under their own ids: their bytes are their texts.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use documents::{JobRecord, RecordKind, data_dir};
+use documents::{Catalog, CollectionInfo, DocumentId, DocumentInfo, JobRecord, Library, RecordKind, data_dir};
 use serde_json::json;
 
 use super::ids::{is_id, new_id};
 use super::paging::{Page, PageRequest};
+use super::vector_stores::{attached_name, plain_documents};
 use super::{Service, now};
 use settings::{QuireError, Result};
 
@@ -17,6 +20,10 @@ use settings::{QuireError, Result};
 pub(crate) const FILE_PREFIX: &str = "file-";
 /// The kind of the rows of files.
 const FILE: &str = "file";
+/// The folder of their bytes.
+const FOLDER: &str = "files";
+/// What documents are for that came in by another way.
+const DOCUMENTS: &str = "assistants";
 /// Bytes of a file that are read at a time.
 const PIECE: usize = 256 << 10;
 /// What the names of files begin with that are still being uploaded.
@@ -24,7 +31,34 @@ const PARTIAL: &str = "partial-";
 /// Bytes of a file's name at most.
 const LONGEST_NAME: usize = 255;
 
-/// A file that was uploaded.
+/// How the row of a file stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileState {
+    /// Clients see it.
+    Uploaded,
+    /// It was deleted, and comes back with the documents that it became, until space is reclaimed.
+    Removed,
+}
+
+impl FileState {
+    fn name(self) -> &'static str {
+        match self {
+            FileState::Uploaded => "uploaded",
+            FileState::Removed => "removed",
+        }
+    }
+
+    /// The row of a file that stands so.
+    pub(super) fn of(self, record: JobRecord) -> JobRecord {
+        JobRecord { state: self.name().into(), ..record }
+    }
+
+    fn is_of(self, record: &JobRecord) -> bool {
+        record.state == self.name()
+    }
+}
+
+/// A file that was uploaded, or a document that came in by another way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UploadedFile {
     /// Its id.
@@ -41,6 +75,8 @@ pub struct UploadedFile {
     pub expires: Option<u64>,
     /// BLAKE3 of its bytes, in hexadecimal digits.
     hash: String,
+    /// The document that it is, where it was not uploaded.
+    document: Option<DocumentId>,
 }
 
 impl UploadedFile {
@@ -48,7 +84,7 @@ impl UploadedFile {
         JobRecord {
             id: self.id.clone(),
             kind: FILE.into(),
-            state: "uploaded".into(),
+            state: FileState::Uploaded.name().into(),
             created: self.created,
             expires: self.expires,
             done: self.bytes,
@@ -68,6 +104,20 @@ impl UploadedFile {
             created: record.created,
             expires: record.expires,
             hash: text("blake3"),
+            document: None,
+        }
+    }
+
+    fn from_document(document: &DocumentInfo) -> UploadedFile {
+        UploadedFile {
+            id: document.id.to_string(),
+            filename: plain_filename(document),
+            purpose: DOCUMENTS.into(),
+            bytes: document.bytes,
+            created: document.created,
+            expires: None,
+            hash: blake3::Hash::from_bytes(document.content).to_hex().to_string(),
+            document: Some(document.id),
         }
     }
 
@@ -116,7 +166,7 @@ impl Drop for Upload {
 
 impl Service {
     fn files_dir(&self) -> PathBuf {
-        self.data_dir.join("files")
+        self.data_dir.join(FOLDER)
     }
 
     /// Begins to take a file of at most `limit` bytes.
@@ -155,6 +205,7 @@ impl Service {
             created,
             expires: seconds.map(|seconds| created.saturating_add(seconds)),
             hash: upload.hasher.finalize().to_hex().to_string(),
+            document: None,
         };
         let path = self.files_dir().join(&file.id);
         upload.keep(&path).map_err(|e| QuireError::writing(&path, e))?;
@@ -172,15 +223,25 @@ impl Service {
     /// [`QuireError::NotFound`], also for one that has expired; a failing catalog.
     pub fn file(&self, id: &str, param: &'static str) -> Result<UploadedFile> {
         let absent = || QuireError::NotFound { what: "file", id: id.into(), param: param.into() };
+        let Some(catalog) = self.library.catalog()? else { return Err(absent()) };
+        if let Ok(id) = id.parse::<DocumentId>() {
+            return Ok(UploadedFile::from_document(&self.plain_document(&catalog, &id)?.ok_or_else(absent)?.1));
+        }
         if !is_id(FILE_PREFIX, id) {
             return Err(absent());
         }
-        let record = match self.library.catalog()? {
-            Some(catalog) => catalog.record(RecordKind::File, id)?,
-            None => None,
-        };
+        let record = catalog.record(RecordKind::File, id)?.filter(|record| FileState::Uploaded.is_of(record));
         let file = record.as_ref().map(UploadedFile::from_record);
         file.filter(|file| !file.is_expired()).ok_or_else(absent)
+    }
+
+    /// A document that no client attached, with its collection; `None` where there is none, or the collection was removed.
+    fn plain_document(&self, catalog: &Catalog, id: &DocumentId) -> Result<Option<(CollectionInfo, DocumentInfo)>> {
+        let document = catalog.document(id)?.filter(|document| document.removed.is_none());
+        let is_plain = |document: &DocumentInfo| document.names.iter().any(|name| attached_name(name).is_none());
+        let Some(document) = document.filter(is_plain) else { return Ok(None) };
+        let info = catalog.collections()?.into_iter().find(|info| info.id == document.collection);
+        Ok(info.map(|info| (info, document)))
     }
 
     /// A page of the files, of one purpose only where one is given.
@@ -188,14 +249,33 @@ impl Service {
     /// # Errors
     /// A failing catalog.
     pub fn files(&self, purpose: Option<&str>, page: &PageRequest) -> Result<Page<UploadedFile>> {
+        let Some(catalog) = self.library.catalog()? else { return Ok(page.of(Vec::new(), |_: &UploadedFile| "")) };
         let wanted = |file: &UploadedFile| !file.is_expired() && purpose.is_none_or(|purpose| file.purpose == purpose);
-        let files = self.all_files()?.into_iter().filter(wanted).collect();
-        Ok(page.of(files, |file: &UploadedFile| &file.id))
+        let uploaded = self.records_of(FileState::Uploaded)?.into_iter().filter(wanted);
+        let mut items: Vec<(String, Option<UploadedFile>)> =
+            uploaded.map(|file| (file.id.clone(), Some(file))).collect();
+        if purpose.is_none_or(|purpose| purpose == DOCUMENTS) {
+            for info in catalog.collections()? {
+                items.extend(plain_documents(&catalog, &info)?.iter().map(|id| (id.to_string(), None)));
+            }
+        }
+        // Rows of documents are read for those of the page alone.
+        let page = page.of(items, |(id, _): &(String, Option<UploadedFile>)| id);
+        let mut data = Vec::with_capacity(page.data.len());
+        for (id, file) in page.data {
+            match file {
+                Some(file) => data.push(file),
+                // One that was removed meanwhile is none.
+                None => data.extend(self.file(&id, "file_id").ok()),
+            }
+        }
+        Ok(Page { data, has_more: page.has_more })
     }
 
-    fn all_files(&self) -> Result<Vec<UploadedFile>> {
+    fn records_of(&self, state: FileState) -> Result<Vec<UploadedFile>> {
         let Some(catalog) = self.library.catalog()? else { return Ok(Vec::new()) };
-        Ok(catalog.records(RecordKind::File)?.iter().map(UploadedFile::from_record).collect())
+        let records = catalog.records(RecordKind::File)?;
+        Ok(records.iter().filter(|record| state.is_of(record)).map(UploadedFile::from_record).collect())
     }
 
     /// A file's bytes, which are compared with what was uploaded before any is given out.
@@ -204,42 +284,57 @@ impl Service {
     /// As [`file`](Self::file); a file that cannot be read or is damaged.
     pub fn file_content(&self, id: &str, param: &'static str) -> Result<(UploadedFile, FileContent)> {
         let file = self.file(id, param)?;
-        let path = self.files_dir().join(id);
-        let content = FileContent { path, file: None };
+        if let Some(document) = &file.document {
+            let gone = || QuireError::NotFound { what: "file", id: id.into(), param: param.into() };
+            let catalog = self.library.catalog()?.ok_or_else(gone)?;
+            let info = catalog.document(document)?.ok_or_else(gone)?;
+            // Compared with its hash where it is read.
+            let text = catalog.text(&info)?.into_bytes();
+            return Ok((file, FileContent::Text(text)));
+        }
+        let content = FileContent::Bytes { path: self.files_dir().join(id), file: None };
         if content.hash()? != file.hash {
             return Err(QuireError::Internal(format!("the bytes of {id} are not those that were uploaded")));
         }
         Ok((file, content))
     }
 
-    /// Removes a file for good, also from all vector stores.
+    /// Removes a file, also from all vector stores. What it became there can be restored until space is reclaimed, and the file
+    /// with it; one that is in no store is gone for good.
     ///
     /// # Errors
     /// As [`file`](Self::file); those of a failed write.
     pub fn delete_file(&self, id: &str) -> Result<()> {
-        self.file(id, "file_id")?;
-        self.remove_file(id)
-    }
-
-    fn remove_file(&self, id: &str) -> Result<()> {
+        let file = self.file(id, "file_id")?;
         // Nobody attaches it meanwhile.
         let _changing = self.attaching();
-        self.detach_everywhere(id)?;
-        self.library.writable()?.remove_record(RecordKind::File, id)?;
-        let path = self.files_dir().join(id);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(QuireError::writing(path, error)),
-            _ => Ok(()),
+        if let Some(document) = &file.document {
+            let catalog = self.library.writable()?;
+            let Some((info, document)) = self.plain_document(&catalog, document)? else { return Ok(()) };
+            return self.remove_plain(&info, &document);
         }
+        if !self.detach_everywhere(id)? {
+            return self.forget_file(id);
+        }
+        let catalog = self.library.writable()?;
+        Ok(catalog.put_record(RecordKind::File, &FileState::Removed.of(file.record()))?)
+    }
+
+    fn forget_file(&self, id: &str) -> Result<()> {
+        forget_file(&self.library, id)
     }
 
     /// Removes the files whose time has come; says how many.
     pub(super) fn remove_expired_files(&self) -> Result<usize> {
-        let expired: Vec<UploadedFile> = self.all_files()?.into_iter().filter(UploadedFile::is_expired).collect();
-        for file in &expired {
-            self.remove_file(&file.id)?;
+        let mut files = self.records_of(FileState::Uploaded)?;
+        files.extend(self.records_of(FileState::Removed)?);
+        files.retain(UploadedFile::is_expired);
+        for file in &files {
+            let _changing = self.attaching();
+            self.purge_everywhere(&file.id)?;
+            self.forget_file(&file.id)?;
         }
-        Ok(expired.len())
+        Ok(files.len())
     }
 
     /// Removes bytes that no row tells of: of uploads that were cut off.
@@ -261,25 +356,53 @@ impl Service {
     }
 }
 
+/// Forgets the files that were deleted and could have come back: the documents that they became are gone.
+pub(super) fn forget_removed(library: &Library) -> Result<()> {
+    for record in library.writable()?.records(RecordKind::File)?.iter().filter(|row| FileState::Removed.is_of(row)) {
+        forget_file(library, &record.id)?;
+    }
+    Ok(())
+}
+
+/// Removes a file's row, then its bytes.
+fn forget_file(library: &Library, id: &str) -> Result<()> {
+    library.writable()?.remove_record(RecordKind::File, id)?;
+    let path = library.data_dir().join(FOLDER).join(id);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(QuireError::writing(path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// The file name of a document that came in otherwise than as an uploaded file.
+pub(super) fn plain_filename(document: &DocumentInfo) -> String {
+    let name = document.names.iter().find(|name| attached_name(name).is_none());
+    name.and_then(|name| Path::new(name).file_name()).unwrap_or_default().to_string_lossy().into()
+}
+
 /// The bytes of a file, to be read piece by piece.
-pub struct FileContent {
-    path: PathBuf,
-    file: Option<File>,
+pub enum FileContent {
+    /// Of one that was uploaded.
+    Bytes {
+        /// Where they lie.
+        path: PathBuf,
+        /// Open behind what was read.
+        file: Option<File>,
+    },
+    /// The text of a document, or what is left of it.
+    Text(Vec<u8>),
 }
 
 impl FileContent {
     fn hash(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(self.open()?).map_err(|e| self.unreadable(e))?;
+        match self {
+            FileContent::Bytes { path, .. } => {
+                hasher.update_reader(open(path)?).map_err(|source| unreadable(path, source))?;
+            }
+            FileContent::Text(text) => drop(hasher.update(text)),
+        }
         Ok(hasher.finalize().to_hex().to_string())
-    }
-
-    fn open(&self) -> Result<File> {
-        File::open(&self.path).map_err(|e| self.unreadable(e))
-    }
-
-    fn unreadable(&self, source: std::io::Error) -> QuireError {
-        QuireError::Io { action: "read", path: self.path.clone(), source }
     }
 
     /// The next bytes; none behind the end.
@@ -287,23 +410,41 @@ impl FileContent {
     /// # Errors
     /// Those of a failed read.
     pub fn piece(&mut self) -> Result<Vec<u8>> {
-        let mut file = match self.file.take() {
-            Some(file) => file,
-            None => self.open()?,
-        };
-        let mut piece = vec![0; PIECE];
-        let read = file.read(&mut piece).map_err(|e| self.unreadable(e))?;
-        piece.truncate(read);
-        self.file = Some(file);
-        Ok(piece)
+        match self {
+            FileContent::Bytes { path, file } => {
+                let mut from = match file.take() {
+                    Some(file) => file,
+                    None => open(path)?,
+                };
+                let mut piece = vec![0; PIECE];
+                let read = from.read(&mut piece).map_err(|source| unreadable(path, source))?;
+                piece.truncate(read);
+                *file = Some(from);
+                Ok(piece)
+            }
+            FileContent::Text(text) => Ok(text.drain(..text.len().min(PIECE)).collect()),
+        }
     }
 
     /// All of the bytes, where they are at most `limit`.
     pub(super) fn whole(&self, limit: u64) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        self.open()?.take(limit).read_to_end(&mut bytes).map_err(|e| self.unreadable(e))?;
+        match self {
+            FileContent::Bytes { path, .. } => {
+                open(path)?.take(limit).read_to_end(&mut bytes).map_err(|source| unreadable(path, source))?;
+            }
+            FileContent::Text(text) => bytes.extend_from_slice(text),
+        }
         Ok(bytes)
     }
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path).map_err(|source| unreadable(path, source))
+}
+
+fn unreadable(path: &Path, source: std::io::Error) -> QuireError {
+    QuireError::Io { action: "read", path: path.into(), source }
 }
 
 /// A file's name as it is shown: without folders of whichever system, control characters and white space around it.

@@ -115,6 +115,13 @@ pub enum IngestEvent<'a> {
         /// The document.
         path: &'a Path,
     },
+    /// A path that was to be synced is not there, and so may be a disk that is missing: nothing below it was removed.
+    Kept {
+        /// The path.
+        path: &'a Path,
+        /// Documents of the collection whose files were there or below.
+        documents: usize,
+    },
     /// A document could not be ingested, or a folder could not be read. The collection keeps what it had of it.
     Failed {
         /// The document or folder.
@@ -424,8 +431,20 @@ impl<'a> Run<'a> {
     /// Removes documents whose files were below `paths` and are gone. A path that is itself gone removes nothing: it may
     /// be a disk that is not there.
     fn remove_gone(&mut self, collection: &Collection, paths: &[PathBuf]) -> Result<()> {
-        let roots: Vec<PathBuf> = paths.iter().filter_map(|path| path.canonicalize().ok()).collect();
+        let (mut roots, mut missing) = (Vec::new(), Vec::new());
+        for path in paths {
+            match path.canonicalize() {
+                Ok(root) => roots.push(root),
+                Err(_) => missing.push(path),
+            }
+        }
         let names = collection.catalog().names(collection.info().id, None, usize::MAX)?;
+        for path in missing {
+            let documents = names.iter().filter(|(name, _)| Path::new(name).starts_with(path)).count();
+            if documents > 0 {
+                (self.on_event)(&IngestEvent::Kept { path, documents });
+            }
+        }
         let below = |name: &str| roots.iter().any(|root| Path::new(name).starts_with(root));
         let gone: Vec<String> =
             names.into_iter().map(|(name, _)| name).filter(|name| below(name) && prepare::is_gone(name)).collect();

@@ -82,9 +82,8 @@ impl Service {
         if self.library.writable().is_err() {
             return;
         }
-        match self.sweep_files().and_then(|()| self.waiting_attachments()) {
-            Ok(waiting) => waiting.iter().for_each(|(store, file)| self.jobs.push(store, file)),
-            Err(error) => tracing::error!(%error, "files that wait to be read could not be looked up"),
+        if let Err(error) = self.sweep_files().and_then(|()| self.queue_waiting()) {
+            tracing::error!(%error, "files that wait to be read could not be looked up");
         }
     }
 

@@ -1,11 +1,17 @@
 //! Listing, removing and restoring documents and collections: what can be done without a model, as data, so that it can be
 //! asked for from elsewhere.
 
-use documents::{Catalog, CollectionInfo, DocumentId, DocumentInfo, DocumentsError, Library};
+use documents::{
+    Catalog, CollectionInfo, CollectionWriter, DocumentId, DocumentInfo, DocumentsError, Library, Transaction,
+};
 use serde::{Deserialize, Serialize};
 
 use super::Service;
+use super::vector_stores::{forget_removed, removed_name, restored_name};
 use settings::{QuireError, Result};
+
+/// Documents that are removed at a time.
+const NAMES_AT_A_TIME: usize = 256;
 
 /// What can be done with documents that are there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +28,7 @@ pub enum DocumentsCommand {
     Remove {
         /// The collection.
         collection: String,
-        /// The documents; none: the whole collection.
+        /// The documents, or folders that they lie below; none: the whole collection.
         names: Vec<DocumentName>,
         /// For good, down to the bytes on disk; else they can be restored until space is reclaimed.
         now: bool,
@@ -31,7 +37,7 @@ pub enum DocumentsCommand {
     Restore {
         /// The collection.
         collection: String,
-        /// The documents; none: the whole collection.
+        /// The documents, or folders that they lay below; none: the whole collection.
         names: Vec<DocumentName>,
     },
     /// Remove for good all that could still be restored, down to the bytes on disk.
@@ -43,7 +49,7 @@ pub enum DocumentsCommand {
 pub struct DocumentName {
     /// What was given: an id, a name, or a path.
     pub given: String,
-    /// The paths that this may mean, absolute.
+    /// The paths that this may mean, absolute; and what it means if its escapes are those that lists show.
     pub paths: Vec<String>,
 }
 
@@ -51,11 +57,19 @@ impl DocumentName {
     /// What `given` may mean to somebody in the current folder.
     #[must_use]
     pub fn here(given: &str) -> DocumentName {
-        let absolute = std::path::absolute(given).ok();
-        let canonical = std::fs::canonicalize(given).ok();
-        let mut paths: Vec<String> =
-            [canonical, absolute].into_iter().flatten().filter_map(|p| p.to_str().map(Into::into)).collect();
-        paths.dedup();
+        let meant = |given: &str| {
+            let absolute = std::path::absolute(given).ok();
+            let canonical = std::fs::canonicalize(given).ok();
+            let mut paths: Vec<String> =
+                [canonical, absolute].into_iter().flatten().filter_map(|p| p.to_str().map(Into::into)).collect();
+            paths.dedup();
+            paths
+        };
+        let mut paths = meant(given);
+        if let Some(shown) = unescaped(given) {
+            paths.extend(meant(&shown));
+            paths.push(shown);
+        }
         DocumentName { given: given.into(), paths }
     }
 
@@ -75,8 +89,44 @@ impl DocumentName {
                 return Ok(Some(Target::Name(name.into())));
             }
         }
-        Ok(None)
+        let below = self.below(catalog, collection, false)?;
+        Ok((!below.is_empty()).then_some(Target::Below(below)))
     }
+
+    /// Names of documents below the folder that this may be, or of the uploaded file: those that are there, or those that were
+    /// removed.
+    fn below(&self, catalog: &Catalog, collection: &CollectionInfo, removed: bool) -> Result<Vec<String>> {
+        for folder in self.candidates() {
+            let names = catalog.names_below(collection.id, folder, removed)?;
+            if !names.is_empty() {
+                return Ok(names);
+            }
+        }
+        Ok(Vec::new())
+    }
+}
+
+/// A name without the escapes (`\u{1b}`) in which control characters are shown; `None` where it has none.
+fn unescaped(shown: &str) -> Option<String> {
+    let (mut out, mut rest, mut found) = (String::with_capacity(shown.len()), shown, false);
+    while let Some(at) = rest.find("\\u{") {
+        let (before, escape) = rest.split_at(at);
+        let digits = escape[3..].split_once('}');
+        let char = digits.and_then(|(digits, _)| u32::from_str_radix(digits, 16).ok()).and_then(char::from_u32);
+        out.push_str(before);
+        match (char, digits) {
+            (Some(char), Some((_, behind))) => {
+                out.push(char);
+                (rest, found) = (behind, true);
+            }
+            _ => {
+                out.push_str(&escape[..3]);
+                rest = &escape[3..];
+            }
+        }
+    }
+    out.push_str(rest);
+    found.then_some(out)
 }
 
 /// What a name stands for in a collection.
@@ -85,6 +135,8 @@ enum Target {
     Document(DocumentId),
     /// One name of a document.
     Name(String),
+    /// Names of documents below a folder, or of an uploaded file.
+    Below(Vec<String>),
 }
 
 /// A document in a list.
@@ -149,6 +201,8 @@ pub enum DocumentsEvent {
     Restored {
         /// What it is called.
         name: String,
+        /// Whether the name stood for another text meanwhile, which is removed now and comes back with the same command.
+        replaced: bool,
     },
     /// A name stands for nothing, or what it stands for cannot be changed.
     Failed {
@@ -203,6 +257,10 @@ impl Service {
     pub fn manage_documents(&self, command: &DocumentsCommand, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
         let done = manage_documents(&self.library, command, &|| self.release_chunks(), on_event);
         self.release_chunks()?;
+        if matches!(command, DocumentsCommand::Restore { names, .. } if names.is_empty()) {
+            // Files that waited to be read when their store was removed wait again.
+            self.queue_waiting()?;
+        }
         done
     }
 }
@@ -311,24 +369,58 @@ fn remove(
     let collection = library.collection(name)?;
     let writer = collection.writer()?;
     for wanted in names {
-        let id = match wanted.find(&catalog, collection.info())? {
-            Some(Target::Document(id)) => writer.change(|transaction, _| transaction.remove(&id))?.0.then_some(id),
-            Some(Target::Name(name)) => writer.change(|transaction, info| transaction.remove_name(info, &name))?.0,
-            None => None,
+        let removed = match wanted.find(&catalog, collection.info())? {
+            Some(target) => remove_target(&writer, target, &wanted.given)?,
+            None => Vec::new(),
         };
-        let Some(id) = id else {
+        if removed.is_empty() {
             done.failed.0 += 1;
             let unknown = DocumentsError::UnknownDocument { name: wanted.given.clone(), collection: name.into() };
             on_event(DocumentsEvent::Failed { name: wanted.given.clone(), error: unknown.to_string() });
-            continue;
-        };
-        // One with further names stays.
-        if catalog.document(&id)?.is_some_and(|info| info.removed.is_some()) {
-            done.documents.push(id);
         }
-        on_event(DocumentsEvent::Removed { name: wanted.given.clone() });
+        for (name, id) in removed {
+            // One with further names stays.
+            if catalog.document(&id)?.is_some_and(|info| info.removed.is_some()) {
+                done.documents.push(id);
+            }
+            on_event(DocumentsEvent::Removed { name });
+        }
     }
     Ok(done)
+}
+
+/// Removes what a name stands for: what that was, by the names to tell, and the documents' ids.
+fn remove_target(writer: &CollectionWriter<'_>, target: Target, given: &str) -> Result<Vec<(String, DocumentId)>> {
+    let named = matches!(target, Target::Name(_));
+    let names = match target {
+        Target::Document(id) => {
+            let remove = |transaction: &mut Transaction<'_>, info: &CollectionInfo| {
+                let names = transaction.document(&id)?.map(|document| document.names).unwrap_or_default();
+                names.iter().try_for_each(|name| removed_name(transaction, info, name))?;
+                transaction.remove(&id)
+            };
+            let (removed, _) = writer.change(remove)?;
+            return Ok(Vec::from_iter(removed.then(|| (given.to_string(), id))));
+        }
+        Target::Name(name) => vec![name],
+        Target::Below(names) => names,
+    };
+    let mut removed = Vec::new();
+    // A transaction is held in memory.
+    for some in names.chunks(NAMES_AT_A_TIME) {
+        let remove = |transaction: &mut Transaction<'_>, info: &CollectionInfo| {
+            let remove_one = |name: &String| {
+                removed_name(transaction, info, name)?;
+                Ok(transaction.remove_name(info, name)?.map(|id| (name.clone(), id)))
+            };
+            some.iter().map(remove_one).collect::<documents::Result<Vec<_>>>()
+        };
+        removed.extend(writer.change(remove)?.0.into_iter().flatten());
+    }
+    if named {
+        removed.iter_mut().for_each(|(name, _)| *name = given.to_string());
+    }
+    Ok(removed)
 }
 
 fn restore(
@@ -344,30 +436,33 @@ fn restore(
                 "no collection `{name}` was removed, or its space is reclaimed"
             )));
         }
-        on_event(DocumentsEvent::Restored { name: name.into() });
+        on_event(DocumentsEvent::Restored { name: name.into(), replaced: false });
         return Ok(());
     }
     let collection = library.collection(name)?;
     let writer = collection.writer()?;
     let mut failed = 0;
     for wanted in names {
+        let below = wanted.below(&catalog, collection.info(), true)?;
         let restored = writer.change(|transaction, info| {
             for candidate in wanted.candidates() {
-                if transaction.restore(info, candidate)?.is_some() {
-                    return Ok(true);
+                if let Some(restored) = restored_name(transaction, info, candidate)? {
+                    return Ok(vec![(wanted.given.clone(), restored.replaced)]);
                 }
             }
-            Ok(false)
+            let mut restore_one =
+                |name: &String| Ok(restored_name(transaction, info, name)?.map(|back| (name.clone(), back.replaced)));
+            below.iter().filter_map(|name| restore_one(name).transpose()).collect()
         });
         let error = match restored {
-            Ok((true, _)) => {
-                on_event(DocumentsEvent::Restored { name: wanted.given.clone() });
+            Ok((restored, _)) if !restored.is_empty() => {
+                for (name, replaced) in restored {
+                    on_event(DocumentsEvent::Restored { name, replaced });
+                }
                 continue;
             }
-            Ok((false, _)) => format!("no document `{}` was removed, or its space is reclaimed", wanted.given),
-            Err(error @ (DocumentsError::NameTaken { .. } | DocumentsError::DamagedDocument { .. })) => {
-                error.to_string()
-            }
+            Ok(_) => format!("no document `{}` was removed, or its space is reclaimed", wanted.given),
+            Err(error @ DocumentsError::DamagedDocument { .. }) => error.to_string(),
             Err(error) => return Err(error.into()),
         };
         failed += 1;
@@ -386,6 +481,7 @@ fn reclaim(
         return Ok(());
     }
     let reclaimed = library.reclaim(None)?;
+    forget_removed(library)?;
     let chunks = erase(library, release)?;
     let collections = reclaimed.collections.len();
     on_event(DocumentsEvent::Reclaimed { collections, documents: reclaimed.documents, chunks });

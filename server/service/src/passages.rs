@@ -3,6 +3,7 @@
 //! They become chunks as documents do: a long one is split, each piece is computed by itself, kept in the chunk store under
 //! its tokens, and blended into the prompt. Nothing of them is kept beside that.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -29,14 +30,17 @@ pub struct GivenPassage {
     pub url: Option<String>,
     /// What else is known of it.
     pub attributes: Option<Map<String, Value>>,
+    /// Which of the passages that came it is, from 1.
+    pub number: usize,
 }
 
 impl GivenPassage {
-    /// What it is called by people: its file, else its title, its place or its id.
+    /// What it is called by people: its file, else its title, its place or its id, else its number.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub fn name(&self) -> Cow<'_, str> {
         let names = [&self.filename, &self.title, &self.url, &self.id];
-        names.into_iter().find_map(|name| name.as_deref()).unwrap_or("passage")
+        let given = names.into_iter().find_map(|name| name.as_deref());
+        given.map_or_else(|| format!("passage {}", self.number).into(), Cow::Borrowed)
     }
 
     fn format(&self) -> Format {
@@ -181,7 +185,9 @@ mod tests {
         passage.title = Some("Tides".into());
         assert_eq!(passage.name(), "Tides");
         passage.filename = Some("tides.md".into());
-        assert_eq!((passage.name(), passage.format()), ("tides.md", Format::Markdown));
+        assert_eq!((&*passage.name(), passage.format()), ("tides.md", Format::Markdown));
+        let [one, other] = [1, 2].map(|number| GivenPassage { number, ..GivenPassage::default() });
+        assert_eq!((&*one.name(), &*other.name()), ("passage 1", "passage 2"), "citations tell them apart");
     }
 
     #[test]

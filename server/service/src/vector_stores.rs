@@ -7,12 +7,14 @@
 //! * `attachments`: the rows of files that were attached;
 //! * `files`: what is done with them, `reading`: what becomes of them in the background;
 //! * `batches`: files that were attached together;
+//! * `removed`: rows of what was removed and can be restored;
 //! * `search`: passages of a store.
 
 mod attachments;
 mod batches;
 mod files;
 mod reading;
+mod removed;
 mod search;
 
 use std::sync::{MutexGuard, PoisonError};
@@ -28,6 +30,7 @@ use settings::{QuireError, Result};
 
 pub use attachments::{AttachRequest, Attachment, AttachmentState, Chunking, StaticChunking};
 pub use batches::Batch;
+pub(super) use removed::{forget_removed, removed_name, restored_name};
 pub use search::{StoreHit, StoreSearch};
 
 /// What an id of a store begins with.
@@ -214,16 +217,14 @@ impl Service {
         self.describe(&changed.ok_or_else(|| no_store(id))?)
     }
 
-    /// Removes a store for good, with everything in it. Files that were attached stay.
+    /// Removes a store with everything in it, so that it can be restored until space is reclaimed. Files that were attached stay.
     ///
     /// # Errors
     /// As [`store_by_id`](Self::store_by_id); those of a failed write.
     pub fn delete_store(&self, id: &str) -> Result<()> {
         let _changing = self.attaching();
         let info = self.store_info(id)?;
-        self.library.purge_collection(&info.name)?;
-        self.forget_rows(id)?;
-        self.let_chunks_go();
+        self.library.remove_collection(&info.name)?;
         Ok(())
     }
 
@@ -343,7 +344,7 @@ impl Service {
 }
 
 /// Documents of a collection that no client attached, by id.
-fn plain_documents(catalog: &Catalog, info: &CollectionInfo) -> Result<Vec<DocumentId>> {
+pub(super) fn plain_documents(catalog: &Catalog, info: &CollectionInfo) -> Result<Vec<DocumentId>> {
     let names = catalog.names(info.id, None, usize::MAX)?;
     let plain = names.into_iter().filter(|(name, _)| attached_name(name).is_none());
     let mut ids: Vec<DocumentId> = plain.map(|(_, id)| id).collect();

@@ -218,7 +218,8 @@ settings! {
     "Documents", INGESTING, ANYONE {
         /// Leave the state of chunks to their first use: documents are found at once, first answers from them take longer
         lazy: bool = false, "false";
-        /// Whose endings of words the collection knows: auto (each document's own language), or a language such as de
+        /// Whose endings of words the collection knows: auto (each document's own language), or one of ar, da, de, el, en, es,
+        /// fi, fr, hu, it, nl, no, pt, ro, ru, sv, ta and tr
         language: Option<String> = None, "what the collection has; auto for a new one";
     }
     "Documents", ASKING, ANYONE {
@@ -585,6 +586,19 @@ fn user_dir(variable: &str, below_home: &str) -> PathBuf {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn the_help_of_language_lists_all_that_are_known() {
+        let flags = <SettingsArgs as clap::Args>::augment_args(clap::Command::new("quire"));
+        let flag =
+            flags.get_arguments().find(|arg| arg.get_id() == "language").unwrap().get_help().unwrap().to_string();
+        let listed: Vec<&str> = flag.split(|c: char| !c.is_alphabetic()).filter(|word| word.len() == 2).collect();
+        let listed: Vec<&str> = listed.into_iter().filter(|word| !["of", "or"].contains(word)).collect();
+        let Err(documents::DocumentsError::UnknownLanguage { known, .. }) = documents::parse_language("xx") else {
+            panic!("xx is a language")
+        };
+        assert_eq!(listed, known, "{flag}");
+    }
 
     #[test]
     fn a_setting_knows_the_commands_that_use_it() {

@@ -190,7 +190,7 @@ pub enum CacheCommand {
     Stats,
     /// List all chunks
     Ls,
-    /// Read everything and compare it with its checksums; exit code 1 if anything is damaged
+    /// Read everything and compare it with its checksums; exit code 1 if anything is damaged and stays so
     Verify {
         /// Remove what is damaged: it is computed again when it is needed
         #[arg(long)]

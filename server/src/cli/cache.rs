@@ -113,13 +113,15 @@ fn verified(
         }
         return Ok(());
     }
-    let then = match repaired {
-        true => "damaged chunks were removed",
-        false => "damaged chunks are never used; `quire cache verify --repair` removes them",
-    };
-    Err(QuireError::CheckFailed(format!(
-        "the chunk store has {} and {}; {then}, and they are computed again when they are needed",
-        count(damaged.len(), "damaged chunk"),
-        count(unreadable.len(), "unreadable part")
-    )))
+    let found = format!("{} and {}", count(damaged.len(), "damaged chunk"), count(unreadable.len(), "unreadable part"));
+    let later = "they are computed again when they are needed";
+    if !repaired {
+        return Err(QuireError::CheckFailed(format!(
+            "the chunk store has {found}; damaged chunks are never used: `quire cache verify --repair` removes them, and {later}"
+        )));
+    }
+    if !out.json {
+        out.line(format!("repaired: {found} were removed, and {later}"));
+    }
+    Ok(())
 }

@@ -92,7 +92,13 @@ pub(super) fn show(event: &DocumentsEvent, out: &Out) {
             sum.language
         )),
         DocumentsEvent::Removed { name } => out.line(format!("{}: removed", short(name.as_ref()))),
-        DocumentsEvent::Restored { name } => out.line(format!("{}: back", short(name.as_ref()))),
+        DocumentsEvent::Restored { name, replaced } => out.line(match replaced {
+            true => format!(
+                "{}: back, in the place of another text, which the same command brings back",
+                short(name.as_ref())
+            ),
+            false => format!("{}: back", short(name.as_ref())),
+        }),
         DocumentsEvent::Failed { error, .. } => out.failed(error),
         DocumentsEvent::Reclaimed { collections, documents, chunks } => out.line(format!(
             "gone for good: {}, {}, {}",

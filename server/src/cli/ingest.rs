@@ -109,8 +109,19 @@ fn show(step: &IngestProgress, bar: &ProgressBar, out: &Out) {
         }
         IngestProgress::Chunk { document, done, total, .. } => bar.set_message(inside(document, *done, *total)),
         IngestProgress::Removed { .. } => {}
+        IngestProgress::Kept { path, documents } => bar.suspend(|| out.note(&kept(path, *documents))),
         IngestProgress::Failed { error, .. } => bar.suspend(|| out.failed(error)),
     }
+}
+
+/// What `--sync` has not done, and how it is done.
+fn kept(path: &str, documents: usize) -> String {
+    let (path, it) = (short(Path::new(path)), if documents == 1 { "it" } else { "them" });
+    format!(
+        "note: {path} is not there, and may be a disk that is missing: {} of the collection from there stayed. \
+         `quire rm {path}` removes {it}",
+        count(documents, "document")
+    )
 }
 
 /// How far a document is.
@@ -128,6 +139,7 @@ fn print_json(step: &IngestProgress, out: &Out) {
             "event": "document", "document": document, "state": state, "chunks": chunks, "computed": computed,
         }),
         IngestProgress::Removed { document } => json!({"event": "removed", "document": document}),
+        IngestProgress::Kept { path, documents } => json!({"event": "kept", "path": path, "documents": documents}),
         IngestProgress::Failed { document, error, .. } => {
             json!({"event": "failed", "document": document, "error": error})
         }
@@ -163,6 +175,7 @@ fn print_line(step: &IngestProgress, told: &mut Instant, out: &Out) {
                 count(*chunks, "chunk")
             ));
         }
+        IngestProgress::Kept { path, documents } => out.note(&kept(path, *documents)),
         IngestProgress::Removed { document } => out.line(format!("{}: removed", short(Path::new(document)))),
         IngestProgress::Failed { error, .. } => out.failed(error),
     }

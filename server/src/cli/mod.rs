@@ -16,6 +16,7 @@ mod parse;
 mod pull;
 mod serve;
 mod terminal;
+mod unused;
 
 pub use args::{Cli, Command, CommonArgs};
 pub use output::{Out, count};

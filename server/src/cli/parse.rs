@@ -6,6 +6,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command, CommandFactory, FromArgMatches};
 
 use super::args::Cli;
+use super::unused;
 use settings::{SETTINGS, Setting, setting};
 
 /// Settings with a short flag. The short help shows these, where they are used.
@@ -38,7 +39,7 @@ pub fn grammar<C: CommandFactory>(setting_name: fn(&str) -> String) -> Command {
 /// Parses a command line of `quire`, the program's name first.
 ///
 /// # Errors
-/// Wrong usage, help and version, as clap tells them.
+/// Wrong usage (also of a setting that the command does not use), help and version, as clap tells them.
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
     parse_as(words, str::to_string).map_err(name_the_measuring_program)
 }
@@ -46,12 +47,14 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Err
 /// Parses a command line of the program with this [`grammar`], the program's name first.
 ///
 /// # Errors
-/// Wrong usage, help and version, as clap tells them.
+/// Wrong usage (also of a setting that the command does not use), help and version, as clap tells them.
 pub fn parse_as<C: CommandFactory + FromArgMatches>(
     words: impl IntoIterator<Item = OsString>,
     setting_name: fn(&str) -> String,
 ) -> Result<C, clap::Error> {
-    let matches = grammar::<C>(setting_name).try_get_matches_from(with_values(words))?;
+    let mut grammar = grammar::<C>(setting_name);
+    let matches = grammar.try_get_matches_from_mut(with_values(words))?;
+    unused::refuse(&mut grammar, setting_name, &matches)?;
     C::from_arg_matches(&matches)
 }
 

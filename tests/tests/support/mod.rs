@@ -40,7 +40,7 @@ fn built(name: &str) -> PathBuf {
     binary
 }
 
-/// The program with no settings from outside.
+/// The program with no settings from outside but its data folder and the model.
 pub(crate) fn quire(data_dir: &Path) -> Command {
     program(binary(), data_dir)
 }
@@ -53,7 +53,8 @@ pub(crate) fn bench(data_dir: &Path) -> Command {
 fn program(path: &Path, data_dir: &Path) -> Command {
     let mut command = Command::new(path);
     clean(&mut command, data_dir);
-    command.arg("--data-dir").arg(data_dir).arg("--model").arg(model());
+    // Not by flags: not every command uses both.
+    command.env("QUIRE_DATA_DIR", data_dir).env("QUIRE_MODEL", model());
     command
 }
 

@@ -37,7 +37,7 @@ pub use rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, Passag
 pub use store::Access;
 pub(crate) use store::{Family, is_in_use};
 
-pub use transaction::{NewDocument, NewPassage, PutKind, PutOutcome, Transaction};
+pub use transaction::{NewDocument, NewPassage, PutKind, PutOutcome, Restored, Transaction};
 
 use crate::error::{DocumentsError, Result};
 use crate::split::Format;
@@ -218,6 +218,23 @@ impl Catalog {
             let id = DocumentId::from_bytes(rows::unseal(Family::Names, &key, &row)?).ok_or_else(damaged)?;
             Ok((name, id))
         };
+        Ok(rows.map(name).collect::<Result<_, CatalogError>>()?)
+    }
+
+    /// Names of a collection's documents that lie below a folder, in order: those that are there, or those that were removed and
+    /// can be restored.
+    ///
+    /// # Errors
+    /// [`DocumentsError::Catalog`].
+    pub fn names_below(&self, collection: u32, folder: &str, removed: bool) -> Result<Vec<String>> {
+        let all = keys::name(collection, removed, "");
+        let below = keys::name(collection, removed, &format!("{}/", folder.trim_end_matches('/')));
+        let name = |row: Result<(Vec<u8>, Vec<u8>), CatalogError>| {
+            let (key, _) = row?;
+            let name = String::from_utf8(key[all.len()..].to_vec());
+            Ok(name.map_err(|_| DamagedRow("a name is not as expected".into()))?)
+        };
+        let rows = self.store.scan(Family::Names, &below, &below);
         Ok(rows.map(name).collect::<Result<_, CatalogError>>()?)
     }
 

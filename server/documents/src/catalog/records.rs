@@ -4,11 +4,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Catalog;
 use super::batch::{Batch, read};
 use super::error::CatalogError;
 use super::rows::{from_json, to_json, unseal};
 use super::store::Family;
+use super::{Catalog, Transaction};
 use crate::error::Result;
 
 /// Which list a record is in.
@@ -64,6 +64,30 @@ pub struct JobError {
     pub code: String,
     /// For people.
     pub message: String,
+}
+
+impl Transaction<'_> {
+    /// A record as it is after the changes so far.
+    ///
+    /// # Errors
+    /// As [`Catalog::record`].
+    pub fn record(&mut self, kind: RecordKind, id: &str) -> Result<Option<JobRecord>> {
+        let mut read = || {
+            let content = self.batch().get(kind.family(), id.as_bytes())?;
+            Ok(content.map(|content| from_json(&content)).transpose()?)
+        };
+        read().map_err(|error: CatalogError| error.of(|| format!("record {id}")))
+    }
+
+    /// Writes a record, in the place of the one with its id.
+    pub fn put_record(&mut self, kind: RecordKind, record: &JobRecord) {
+        self.batch().put(kind.family(), record.id.clone().into_bytes(), to_json(record));
+    }
+
+    /// Removes a record, if it is there.
+    pub fn remove_record(&mut self, kind: RecordKind, id: &str) {
+        self.batch().delete(kind.family(), id.as_bytes().to_vec());
+    }
 }
 
 impl Catalog {

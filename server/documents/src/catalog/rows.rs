@@ -96,6 +96,9 @@ pub struct DocumentInfo {
     /// When it was removed, if it was: kept until space is reclaimed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed: Option<u64>,
+    /// Names that were taken from it while it went on under others, and can be restored.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed_names: Vec<String>,
     /// What clients keep there.
     #[serde(default)]
     pub attributes: Attributes,

@@ -20,6 +20,7 @@ fn document(name: &str, text: &str) -> NewDocument {
         passages,
         attributes: None,
         instead_of: Vec::new(),
+        left_by: Vec::new(),
     }
 }
 
@@ -115,7 +116,10 @@ fn what_was_removed_comes_back_until_space_is_reclaimed() {
     notes.kind("a", "one two");
     let before = notes.catalog.document(&notes.catalog.named(1, "a").unwrap().unwrap()).unwrap().unwrap();
     let remove = || assert!(notes.catalog.change(|t| t.remove_name(&notes.info, "a")).unwrap().value.is_some());
-    let restore = || notes.catalog.change(|t| t.restore(&notes.info, "a")).map(|changed| changed.value);
+    let restore = || {
+        let restored = notes.catalog.change(|t| t.restore(&notes.info, "a")).map(|changed| changed.value);
+        restored.map(|restored| restored.map(|restored| restored.id))
+    };
     remove();
     assert_eq!(restore().unwrap(), Some(before.id));
     assert_eq!(notes.catalog.document(&before.id).unwrap(), Some(before.clone()));
@@ -137,26 +141,77 @@ fn what_was_removed_comes_back_until_space_is_reclaimed() {
 }
 
 #[test]
-fn a_name_comes_back_with_the_text_that_it_had_or_not_at_all() {
+fn a_name_comes_back_with_the_text_that_it_had_whatever_came_in_meanwhile() {
     let notes = Notes::new();
     let remove = |name| assert!(notes.catalog.change(|t| t.remove_name(&notes.info, name)).unwrap().value.is_some());
-    let restore = |name| notes.catalog.change(|t| t.restore(&notes.info, name)).map(|changed| changed.value);
+    let restore = |name| notes.catalog.change(|t| t.restore(&notes.info, name)).unwrap().value;
     notes.kind("a", "one two");
     notes.kind("b", "one two");
     remove("a");
     remove("b");
     // The one that was taken from a document which was removed later comes back alone.
-    assert!(restore("a").unwrap().is_some());
+    assert!(restore("a").is_some());
     assert_eq!((notes.text("a").as_deref(), notes.text("b")), (Some("one two"), None));
-    assert!(restore("b").unwrap().is_some());
+    assert!(restore("b").is_some());
     assert_eq!((notes.text("a"), notes.rows(Family::Documents)), (notes.text("b"), 1));
+    // Its document goes on with another text under another name, and loses that too.
+    let id = |name| notes.catalog.named(notes.info.id, name).unwrap().unwrap();
     remove("a");
+    let before = id("b");
     notes.kind("b", "three");
-    assert_eq!((restore("a").unwrap(), notes.text("a")), (None, None), "its text is gone");
+    assert_eq!(id("b"), before);
+    assert!(restore("a").is_some());
+    assert_eq!((notes.text("a").as_deref(), notes.text("b").as_deref()), (Some("one two"), Some("three")));
+    notes.kind("b", "one two");
+    remove("a");
+    notes.kind("x", "six");
+    notes.kind("b", "six");
+    assert!(restore("a").is_some());
+    assert_eq!((notes.text("a").as_deref(), notes.text("b").as_deref()), (Some("one two"), Some("six")));
+    // A name that was removed, edited and taken in again: both texts come back in turn, and none is lost.
     notes.kind("c", "four");
     remove("c");
     notes.kind("c", "five");
-    assert!(matches!(restore("c"), Err(DocumentsError::NameTaken { .. })));
+    let replaced = |name| restore(name).map(|restored| restored.replaced);
+    assert_eq!((replaced("c"), notes.text("c").as_deref()), (Some(true), Some("four")));
+    assert_eq!((replaced("c"), notes.text("c").as_deref()), (Some(true), Some("five")));
+    remove("c");
+    assert_eq!((replaced("c"), notes.text("c").as_deref()), (Some(false), Some("five")));
+    assert_eq!((replaced("c"), notes.text("c").as_deref()), (Some(true), Some("four")));
+    notes.catalog.reclaim(None).unwrap();
+    assert_eq!((restore("c"), notes.text("c").as_deref()), (None, Some("four")));
+    assert_eq!((notes.rows(Family::Documents), notes.rows(Family::TextRefs)), (3, 3));
+}
+
+#[test]
+fn documents_whose_texts_change_places_keep_their_ids() {
+    let texts = ["one two", "two three", "three four"];
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let notes = Notes::new();
+        let ids: Vec<_> =
+            ["a", "b", "c"].iter().zip(texts).map(|(name, text)| notes.put(&document(name, text)).0.id).collect();
+        // Each gets the text of the next one, in any order; nobody has the first text any more in the end.
+        let after = [texts[1], texts[2], "five"];
+        for at in order {
+            let left_by = ["a", "b", "c"].map(String::from).to_vec();
+            let new = NewDocument { left_by, ..document(["a", "b", "c"][at], after[at]) };
+            notes.put(&new);
+        }
+        for (at, name) in ["a", "b", "c"].iter().enumerate() {
+            assert_eq!(notes.catalog.named(notes.info.id, name).unwrap(), Some(ids[at]), "{name} of {order:?}");
+            assert_eq!(notes.text(name).as_deref(), Some(after[at]));
+            let info = notes.catalog.document(&ids[at]).unwrap().unwrap();
+            let owner = notes.catalog.with_content(notes.info.id, Format::Text, &info.content).unwrap();
+            assert_eq!(owner, Some(ids[at]), "{name} of {order:?}");
+        }
+        assert_eq!((notes.rows(Family::Contents), notes.rows(Family::TextRefs)), (3, 3));
+    }
+    // A copy whose source was edited since is a document of its own, and the source keeps its id.
+    let notes = Notes::new();
+    let (source, _) = notes.put(&document("source", "one"));
+    notes.put(&NewDocument { left_by: vec!["source".into()], ..document("copy", "one") });
+    assert_eq!(notes.put(&document("source", "two")).0, PutOutcome { id: source.id, kind: PutKind::Changed });
+    assert_eq!(notes.text("copy").as_deref(), Some("one"));
 }
 
 #[test]

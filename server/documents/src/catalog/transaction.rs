@@ -1,4 +1,9 @@
-//! What can be changed in the catalog, all of it together: documents come, change, are renamed, removed and restored.
+//! What can be changed in the catalog, all of it together: documents come, change and are renamed here; how they are
+//! removed and restored is in `removal`.
+
+mod removal;
+
+pub use removal::Restored;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
@@ -12,7 +17,7 @@ use super::rows::{
 };
 use super::store::{Family, Store};
 use super::{keys, texts};
-use crate::error::{DocumentsError, Result};
+use crate::error::Result;
 use crate::split::{ChunkSpan, Format};
 
 /// A document as it comes in.
@@ -34,6 +39,9 @@ pub struct NewDocument {
     pub attributes: Option<Attributes>,
     /// Names that are gone from where they came from: a document with this text is no longer known by them.
     pub instead_of: Vec<String>,
+    /// Names that stand for another text by now, which is yet to come in: a document that has this text under such names alone
+    /// is theirs, and this one has the text from now on. So documents keep their ids when their texts change places.
+    pub left_by: Vec<String>,
 }
 
 /// A passage as it comes in.
@@ -105,7 +113,11 @@ impl<'a> Transaction<'a> {
 
     fn try_put(&mut self, collection: &CollectionInfo, new: &NewDocument) -> Result<PutOutcome, CatalogError> {
         let content: TextHash = blake3::hash(new.text.as_bytes()).into();
-        if let Some(outcome) = self.try_name(collection, &new.name, new.format, &content, &new.instead_of)? {
+        let joined = match self.is_left(collection, new, &content)? {
+            true => None,
+            false => self.try_name(collection, &new.name, new.format, &content, &new.instead_of)?,
+        };
+        if let Some(outcome) = joined {
             let mut info = self.known(&outcome.id)?;
             let whole =
                 texts::whole(self.batch.store(), &content).is_ok() || !texts::is_kept(self.batch.store(), &content)?;
@@ -128,8 +140,9 @@ impl<'a> Transaction<'a> {
         let kind = if current.is_some() { PutKind::Changed } else { PutKind::New };
         let mut info = match current {
             // No other name holds the old text.
-            Some(info) if info.names.len() == 1 => {
-                self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
+            Some(mut info) if info.names.len() == 1 => {
+                self.set_aside(&mut info)?;
+                self.disown(&info);
                 texts::release(&mut self.batch, &info.content, &info.id)?;
                 info
             }
@@ -201,117 +214,12 @@ impl<'a> Transaction<'a> {
         Ok(Some(PutOutcome { id, kind: if renamed { PutKind::Renamed } else { kind } }))
     }
 
-    /// Removes a document by a name of it, so that it can be restored until space is reclaimed. A document with further names
-    /// stays, without this one. Returns its id, if there is one.
+    /// A document as it is after the changes so far, also one that was removed and can be restored.
     ///
     /// # Errors
     /// As [`put`](Self::put).
-    pub fn remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>> {
-        let removed = self.try_remove_name(collection, name);
-        removed.map_err(|error| error.of(|| format!("document {name}")))
-    }
-
-    fn try_remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>, CatalogError> {
-        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, false, name))? else { return Ok(None) };
-        let mut info = self.known(&id)?;
-        if info.names.len() < 2 {
-            self.hide(info)?;
-            return Ok(Some(id));
-        }
-        info.names.retain(|known| known != name);
-        self.batch.delete(Family::Names, keys::name(collection.id, false, name));
-        self.remember_name(&info, name);
-        self.write_info(&info);
-        Ok(Some(id))
-    }
-
-    /// Removes a document with all of its names, so that it can be restored until space is reclaimed. Says whether there
-    /// was one.
-    ///
-    /// # Errors
-    /// As [`put`](Self::put).
-    pub fn remove(&mut self, id: &DocumentId) -> Result<bool> {
-        let mut removed = || match self.info(id)?.filter(|info| info.removed.is_none()) {
-            Some(info) => self.hide(info).map(|()| true),
-            None => Ok(false),
-        };
-        removed().map_err(|error: CatalogError| error.of(|| format!("document {id}")))
-    }
-
-    /// Brings back what was removed under a name, under that name; `None` where nothing was, or its document has another text
-    /// by now.
-    ///
-    /// # Errors
-    /// [`DocumentsError::NameTaken`] where another document has the name by now, and as [`put`](Self::put).
-    pub fn restore(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>> {
-        let key = keys::name(collection.id, true, name);
-        let Some(content) = self.batch.get(Family::Names, &key)? else { return Ok(None) };
-        if self.id_at(Family::Names, &keys::name(collection.id, false, name))?.is_some() {
-            return Err(DocumentsError::NameTaken { name: name.into() });
-        }
-        self.batch.delete(Family::Names, key);
-        self.try_restore(collection, name, &content).map_err(|error| error.of(|| format!("document {name}")))
-    }
-
-    fn try_restore(
-        &mut self,
-        collection: &CollectionInfo,
-        name: &str,
-        removed: &[u8],
-    ) -> Result<Option<DocumentId>, CatalogError> {
-        let (id, text) = removed.split_at_checked(DocumentId::LENGTH).unwrap_or_default();
-        let id = DocumentId::from_bytes(id).ok_or_else(|| DamagedRow("a removed name is not as expected".into()))?;
-        let Some(mut info) = self.info(&id)?.filter(|info| info.content == text) else { return Ok(None) };
-        if info.removed.is_none() {
-            info.names.push(name.into());
-            info.names.sort();
-        } else if let Some(outcome) = self.try_name(collection, name, info.format, &info.content, &[])? {
-            // The same text has come in again: the name is one more for that document.
-            self.purge(&id)?;
-            return Ok(Some(outcome.id));
-        } else {
-            // Its other names can be restored too, each by itself.
-            (info.names, info.removed) = (vec![name.into()], None);
-            let content = keys::content(collection.id, info.format, &info.content);
-            self.batch.put(Family::Contents, content, id.bytes().to_vec());
-            for passage in self.passages(&info)? {
-                self.refer(&passage, &id);
-            }
-            self.log.push((collection.id, LogEntry::Put(id)));
-        }
-        self.batch.put(Family::Names, keys::name(collection.id, false, name), id.bytes().to_vec());
-        self.write_info(&info);
-        Ok(Some(id))
-    }
-
-    /// Notes under which name a document was removed, and with which text.
-    fn remember_name(&mut self, info: &DocumentInfo, name: &str) {
-        let removed = [&info.id.bytes()[..], &info.content].concat();
-        self.batch.put(Family::Names, keys::name(info.collection, true, name), removed);
-    }
-
-    /// Removes a document for good: text, passages, tokens. The bytes are gone from the disk once space is reclaimed.
-    ///
-    /// # Errors
-    /// As [`put`](Self::put).
-    pub(super) fn purge(&mut self, id: &DocumentId) -> Result<(), CatalogError> {
-        let Some(info) = self.info(id)? else { return Ok(()) };
-        self.drop_passages(&info, true)?;
-        texts::release(&mut self.batch, &info.content, id)?;
-        let removed = info.removed.is_some();
-        for name in &info.names {
-            let key = keys::name(info.collection, removed, name);
-            // Another document may have been removed under the name since.
-            if self.batch.get(Family::Names, &key)?.is_some_and(|content| content.starts_with(id.bytes())) {
-                self.batch.delete(Family::Names, key);
-            }
-        }
-        if !removed {
-            self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
-            self.log.push((info.collection, LogEntry::Removed(*id)));
-        }
-        self.batch.delete(Family::Documents, id.bytes().to_vec());
-        Ok(())
+    pub fn document(&self, id: &DocumentId) -> Result<Option<DocumentInfo>> {
+        self.info(id).map_err(|error| error.of(|| format!("document {id}")))
     }
 
     /// Replaces what clients keep at a document; says whether there is one.
@@ -342,35 +250,37 @@ impl<'a> Transaction<'a> {
             created: self.now,
             updated: self.now,
             removed: None,
+            removed_names: Vec::new(),
             attributes: Attributes::new(),
         }
     }
 
-    /// Takes a document out of sight; its text and passages stay.
-    fn hide(&mut self, mut info: DocumentInfo) -> Result<(), CatalogError> {
-        for name in &info.names {
-            self.batch.delete(Family::Names, keys::name(info.collection, false, name));
-            self.remember_name(&info, name);
+    /// Whether the text is there under names alone that stand for another one by now, and the new document has, or gets, an id of its own.
+    fn is_left(
+        &mut self,
+        collection: &CollectionInfo,
+        new: &NewDocument,
+        text: &TextHash,
+    ) -> Result<bool, CatalogError> {
+        if new.left_by.is_empty() {
+            return Ok(false);
         }
-        self.batch.delete(Family::Contents, keys::content(info.collection, info.format, &info.content));
-        for passage in self.passages(&info)? {
-            self.release(&passage, &info.id, false);
-        }
-        info.removed = Some(self.now);
-        self.write_info(&info);
-        self.log.push((info.collection, LogEntry::Removed(info.id)));
-        Ok(())
+        let Some(owner) = self.id_at(Family::Contents, &keys::content(collection.id, new.format, text))? else {
+            return Ok(false);
+        };
+        let Some(owner) = self.sound(collection.id, &owner)? else { return Ok(false) };
+        let current = self.named(collection.id, &new.name)?;
+        Ok(owner.names.iter().all(|name| *name != new.name && new.left_by.contains(name))
+            && current.is_none_or(|current| current.names.len() == 1))
     }
 
-    /// Takes a name from a document that loses it to another text.
-    fn detach(&mut self, mut info: DocumentInfo, name: &str) -> Result<(), CatalogError> {
-        if info.names.len() < 2 {
-            return self.purge(&info.id);
+    /// A document's text is no longer that of its collection, unless another document has it by now.
+    fn disown(&mut self, info: &DocumentInfo) {
+        let key = keys::content(info.collection, info.format, &info.content);
+        // A row that is damaged goes, too.
+        if !matches!(self.id_at(Family::Contents, &key), Ok(Some(owner)) if owner != info.id) {
+            self.batch.delete(Family::Contents, key);
         }
-        info.names.retain(|known| known != name);
-        self.batch.delete(Family::Names, keys::name(info.collection, false, name));
-        self.write_info(&info);
-        Ok(())
     }
 
     /// Replaces the passages of a document whose text is kept.

@@ -132,6 +132,7 @@ fn document(record: &TantivyDocument, fields: [Field; 4], seal: Option<Field>) -
         passages: chunks.into_iter().map(|place| NewPassage { place, page: None, tokens: Vec::new() }).collect(),
         attributes: None,
         instead_of: Vec::new(),
+        left_by: Vec::new(),
     })
 }
 

@@ -37,6 +37,9 @@ const FEW: u64 = 64;
 /// more.
 const LENGTH: f64 = 0.5;
 
+/// Passages that score alike and are ordered by the names of their documents, at most: each costs reading a row.
+const MOST_NAMED: usize = 1024;
+
 /// Where is searched.
 pub(super) struct Scope<'a> {
     /// What texts and names are taken from.
@@ -250,11 +253,18 @@ impl<'a> Distinct<'a> {
             }
             let top = TopDocs::with_limit(fetched.min(most)).order_by_score();
             let hits = searcher.search_with_statistics_provider(query, &top, &Statistics(searcher))?;
-            for (score, address) in &hits[done.min(hits.len())..] {
-                if self.kept.len() == self.limit {
-                    break;
+            // Of passages that score as the last one does, some may be missing: which comes first cannot be told yet.
+            let whole = match hits.last() {
+                Some((last, _)) if hits.len() == fetched => hits.partition_point(|(score, _)| score > last),
+                _ => hits.len(),
+            };
+            for equals in hits[done.min(whole)..whole].chunk_by(|(a, _), (b, _)| a == b) {
+                for (score, hit) in self.in_order(equals)? {
+                    if self.kept.len() == self.limit {
+                        break;
+                    }
+                    self.consider(score, &hit)?;
                 }
-                self.consider(*score, *address)?;
             }
             if self.kept.len() == self.limit || hits.len() < fetched {
                 return match self.damage.take().filter(|_| self.kept.is_empty()) {
@@ -262,19 +272,39 @@ impl<'a> Distinct<'a> {
                     None => Ok(Some(std::mem::take(&mut self.kept))),
                 };
             }
-            done = hits.len();
+            done = done.max(whole);
             fetched = fetched.saturating_mul(4);
         }
     }
 
+    /// Passages that score alike, by the names of their documents and their places there: the same in every index over the
+    /// same documents. Of very many, only some are told apart by name; which ones, their texts decide.
+    fn in_order(&mut self, equals: &[(f32, DocAddress)]) -> Result<Vec<(f32, Hit)>, QueryError> {
+        let mut hits = Vec::with_capacity(equals.len());
+        for (score, address) in equals {
+            hits.extend(self.hit(*address)?.map(|hit| (*score, hit)));
+        }
+        if hits.len() > 1 {
+            hits.sort_by_key(|(_, hit)| (hit.digest, hit.number));
+            let named = &mut hits[..equals.len().min(MOST_NAMED)];
+            let mut names = HashMap::new();
+            for (_, hit) in named.iter() {
+                // One that cannot be read is left out, with a warning, when its turn comes.
+                let info = self.info(&hit.document).ok().flatten();
+                names.insert(hit.document, info.and_then(|info| info.names.first().cloned()));
+            }
+            named.sort_by(|(_, a), (_, b)| (&names[&a.document], a.number).cmp(&(&names[&b.document], b.number)));
+        }
+        Ok(hits)
+    }
+
     /// Keeps a passage unless a better one has the same text, or mostly covers it. One that cannot be read intact is left
     /// out, with a warning: the others are no worse for it.
-    fn consider(&mut self, score: f32, address: DocAddress) -> Result<(), QueryError> {
-        let Some(hit) = self.hit(address)? else { return Ok(()) };
+    fn consider(&mut self, score: f32, hit: &Hit) -> Result<(), QueryError> {
         if self.seen.contains(&hit.digest) {
             return Ok(());
         }
-        let found = match self.passage(score, &hit) {
+        let found = match self.passage(score, hit) {
             Err(damage @ DocumentsError::DamagedDocument { .. }) => {
                 tracing::warn!(%damage, "a passage is left out of a search");
                 self.damage.get_or_insert(damage);
@@ -310,18 +340,24 @@ impl<'a> Distinct<'a> {
         Ok(Some(Hit { document, number, digest }))
     }
 
-    /// A passage, cut out of its document and compared with its hash. `None` if the document may not be found, or was
-    /// removed or replaced since the index was written.
-    fn passage(&mut self, score: f32, hit: &Hit) -> Result<Option<Found>, DocumentsError> {
+    /// A document that may be found; `None` for one that is gone, or not admitted.
+    fn info(&mut self, id: &DocumentId) -> Result<Option<&DocumentInfo>, DocumentsError> {
         let Scope { catalog, admits, .. } = self.scope;
-        let info = match self.documents.entry(hit.document) {
+        let info = match self.documents.entry(*id) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => {
-                let info = catalog.document(&hit.document)?;
+                let info = catalog.document(id)?;
                 unknown.insert(info.filter(|info| info.removed.is_none() && admits(info)))
             }
         };
-        let Some(info) = info else { return Ok(None) };
+        Ok(info.as_ref())
+    }
+
+    /// A passage, cut out of its document and compared with its hash. `None` if the document may not be found, or was
+    /// removed or replaced since the index was written.
+    fn passage(&mut self, score: f32, hit: &Hit) -> Result<Option<Found>, DocumentsError> {
+        let catalog = self.scope.catalog;
+        let Some(info) = self.info(&hit.document)? else { return Ok(None) };
         let Some(passage) = catalog.passage(&info.id, hit.number)? else { return Ok(None) };
         let text = catalog.passage_text(info, &passage)?;
         if passage_digest(&text) != hit.digest {

@@ -36,6 +36,7 @@ fn document(name: &str, text: &str) -> NewDocument {
         passages,
         attributes: None,
         instead_of: Vec::new(),
+        left_by: Vec::new(),
     }
 }
 
@@ -690,4 +691,26 @@ fn what_a_commit_that_was_cut_off_left_is_in_nobodys_way() {
 
 fn open_writable(dir: &Path) -> Arc<Collection> {
     Library::new(dir).collection_or_new(NAME).unwrap()
+}
+
+#[test]
+fn passages_that_score_alike_come_in_the_order_of_names_and_places_however_they_came_in() {
+    let names: Vec<String> = (0..90).map(|number| format!("/d/{number:02}.txt")).collect();
+    // Two passages each that nothing but a number tells apart; more of them than are fetched at first.
+    let document = |name: &String| document(name, &format!("A lamp {}a.\nA lamp {}b.\n", &name[3..5], &name[3..5]));
+    let expected: Vec<(String, u32)> = names.iter().flat_map(|name| [(name.clone(), 0), (name.clone(), 1)]).collect();
+    for (round, batch) in [(1, 90), (7, 9), (17, 31)] {
+        let dir = tempfile::tempdir().unwrap();
+        let collection = Library::new(dir.path()).collection_or_new(NAME).unwrap();
+        let mut documents: Vec<NewDocument> = names.iter().map(document).collect();
+        documents
+            .sort_by_key(|document| blake3::hash(format!("{round}{}", document.name).as_bytes()).to_hex().to_string());
+        documents.chunks(batch).for_each(|some| put_all(&collection, some));
+        for limit in [1, 3, 40, 200] {
+            let found = search(&collection, "lamp", limit);
+            let places: Vec<_> =
+                found.iter().map(|found| (found.path.to_str().unwrap().to_string(), found.number)).collect();
+            assert_eq!(places, expected[..limit.min(180)], "{limit} of batches of {batch}");
+        }
+    }
 }

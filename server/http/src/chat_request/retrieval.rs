@@ -112,7 +112,10 @@ fn passages(name: &str, value: &Value) -> Result<Vec<Arc<GivenPassage>>> {
     if items.len() > MAX_PASSAGES {
         return Err(invalid(name, format!("expected at most {MAX_PASSAGES} passages, found {}", items.len())));
     }
-    let read = |(index, item)| passage(&format!("{name}[{index}]"), item).map(Arc::new);
+    let read = |(index, item)| {
+        let passage = passage(&format!("{name}[{index}]"), item)?;
+        Ok(Arc::new(GivenPassage { number: index + 1, ..passage }))
+    };
     items.iter().enumerate().map(read).collect()
 }
 

@@ -192,7 +192,8 @@ fn everything_supported_arrives() {
 fn passages_are_texts_or_say_more_of_themselves() {
     let all = given(json!(["x", {"text": "y", "id": "7", "filename": "y.md", "title": "Y", "url": "https://y.example",
                                  "metadata": {"page": 3}}]));
-    assert_eq!(all[0], GivenPassage { text: "x".into(), ..GivenPassage::default() });
+    assert_eq!(all[0], GivenPassage { text: "x".into(), number: 1, ..GivenPassage::default() });
+    assert_eq!(all[1].number, 2);
     let names = [&all[1].id, &all[1].filename, &all[1].title, &all[1].url].map(|name| name.as_deref().unwrap());
     assert_eq!((all[1].text.as_str(), names), ("y", ["7", "y.md", "Y", "https://y.example"]));
     assert_eq!(all[1].attributes.as_ref().unwrap()["page"], 3);

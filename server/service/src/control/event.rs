@@ -81,6 +81,13 @@ pub enum IngestProgress {
         /// The document.
         document: String,
     },
+    /// A path that was to be synced is not there: nothing below it was removed.
+    Kept {
+        /// The path.
+        path: String,
+        /// Documents of the collection whose files were there or below.
+        documents: usize,
+    },
     /// A document or folder could not be ingested.
     Failed {
         /// The document or folder.
@@ -109,6 +116,9 @@ impl From<&IngestEvent<'_>> for IngestProgress {
                 IngestProgress::Document { document, state, chunks, computed, done, total }
             }
             IngestEvent::Removed { path } => IngestProgress::Removed { document: path.to_string_lossy().into() },
+            IngestEvent::Kept { path, documents } => {
+                IngestProgress::Kept { path: path.to_string_lossy().into(), documents }
+            }
             IngestEvent::Failed { path, error } => IngestProgress::Failed {
                 document: path.to_string_lossy().into(),
                 error: error.to_string(),

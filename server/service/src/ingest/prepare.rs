@@ -66,7 +66,7 @@ impl Preparation<'_> {
     fn document(&self, name: &str, document: Document) -> Result<Prepared> {
         let fingerprint = self.service.split_fingerprint(document.format, self.service.limits);
         let tokenizer = Some(self.service.engine.tokenizer_fingerprint());
-        let mut instead_of = Vec::new();
+        let (mut instead_of, mut left_by) = (Vec::new(), Vec::new());
         let mut passages = None;
         if let Some(info) = self.same_text(&document)? {
             instead_of = info.names.iter().filter(|known| is_gone(known)).cloned().collect();
@@ -76,11 +76,16 @@ impl Preparation<'_> {
             if let Some(passages) = passages.take_if(|_| info.names.iter().any(|known| known == name)) {
                 return Ok(Prepared::Unchanged(passages));
             }
+            // The text stays with whoever still has it.
+            let others = || info.names.iter().filter(|known| *known != name && !instead_of.contains(known));
+            if others().all(|known| has_another_text(known, &document)) {
+                left_by = others().cloned().collect();
+            }
         }
         let passages = passages.map_or_else(|| self.service.passages_of(&document, self.service.limits), Ok)?;
         let Document { text, format, .. } = document;
         let (name, attributes) = (name.to_string(), None);
-        let new = NewDocument { name, text, format, fingerprint, tokenizer, passages, attributes, instead_of };
+        let new = NewDocument { name, text, format, fingerprint, tokenizer, passages, attributes, instead_of, left_by };
         Ok(Prepared::New(Box::new(new)))
     }
 
@@ -114,4 +119,10 @@ pub(super) fn is_gone(name: &str) -> bool {
     let path = Path::new(name);
     let missing = || path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
     path.is_absolute() && missing()
+}
+
+/// Whether a document's name is the path of a file that is there with another text than this.
+fn has_another_text(name: &str, document: &Document) -> bool {
+    let path = Path::new(name);
+    path.is_absolute() && read_document(path).is_ok_and(|found| found.text != document.text)
 }

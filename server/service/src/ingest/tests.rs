@@ -3,7 +3,7 @@
 use engine::DeviceChoice;
 
 use super::*;
-use crate::Purpose;
+use crate::{DocumentName, DocumentsCommand, Purpose};
 use settings::{Bytes, Named, Settings};
 
 fn settings(data_dir: &Path) -> Settings {
@@ -83,4 +83,40 @@ fn an_ingest_that_nobody_waits_for_ends_behind_a_chunk_and_keeps_what_it_reporte
     assert_eq!((reported.get(), service.search("notes", "lamp", 9).unwrap().len()), (1, 0));
     let rest = service.ingest("notes", &paths, &mut |_| {}).unwrap();
     assert_eq!((rest.new, rest.chunks_cached, rest.chunks_computed), (3, 1, 2));
+}
+
+#[test]
+fn a_folder_that_is_gone_as_a_whole_is_named_with_what_stays_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (notes, other) =
+        (dir.path().canonicalize().unwrap().join("notes"), dir.path().canonicalize().unwrap().join("other"));
+    for (folder, name) in [(&notes, "a.txt"), (&notes, "b.txt"), (&other, "c.txt"), (&other, "d.txt")] {
+        std::fs::create_dir_all(folder).unwrap();
+        std::fs::write(folder.join(name), format!("The lamp of {name} burns.")).unwrap();
+    }
+    let service = Service::open(&settings(&dir.path().join("data")), Purpose::Ingest).unwrap();
+    let paths = [notes.clone(), other.clone()];
+    let options = IngestOptions { lazy: true, sync: true, ..IngestOptions::default() };
+    let sync = || {
+        let mut told = Vec::new();
+        let report = service.ingest_while("notes", &paths, &options, &|| true, &mut |event| match event {
+            IngestEvent::Kept { path, documents } => told.push(format!("{} {documents}", path.display())),
+            IngestEvent::Removed { path } => told.push(format!("-{}", path.display())),
+            _ => {}
+        });
+        (report.unwrap().removed, told)
+    };
+    assert_eq!(sync(), (0, vec![]));
+    std::fs::remove_dir_all(&notes).unwrap();
+    std::fs::remove_file(other.join("d.txt")).unwrap();
+    let kept = format!("{} 2", notes.display());
+    assert_eq!(sync(), (1, vec![kept, format!("-{}", other.join("d.txt").display())]));
+    let remove = DocumentsCommand::Remove {
+        collection: "notes".into(),
+        names: vec![DocumentName::here(notes.to_str().unwrap())],
+        now: false,
+    };
+    service.manage_documents(&remove, &mut |_| {}).unwrap();
+    assert_eq!(sync(), (0, vec![]));
+    assert_eq!(service.search("notes", "lamp", 9).unwrap().len(), 1);
 }

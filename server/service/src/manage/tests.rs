@@ -17,6 +17,7 @@ fn put(library: &Library, name: &str, text: &str) {
         passages: vec![NewPassage { place, page: None, tokens: text.bytes().map(u32::from).collect() }],
         attributes: None,
         instead_of: Vec::new(),
+        left_by: Vec::new(),
     };
     let collection = library.collection_or_new("notes").unwrap();
     collection.writer().unwrap().change(|t, info| t.put(info, &document)).unwrap();
@@ -30,7 +31,7 @@ fn told(library: &Library, command: DocumentsCommand) -> (Vec<String>, bool) {
             DocumentsEvent::Document(document) => document.names.join("="),
             DocumentsEvent::Collection(sum) => format!("{} {}", sum.name, sum.documents),
             DocumentsEvent::Removed { name } => format!("-{name}"),
-            DocumentsEvent::Restored { name } => format!("+{name}"),
+            DocumentsEvent::Restored { name, replaced } => format!("+{name}{}", if replaced { "!" } else { "" }),
             DocumentsEvent::Failed { name, .. } => format!("?{name}"),
             DocumentsEvent::Reclaimed { collections, documents, .. } => format!("{collections} {documents}"),
         });
@@ -148,6 +149,44 @@ fn no_byte_of_what_is_removed_for_good_is_left_in_the_data_folder() {
         let reopened = Library::new(dir.path());
         assert!(whole || found(&reopened, marker) == 0 && found(&reopened, "harbour") == 1, "{way}");
     }
+}
+
+#[test]
+fn a_name_is_found_as_lists_show_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    let odd = dir.path().canonicalize().unwrap().join("bell\u{7}\nof \\u{x}\u{202e}.txt");
+    put(&library, odd.to_str().unwrap(), "One lamp.");
+    let shown =
+        odd.to_str().unwrap().replace('\u{7}', "\\u{7}").replace('\n', "\\u{a}").replace('\u{202e}', "\\u{202e}");
+    let named = |now| {
+        let collection = "notes".to_string();
+        let names = vec![DocumentName::here(&shown)];
+        if now {
+            DocumentsCommand::Remove { collection, names, now: false }
+        } else {
+            DocumentsCommand::Restore { collection, names }
+        }
+    };
+    assert_eq!(told(&library, named(true)), (vec![format!("-{shown}")], false));
+    assert_eq!(told(&library, named(false)), (vec![format!("+{shown}")], false));
+    // A file that is really called so comes first.
+    put(&library, &shown, "Two lamps.");
+    assert_eq!(told(&library, named(true)), (vec![format!("-{shown}")], false));
+    assert_eq!(told(&library, list()).0, [odd.to_str().unwrap()]);
+}
+
+#[test]
+fn a_document_that_was_removed_edited_and_taken_in_again_comes_back_and_says_what_made_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    put(&library, "/d/a", "One lamp.");
+    told(&library, remove(&["a"], false));
+    put(&library, "/d/a", "A pilot.");
+    assert_eq!(told(&library, restore(&["a"])), (vec!["+a!".into()], false));
+    assert_eq!((found(&library, "lamp"), found(&library, "pilot")), (1, 0));
+    assert_eq!(told(&library, restore(&["a"])), (vec!["+a!".into()], false));
+    assert_eq!((found(&library, "lamp"), found(&library, "pilot")), (0, 1));
 }
 
 #[test]

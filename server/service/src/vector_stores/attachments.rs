@@ -4,14 +4,11 @@
 //! document of the store's collection, called by the file's id and name. The document comes before the row that says so,
 //! and goes before the row is gone: a crash in between is mended by doing the same again.
 
-use std::path::Path;
-
 use documents::{Attributes, Catalog, DocumentInfo, JobError, JobRecord, RecordKind};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::super::files::UploadedFile;
-use super::attached_name;
+use super::super::files::{UploadedFile, plain_filename};
 use crate::now;
 use settings::Result;
 
@@ -169,12 +166,10 @@ impl Attachment {
 
     /// A document that came in by another way.
     pub(super) fn of_document(store: &str, document: &DocumentInfo) -> Attachment {
-        let name = document.names.iter().find(|name| attached_name(name).is_none());
-        let filename = name.and_then(|name| Path::new(name).file_name());
         let file = document.id.to_string();
         Attachment {
             store: store.into(),
-            filename: filename.unwrap_or_default().to_string_lossy().into(),
+            filename: plain_filename(document),
             state: AttachmentState::Completed,
             created: document.created,
             last_error: None,

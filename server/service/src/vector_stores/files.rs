@@ -8,7 +8,7 @@ use super::attachments::{all_keys, find, key, with_attributes};
 use super::batches::batches_of;
 use super::{
     AttachRequest, Attachment, AttachmentState, Chunking, Page, PageRequest, Service, attached_name, plain_documents,
-    store_id,
+    removed_name, store_id,
 };
 use settings::{QuireError, Result};
 
@@ -148,7 +148,7 @@ impl Service {
         Ok((attachment, text))
     }
 
-    /// Takes a file out of a store, for good. The file itself stays.
+    /// Takes a file out of a store, so that it can be restored until space is reclaimed. The file itself stays.
     ///
     /// # Errors
     /// As [`store_file`](Self::store_file); those of a failed write.
@@ -156,7 +156,7 @@ impl Service {
         let info = self.store_info(store)?;
         let _changing = self.attaching();
         let attachment = self.store_file(store, file)?;
-        self.remove(&info, &attachment)
+        self.remove(&info, &attachment).map(drop)
     }
 
     /// Gives files of a store up that have not been read yet.
@@ -175,15 +175,16 @@ impl Service {
         Ok(catalog.put_records(RecordKind::Job, &cancelled)?)
     }
 
-    /// Takes a file out of all stores, for whoever [is changing](Self::attaching) them.
-    pub(crate) fn detach_everywhere(&self, file: &str) -> Result<()> {
-        let Some(catalog) = self.library.catalog()? else { return Ok(()) };
+    /// Takes a file out of all stores, for whoever [is changing](Self::attaching) them. Says whether it can be restored in any.
+    pub(crate) fn detach_everywhere(&self, file: &str) -> Result<bool> {
+        let Some(catalog) = self.library.catalog()? else { return Ok(false) };
+        let mut kept = false;
         for record in catalog.records_under(RecordKind::Job, &all_keys())? {
             let Some(attachment) = Attachment::from_record(&record).filter(|found| found.file == file) else {
                 continue;
             };
             match self.store_info(&attachment.store) {
-                Ok(info) => self.remove(&info, &attachment)?,
+                Ok(info) => kept |= self.remove(&info, &attachment)?,
                 // The store is gone, and its files with it.
                 Err(QuireError::NotFound { .. }) => {
                     self.library.writable()?.remove_record(RecordKind::Job, &record.id)?;
@@ -191,7 +192,7 @@ impl Service {
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// Takes everything out of a store, for whoever [is changing](Self::attaching) them.
@@ -205,6 +206,47 @@ impl Service {
         self.forget_rows(&store_id(info))
     }
 
+    /// Removes a document of a collection that no client attached, for whoever [is changing](Self::attaching) files: under its own names.
+    pub(crate) fn remove_plain(&self, info: &CollectionInfo, document: &DocumentInfo) -> Result<()> {
+        self.remove(info, &Attachment::of_document(&store_id(info), document)).map(drop)
+    }
+
+    /// Takes a file out of all stores for good, for whoever [is changing](Self::attaching) them.
+    pub(crate) fn purge_everywhere(&self, file: &str) -> Result<()> {
+        let catalog = self.library.writable()?;
+        for record in catalog.records_under(RecordKind::Job, &all_keys())? {
+            let mut parts = record.id.split('/').skip(1);
+            let (Some(store), Some(_)) = (parts.next(), parts.next().filter(|of| *of == file)) else { continue };
+            if let Ok(info) = self.store_info(store) {
+                let collection = self.library.collection(&info.name)?;
+                self.purge_file(&collection, file)?;
+            }
+            catalog.remove_record(RecordKind::Job, &record.id)?;
+        }
+        Ok(())
+    }
+
+    /// Removes for good what a file became in a collection; a document that is of other files too stays as theirs.
+    fn purge_file(&self, collection: &Collection, file: &str) -> Result<()> {
+        let (catalog, id) = (collection.catalog(), collection.info().id);
+        let mut gone = Vec::new();
+        for name in catalog.names_below(id, file, false)? {
+            match collection.document_info(&name)? {
+                Some(document) if document.names.len() < 2 => gone.push(document.id),
+                _ => drop(collection.writer()?.change(|transaction, info| transaction.remove_name(info, &name))?),
+            }
+        }
+        let of_file = |name: &String| attached_name(name).is_some_and(|(of, _)| of == file);
+        for name in catalog.names_below(id, file, true)? {
+            for removed in catalog.removed_under(id, &name)? {
+                let document = catalog.document(&removed)?.filter(|document| document.removed.is_some());
+                let alone = |document: &DocumentInfo| document.names.iter().chain(&document.removed_names).all(of_file);
+                gone.extend(document.filter(alone).map(|document| document.id));
+            }
+        }
+        self.purge_documents(collection, &gone)
+    }
+
     /// Removes the rows of everything that was attached to a store whose documents are gone.
     pub(super) fn forget_rows(&self, store: &str) -> Result<()> {
         let catalog = self.library.writable()?;
@@ -216,45 +258,31 @@ impl Service {
         Ok(())
     }
 
-    fn remove(&self, info: &CollectionInfo, attachment: &Attachment) -> Result<()> {
+    /// Removes what a file is in a store; says whether that can be restored.
+    fn remove(&self, info: &CollectionInfo, attachment: &Attachment) -> Result<bool> {
         let collection = self.library.collection(&info.name)?;
-        if attachment.chunking == Chunking::Other {
-            return self.remove_plain(&collection, &attachment.file);
-        }
-        self.remove_name(&collection, attachment)?;
-        self.library.writable()?.remove_record(RecordKind::Job, &key(&attachment.store, &attachment.file))?;
-        Ok(())
-    }
-
-    /// Removes a document that came in otherwise; one that is of attached files too stays as theirs.
-    fn remove_plain(&self, collection: &Collection, id: &str) -> Result<()> {
-        let document = plain_document(collection.catalog(), collection.info(), id)?;
-        let (attached, plain): (Vec<_>, Vec<_>) = document.names.iter().partition(|name| attached_name(name).is_some());
-        if attached.is_empty() {
-            return self.purge_documents(collection, &[document.id]);
-        }
-        collection.writer()?.change(|transaction, info| {
-            plain.iter().try_for_each(|name| transaction.remove_name(info, name).map(drop))
+        let names = match attachment.chunking {
+            Chunking::Other => plain_document(collection.catalog(), info, &attachment.file)?.names,
+            _ => vec![attachment.document_name()],
+        };
+        // A document that is of attached files too stays as theirs.
+        let attached = attachment.chunking != Chunking::Other;
+        let names = names.iter().filter(|name| attached_name(name).is_some() == attached);
+        let row = key(&attachment.store, &attachment.file);
+        let (removed, _) = collection.writer()?.change(|transaction, info| {
+            let mut removed = false;
+            for name in names {
+                removed_name(transaction, info, name)?;
+                removed |= transaction.remove_name(info, name)?.is_some();
+            }
+            if !removed {
+                // It has not become a document.
+                transaction.remove_record(RecordKind::Job, &row);
+            }
+            Ok(removed)
         })?;
         self.let_chunks_go();
-        Ok(())
-    }
-
-    /// Removes the document of a file, or, where that is of other files too, what it has of this one.
-    fn remove_name(&self, collection: &Collection, attachment: &Attachment) -> Result<()> {
-        let name = attachment.document_name();
-        let Some(document) = collection.document_info(&name)? else { return Ok(()) };
-        if document.names.len() < 2 {
-            return self.purge_documents(collection, &[document.id]);
-        }
-        let left = with_attributes(document.attributes, &attachment.file, None);
-        collection.writer()?.change(|transaction, info| {
-            transaction.remove_name(info, &name)?;
-            transaction.set_attributes(&document.id, left)?;
-            Ok(())
-        })?;
-        self.let_chunks_go();
-        Ok(())
+        Ok(removed)
     }
 
     fn purge_documents(&self, collection: &Collection, ids: &[DocumentId]) -> Result<()> {

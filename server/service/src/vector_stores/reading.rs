@@ -25,6 +25,10 @@ impl Service {
     /// of `files` these are. Once `wanted` says no, what is not read stays in progress.
     pub(crate) fn read_attachments(&self, store: &str, files: &[String], wanted: &dyn Fn() -> bool) -> Result<usize> {
         let catalog = self.library.writable()?;
+        if let Err(QuireError::NotFound { .. }) = self.store_info(store) {
+            // The store was removed: they wait until it is back, or gone for good.
+            return Ok(files.len());
+        }
         let (mut read, mut bytes) = (Vec::new(), 0);
         let since = Instant::now();
         for (index, file) in files.iter().enumerate() {
@@ -96,6 +100,7 @@ impl Service {
             passages,
             attributes: None,
             instead_of: Vec::new(),
+            left_by: Vec::new(),
         })
     }
 
@@ -168,6 +173,12 @@ impl Service {
         waiting.retain(|attachment| attachment.state == AttachmentState::InProgress);
         waiting.sort_by(|a, b| (a.created, &a.file).cmp(&(b.created, &b.file)));
         Ok(waiting.into_iter().map(|attachment| (attachment.store, attachment.file)).collect())
+    }
+
+    /// Has all files that wait read in the background.
+    pub(crate) fn queue_waiting(&self) -> Result<()> {
+        self.waiting_attachments()?.iter().for_each(|(store, file)| self.jobs.push(store, file));
+        Ok(())
     }
 
     /// Says of files that wait that they could not be read, as nothing could be.
