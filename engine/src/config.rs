@@ -238,13 +238,14 @@ pub struct BlendConfig {
     pub mass: Option<f32>,
     /// How tokens that stay cached are corrected; `None`: as the rule does by itself ([`correction`](Self::correction)).
     pub correction: Option<Correction>,
-    /// The layer on which `cacheblend` compares fresh and cached values. Up to it, everything is computed.
+    /// The layer on which `cacheblend` compares fresh and cached values, also where it stands in for `answer` and `question`.
+    /// Up to it, everything is computed.
     pub check_layer: usize,
 }
 
 impl Default for BlendConfig {
     fn default() -> Self {
-        BlendConfig { mode: BlendMode::CacheBlend, ratio: 0.15, mass: None, correction: None, check_layer: 1 }
+        BlendConfig { mode: BlendMode::Answer, ratio: 0.15, mass: None, correction: None, check_layer: 1 }
     }
 }
 
@@ -278,7 +279,8 @@ impl BlendConfig {
             }
         }
         // On layer 0 keys and values depend on nothing but the token: there is nothing to compare.
-        if self.mode == BlendMode::CacheBlend && !(1..layers.max(2)).contains(&self.check_layer) {
+        let checks = self.mode == BlendMode::CacheBlend || self.mode.asks();
+        if checks && !(1..layers.max(2)).contains(&self.check_layer) {
             let (last, found) = (layers.saturating_sub(1).max(1), self.check_layer);
             let problem = format!("expected from 1 to {last} for a model of {layers} layers, found {found}");
             return Err(wrong("check_layer", problem));

@@ -269,6 +269,8 @@ pub struct PrefillStats {
     /// over the cached tokens that were not exact times all layers. A second pass over the question and the layers that only
     /// choose are counted. `None`: no such token.
     pub charged_share: Option<f32>,
+    /// Positions, ascending, of the cached tokens that the rule chose to be recomputed.
+    pub chosen: Vec<usize>,
     /// How far cached state was off where it was recomputed. `cacheblend`: the mean over cached tokens of |fresh - cached|^2 /
     /// |fresh|^2 of keys and values on the check layer. With a correction: the same of the means over recomputed tokens, by
     /// head, on all layers but the first. `None`: not seen.

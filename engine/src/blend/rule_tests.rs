@@ -200,7 +200,7 @@ fn what_a_rule_leaves_behind_is_what_the_emulator_computes() {
                 let fresh = case.composed.iter().filter(|c| c.is_none()).count()
                     - if case.chunks[0].source.is_some() { case.chunks[0].tokens.len() } else { 0 };
                 assert_eq!(blended.stats.recomputed_tokens, fresh + chosen.len(), "{about}");
-                assert_eq!(blended.stats.rule, Some(mode), "{about}");
+                assert_eq!((blended.stats.rule, &blended.stats.chosen), (Some(mode), &chosen), "{about}");
                 // CacheBlend's layers before the check are those of a full pass, of which it reads nothing.
                 let from = usize::from(mode == BlendMode::CacheBlend);
                 assert_eq!(wrong_rows(&blended, &wanted, context, from), [], "{about}");
@@ -274,8 +274,7 @@ fn a_context_without_a_question_is_blended_by_deviation_and_says_so() {
     let case = Case::new(&mut rng, &[30, 40, 20], 6, &[]);
     let unasked = Context { suffix: &[], ..case.context() };
     for mode in [BlendMode::Answer, BlendMode::Question] {
-        // A check layer that the mode itself does not look at.
-        let config = BlendConfig { mode, ratio: 0.2, check_layer: 0, ..BlendConfig::default() };
+        let config = BlendConfig { mode, ratio: 0.2, ..BlendConfig::default() };
         let blended = blend(&MODEL.1, &unasked, &config, &|| false).unwrap();
         assert_eq!(blended.stats.rule, Some(BlendMode::CacheBlend));
         let wanted = case.emulate(&case.deviating(0.2), Correction::None, false);

@@ -75,7 +75,7 @@ pub(crate) fn blend_behind(
     config: &BlendConfig,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Blended> {
-    let config = &resolved(config, context, model.spec.layers);
+    let config = &resolved(config, context);
     let mut failed = Vec::new();
     loop {
         let plan = BlendPlan::new(context.prefix, context.chunks, config, &failed);
@@ -94,12 +94,11 @@ pub(crate) fn blend_behind(
 }
 
 /// The settings as they can be served: without a question, `cacheblend` stands in for the rules that go by it.
-fn resolved(config: &BlendConfig, context: &Context<'_>, layers: usize) -> BlendConfig {
+fn resolved(config: &BlendConfig, context: &Context<'_>) -> BlendConfig {
     if !config.mode.asks() || !context.suffix.is_empty() {
         return config.clone();
     }
-    let check_layer = config.check_layer.clamp(1, layers.saturating_sub(1).max(1));
-    BlendConfig { mode: BlendMode::CacheBlend, mass: None, check_layer, ..config.clone() }
+    BlendConfig { mode: BlendMode::CacheBlend, mass: None, ..config.clone() }
 }
 
 enum Attempt {
@@ -200,14 +199,14 @@ impl<'a> Run<'a> {
     fn follow(mut self, config: &BlendConfig, suffix: &[u32]) -> std::result::Result<Blended, Attempt> {
         let composed = self.plan.positions(&[Treatment::Cached]);
         let correction = config.correction();
-        let recomputed = match config.mode {
-            _ if composed.is_empty() => self.once(&[], correction)?,
-            BlendMode::Reuse | BlendMode::FullRecompute => self.once(&[], correction)?,
-            BlendMode::Epic => self.once(&epic::chosen(self.plan), correction)?,
+        let chosen = match config.mode {
+            _ if composed.is_empty() => self.once(Vec::new(), correction)?,
+            BlendMode::Reuse | BlendMode::FullRecompute => self.once(Vec::new(), correction)?,
+            BlendMode::Epic => self.once(epic::chosen(self.plan), correction)?,
             BlendMode::Random => {
                 let tokens = self.plan.tokens.iter().chain(suffix).copied();
                 let chosen = highest(&random::scores(composed.len(), tokens), Budget::of(config));
-                self.once(&picked(&composed, &chosen), correction)?
+                self.once(picked(&composed, &chosen), correction)?
             }
             BlendMode::CacheBlend => self.checking(config.check_layer, config.ratio, correction)?,
             BlendMode::Question | BlendMode::Answer => {
@@ -217,20 +216,20 @@ impl<'a> Run<'a> {
                     _ => answer::scores(&paid, &composed),
                 };
                 let chosen = picked(&composed, &highest(&scores, Budget::of(config)));
-                self.again(&chosen, correction, suffix.len())?
+                self.again(chosen, correction, suffix.len())?
             }
         };
-        Ok(self.finish(config.mode, recomputed, composed.len()))
+        Ok(self.finish(config.mode, chosen, composed.len()))
     }
 
-    fn finish(self, rule: BlendMode, recomputed: usize, composed: usize) -> Blended {
-        let fresh = self.fresh(0).len();
-        let layers = self.model.spec.layers;
+    fn finish(self, rule: BlendMode, chosen: Vec<usize>, composed: usize) -> Blended {
+        let (fresh, recomputed, layers) = (self.fresh(0).len(), chosen.len(), self.model.spec.layers);
         let stats = PrefillStats {
             prompt_tokens: self.plan.tokens.len(),
             reused_tokens: self.plan.tokens.len() - self.held - fresh - recomputed,
             recomputed_tokens: fresh + recomputed,
             rule: Some(rule),
+            chosen,
             charged_share: (composed > 0).then(|| (self.charged as f64 / (composed * layers) as f64) as f32),
             blend_deviation: self.deviation,
             ..PrefillStats::default()
@@ -256,10 +255,10 @@ impl<'a> Run<'a> {
         0..self.model.spec.layers
     }
 
-    /// One pass over the layers as they come, in which the positions `chosen` are recomputed. Returns how many.
-    fn once(&mut self, chosen: &[usize], correction: Correction) -> std::result::Result<usize, Attempt> {
-        let mut stream = self.stream(merged(self.fresh(0), chosen), &[])?;
-        let mut corrector = Corrector::new(self.model, self.plan, chosen, correction, 1, &self.kv)?;
+    /// One pass over the layers as they come, in which the positions `chosen` are recomputed. Returns them.
+    fn once(&mut self, chosen: Vec<usize>, correction: Correction) -> std::result::Result<Vec<usize>, Attempt> {
+        let mut stream = self.stream(merged(self.fresh(0), &chosen), &[])?;
+        let mut corrector = Corrector::new(self.model, self.plan, &chosen, correction, 1, &self.kv)?;
         for layer in self.layers() {
             let cached = self.next_layer()?;
             self.write_cached(layer, &cached, true)?;
@@ -267,15 +266,20 @@ impl<'a> Run<'a> {
         }
         self.deviation = corrector.map_or(Ok(None), Corrector::deviation)?;
         self.charged = chosen.len() * self.model.spec.layers;
-        Ok(chosen.len())
+        Ok(chosen)
     }
 
     /// One pass over the layers as they come, which begins with all tokens and goes on behind the check layer with those that
-    /// deviate most. Returns how many.
-    fn checking(&mut self, check: usize, ratio: f32, correction: Correction) -> std::result::Result<usize, Attempt> {
+    /// deviate most. Returns their positions.
+    fn checking(
+        &mut self,
+        check: usize,
+        ratio: f32,
+        correction: Correction,
+    ) -> std::result::Result<Vec<usize>, Attempt> {
         let composed = self.plan.positions(&[Treatment::Cached]);
         let mut stream = self.stream(merged(self.fresh(0), &composed), &[])?;
-        let (mut chosen, mut corrector) = (composed.len(), None);
+        let (mut chosen, mut corrector) = (composed, None);
         for layer in self.layers() {
             let rows = self.next_layer()?;
             if layer == check {
@@ -285,12 +289,12 @@ impl<'a> Run<'a> {
                 stream.keep(&checked.kept)?;
                 corrector = Corrector::new(self.model, self.plan, &checked.chosen, correction, layer, &self.kv)?;
                 self.deviation = Some(checked.deviation);
-                chosen = checked.chosen.len();
+                chosen = checked.chosen;
             }
             self.write_cached(layer, &rows, layer >= check)?;
             self.compute(layer, &mut stream, corrector.as_mut(), None)?;
         }
-        self.charged = cacheblend::token_layers(self.plan, check, self.model.spec.layers, chosen);
+        self.charged = cacheblend::token_layers(self.plan, check, self.model.spec.layers, chosen.len());
         Ok(chosen)
     }
 
@@ -312,21 +316,21 @@ impl<'a> Run<'a> {
     }
 
     /// A pass over the layers behind `asking`, in which the positions `chosen` are recomputed, and what is computed anyway
-    /// behind the first of the cached chunks. Returns how many were chosen.
-    fn again(&mut self, chosen: &[usize], correction: Correction, suffix: usize) -> Result<usize> {
+    /// behind the first of the cached chunks. Returns those that were chosen.
+    fn again(&mut self, chosen: Vec<usize>, correction: Correction, suffix: usize) -> Result<Vec<usize>> {
         // Once for choosing, and once more to be read.
         let mut rows = suffix;
         if let Some(first) = self.plan.composed().next().filter(|_| !chosen.is_empty()) {
-            let mut stream = self.stream(merged(self.fresh(first.positions.start), chosen), &[])?;
+            let mut stream = self.stream(merged(self.fresh(first.positions.start), &chosen), &[])?;
             rows += stream.len();
-            let mut corrector = Corrector::new(self.model, self.plan, chosen, correction, 1, &self.kv)?;
+            let mut corrector = Corrector::new(self.model, self.plan, &chosen, correction, 1, &self.kv)?;
             for layer in self.layers() {
                 self.compute(layer, &mut stream, corrector.as_mut(), None)?;
             }
             self.deviation = corrector.map_or(Ok(None), Corrector::deviation)?;
         }
         self.charged = rows * self.model.spec.layers;
-        Ok(chosen.len())
+        Ok(chosen)
     }
 
     /// Waits for a layer's cached rows, as long as somebody wants them.

@@ -47,7 +47,7 @@ pub struct BlendBenchOptions {
     pub lengths: Vec<usize>,
     /// Tokens of a chunk, its separator included.
     pub chunk_tokens: usize,
-    /// Share that `cacheblend` recomputes.
+    /// Share that `cacheblend` and `answer` recompute.
     pub ratio: f32,
     /// Timed rounds; one more warms up.
     pub repeats: usize,
@@ -107,10 +107,11 @@ struct Variant<'a> {
     blend: BlendConfig,
     side: Side,
     tokens: (usize, usize),
+    charged: Option<f32>,
 }
 
 /// Measures the time to the first token behind contexts of equal chunks: everything recomputed, chunks reused as they
-/// are, and blended; from memory and from each provider, all alternating in one run.
+/// are, and blended by `cacheblend` and by `answer`; from memory and from each provider, all alternating in one run.
 ///
 /// # Errors
 /// [`EvalError::BadOption`]; [`EvalError::Provider`]; those of the engine and of reading data.
@@ -189,6 +190,7 @@ fn bench_length(
             let looked_up = start.elapsed().as_secs_f64();
             let answer = ask(engine, request)?;
             variant.tokens = (answer.prefill.reused_tokens, answer.prefill.recomputed_tokens);
+            variant.charged = answer.prefill.charged_share;
             if round > 0 {
                 variant.side.seconds.push(looked_up + answer.first_seconds);
             }
@@ -206,14 +208,17 @@ fn failed(provider: &dyn SourceProvider, error: &(dyn std::error::Error + Send +
 fn variants<'a>(providers: &[&'a dyn SourceProvider], ratio: f32) -> Vec<Variant<'a>> {
     let variant = |provider: Option<&'a dyn SourceProvider>, mode, ratio: f32| {
         let from = provider.map_or(String::new(), |p| format!("{}/", p.name()));
-        let percent = if mode == BlendMode::CacheBlend { format!("-{:.0}", ratio * 100.0) } else { String::new() };
+        let chooses = !matches!(mode, BlendMode::Reuse | BlendMode::FullRecompute);
+        let percent = if chooses { format!("-{:.0}", ratio * 100.0) } else { String::new() };
         let side = Side::new(format!("{from}{mode}{percent}"));
-        Variant { provider, blend: BlendConfig { mode, ratio, ..BlendConfig::default() }, side, tokens: (0, 0) }
+        let blend = BlendConfig { mode, ratio, ..BlendConfig::default() };
+        Variant { provider, blend, side, tokens: (0, 0), charged: None }
     };
     let mut variants = vec![variant(None, BlendMode::FullRecompute, 1.0)];
     for provider in providers {
         variants.push(variant(Some(*provider), BlendMode::Reuse, 0.0));
         variants.push(variant(Some(*provider), BlendMode::CacheBlend, ratio));
+        variants.push(variant(Some(*provider), BlendMode::Answer, ratio));
     }
     variants
 }
@@ -231,6 +236,9 @@ fn figures(info: &RunInfo, case: &str, variants: &[Variant<'_>]) -> Vec<Record> 
         if variant.provider.is_some() {
             records.push(record("ratio_to_full_recompute", "ratio", round(full / ms)));
         }
+        if let Some(share) = variant.charged {
+            records.push(record("charged_share", "share", round(f64::from(share))));
+        }
     }
     records
 }
@@ -240,24 +248,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_provider_gives_two_columns_beside_full_recompute() {
+    fn each_provider_gives_three_columns_beside_full_recompute() {
         let memory = Memory(Vec::new());
         let names: Vec<String> = variants(&[&memory, &memory], 0.15).into_iter().map(|v| v.side.name).collect();
-        let two = ["memory/reuse", "memory/cacheblend-15"];
+        let three = ["memory/reuse", "memory/cacheblend-15", "memory/answer-15"];
         assert_eq!(names[0], "full-recompute");
-        assert_eq!(names[1..], [two, two].concat());
+        assert_eq!(names[1..], [three, three].concat());
     }
 
     #[test]
     fn ratios_compare_with_the_same_run() {
         let memory = Memory(Vec::new());
         let mut variants = variants(&[&memory], 0.15);
-        for (variant, seconds) in variants.iter_mut().zip([3.0, 1.0, 1.5]) {
+        for (variant, seconds) in variants.iter_mut().zip([3.0, 1.0, 1.5, 2.0]) {
             variant.side.seconds = vec![seconds; 3];
         }
         let info = RunInfo::start(&Output { results_dir: None, ..Output::default() });
         let records = figures(&info, "ref/2k/cpu", &variants);
         let ratios: Vec<f64> = records.iter().filter(|r| r.unit == "ratio").map(|r| r.value).collect();
-        assert_eq!(ratios, [3.0, 2.0]);
+        assert_eq!(ratios, [3.0, 2.0, 1.5]);
     }
 }

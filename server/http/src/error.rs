@@ -280,7 +280,7 @@ mod tests {
             (attention(AttentionConfig { sinks: usize::MAX, ..AttentionConfig::default() }), "quire.sinks"),
             (attention(AttentionConfig { window: 0, ..window }), "quire.window"),
             (blend(BlendConfig { ratio: 2.0, ..BlendConfig::default() }), "quire.ratio"),
-            (blend(BlendConfig { mass: Some(0.9), ..BlendConfig::default() }), "quire.blend_mass"),
+            (blend(BlendConfig { mass: Some(1.5), ..BlendConfig::default() }), "quire.blend_mass"),
             (blend(BlendConfig { check_layer: 99, ..BlendConfig::default() }), "quire.check_layer"),
         ] {
             assert_eq!(error.body_value()["error"]["param"], param, "{error:?}");

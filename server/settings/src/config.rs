@@ -268,7 +268,7 @@ settings! {
     }
     "Blending", ANSWERING, ANYONE {
         /// What becomes of cached chunks: answer, question, cacheblend, epic, random, reuse or full-recompute
-        blend: Named<BlendMode> = Named(BlendMode::CacheBlend), "cacheblend";
+        blend: Named<BlendMode> = Named(BlendMode::Answer), "answer";
         /// Share of cached tokens that is recomputed, 0 to 1
         ratio: f32 = 0.15, "0.15";
         /// Instead of the ratio: recompute tokens until this share of the attention is covered (answer and question)
