@@ -23,6 +23,18 @@ fn lines(path: &Path) -> Vec<Value> {
     std::fs::read_to_string(path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
 }
 
+/// The prompts of `reference_outputs.jsonl`, in its order: those that a script makes from a seed, and those of the examples.
+fn reference_prompts() -> Vec<Value> {
+    let script = fixtures().join("make_reference_prompts.py");
+    let python = std::env::var_os("QUIRE_TEST_PYTHON").unwrap_or_else(|| "python3".into());
+    let made = std::process::Command::new(python).arg(&script).env("PYTHONIOENCODING", "utf-8").output().unwrap();
+    assert!(made.status.success(), "{}: {}", script.display(), String::from_utf8_lossy(&made.stderr));
+    let made = String::from_utf8(made.stdout).unwrap();
+    let mut prompts: Vec<Value> = made.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    prompts.extend(lines(&fixtures().join("reference_examples.jsonl")));
+    prompts
+}
+
 fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
@@ -349,7 +361,7 @@ fn answers_as_transformers_does(device: DeviceChoice, together: bool) {
         ..EngineConfig::default()
     };
     let engine = Engine::load(config).unwrap();
-    let prompts = lines(&fixtures().join("reference_prompts.jsonl"));
+    let prompts = reference_prompts();
     let outputs = lines(&fixtures().join("reference_outputs.jsonl"));
     assert!(prompts.len() >= 50 && prompts.len() == outputs.len());
     let mut asked = Vec::new();
@@ -404,7 +416,7 @@ fn an_answer_ends_where_only_the_tokenizer_names_its_end() {
     };
     let engine = load();
     assert_eq!(engine.spec().eos, [3, 2]);
-    let prompt = &lines(&fixtures().join("reference_prompts.jsonl"))[0];
+    let prompt = &reference_prompts()[0];
     let expected = &lines(&fixtures().join("reference_outputs.jsonl"))[0];
     let events = engine.submit(Request::new(assemble(&engine, prompt), 24)).unwrap();
     check_answer(&engine, events, expected);

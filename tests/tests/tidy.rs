@@ -2,37 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use quire_tests::{complain, files, is_test_file, root, without_tests};
 
 /// Lines of a Rust file without its tests, at most.
 const FILE_LINES: usize = 600;
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
-}
-
-/// All files below `dir` with this ending, as (path from the root, text).
-fn files(dir: &str, ending: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    let mut folders = vec![root().join(dir)];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_string_lossy().to_string();
-            if path.is_dir() {
-                if name != "target" && !name.starts_with('.') {
-                    folders.push(path);
-                }
-            } else if name.ends_with(ending) {
-                let relative = path.strip_prefix(root()).unwrap().to_string_lossy().to_string();
-                found.push((relative, std::fs::read_to_string(&path).unwrap()));
-            }
-        }
-    }
-    assert!(!found.is_empty(), "no {ending} below {dir}");
-    found
-}
 
 fn rust_sources() -> Vec<(String, String)> {
     ["ann-index/src", "chunk-cache/src", "engine/src", "eval/src", "eval/bench/src", "server"]
@@ -41,61 +14,13 @@ fn rust_sources() -> Vec<(String, String)> {
         .collect()
 }
 
-/// The part of a file before its unit tests.
-fn without_tests(text: &str) -> &str {
-    text.find("\n#[cfg(test)]\nmod ").or_else(|| text.find("\n#[cfg(test)]\n#[path")).map_or(text, |at| &text[..at])
-}
-
-fn is_test_file(path: &str) -> bool {
-    path.ends_with("tests.rs")
-        || path.contains("/tests/")
-        || path.ends_with("properties.rs")
-        || path.ends_with("suite.rs")
-}
-
-fn complain(offences: Vec<String>, rule: &str) {
-    assert!(offences.is_empty(), "{rule}:\n  {}", offences.join("\n  "));
-}
-
-#[test]
-fn crates_depend_in_one_direction() {
-    let ours =
-        ["ann-index", "chunk-cache", "documents", "engine", "eval", "http-api", "hub", "quire", "service", "settings"];
-    let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
-        ("ann-index", &[][..]),
-        ("chunk-cache", &[]),
-        ("engine", &["ann-index"]),
-        ("eval", &["ann-index", "chunk-cache", "engine"]),
-        ("server/documents", &[]),
-        ("server/hub", &["engine"]),
-        ("server/settings", &["ann-index", "chunk-cache", "documents", "engine", "hub"]),
-        ("server/service", &["chunk-cache", "documents", "engine", "settings"]),
-        ("server/http", &["documents", "engine", "service", "settings"]),
-        ("server", &["ann-index", "chunk-cache", "documents", "engine", "http-api", "hub", "service", "settings"]),
-        ("eval/bench", &ours[..]),
-    ]);
-    let mut offences = Vec::new();
-    for (folder, allowed) in allowed {
-        let manifest = std::fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
-        let dependencies = manifest.split("[dev-dependencies]").next().unwrap();
-        for name in ours {
-            let used =
-                dependencies.lines().any(|l| l.starts_with(&format!("{name}.")) || l.starts_with(&format!("{name} ")));
-            if used && !allowed.contains(&name) {
-                offences.push(format!("{folder} -> {name}"));
-            }
-        }
-    }
-    complain(offences, "crate edges that the architecture forbids");
-}
-
 #[test]
 fn files_are_short() {
     let long = rust_sources().into_iter().filter(|(path, _)| !is_test_file(path)).filter_map(|(path, text)| {
         let lines = without_tests(&text).lines().count();
         (lines > FILE_LINES).then(|| format!("{path}: {lines} lines"))
     });
-    complain(long.collect(), "files of more than 600 lines without tests");
+    complain(&long.collect::<Vec<_>>(), "files of more than 600 lines without tests");
 }
 
 #[test]
@@ -103,7 +28,7 @@ fn the_environment_is_read_in_one_file() {
     let reads = rust_sources().into_iter().filter(|(path, text)| {
         path != "server/settings/src/config.rs" && !is_test_file(path) && without_tests(text).contains("env::var")
     });
-    complain(reads.map(|(path, _)| path).collect(), "files that read the environment");
+    complain(&reads.map(|(path, _)| path).collect::<Vec<_>>(), "files that read the environment");
 }
 
 /// The kind `ivf` is there or not: faiss is C++ of minutes, and nothing that a machine has at run time.
@@ -120,7 +45,7 @@ fn no_feature_switches_but_one() {
             }
         }
     }
-    complain(offences, "cfg(feature): what a machine has is found at run time");
+    complain(&offences, "cfg(feature): what a machine has is found at run time");
 }
 
 #[test]
@@ -138,7 +63,7 @@ fn every_unsafe_block_says_why_it_is_sound() {
             }
         }
     }
-    complain(offences, "unsafe without a SAFETY comment");
+    complain(&offences, "unsafe without a SAFETY comment");
 }
 
 #[test]
@@ -147,7 +72,10 @@ fn every_kernel_names_its_cpu_operation() {
         let mut comment = text.lines().take_while(|line| line.starts_with("//"));
         !comment.any(|line| line.starts_with("// CPU: "))
     });
-    complain(unnamed.map(|(path, _)| path).collect(), "kernels whose top comment has no line \"// CPU: <operation>\"");
+    complain(
+        &unnamed.map(|(path, _)| path).collect::<Vec<_>>(),
+        "kernels whose top comment has no line \"// CPU: <operation>\"",
+    );
 }
 
 #[test]
@@ -155,7 +83,7 @@ fn every_kernel_is_compared_with_the_cpu() {
     let suite = std::fs::read_to_string(root().join("engine/src/backend/cuda/parity.rs")).unwrap();
     let named = |path: &str| path.rsplit('/').next().is_some_and(|name| suite.contains(name));
     let absent = files("engine/kernels", ".cu").into_iter().map(|(path, _)| path).filter(|path| !named(path));
-    complain(absent.collect(), "kernels that the parity suite does not name");
+    complain(&absent.collect::<Vec<_>>(), "kernels that the parity suite does not name");
 }
 
 #[test]
@@ -172,7 +100,7 @@ fn nothing_is_left_unfinished() {
             }
         }
     }
-    complain(offences, "placeholders and switched-off tests");
+    complain(&offences, "placeholders and switched-off tests");
 }
 
 #[test]
@@ -181,7 +109,7 @@ fn paths_named_in_the_architecture_exist() {
     let quoted = text.split('`').skip(1).step_by(2);
     let missing = quoted.filter(|q| q.contains('/') && !q.contains([' ', '<', '{', '*', ':']) && !q.starts_with('/'));
     let missing = missing.filter(|q| !root().join(q).exists()).map(ToString::to_string);
-    complain(missing.collect(), "paths in ARCHITECTURE.md that do not exist");
+    complain(&missing.collect::<Vec<_>>(), "paths in ARCHITECTURE.md that do not exist");
 }
 
 #[test]

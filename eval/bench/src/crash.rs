@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 
 use chunk_cache::{ChunkKey, ChunkStore, LayerKv};
 use engine::Engine;
-use eval::{Output, Record, RecordLog, RunInfo};
+use eval::{Output, RunInfo};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::dispatch::ScratchDir;
 use crate::error::Result;
+use crate::findings::Findings;
 use documents::Library;
 use service::store::open_chunks;
 use settings::{QuireError, Settings};
@@ -43,9 +44,10 @@ pub(crate) struct CrashOptions {
 /// What the drill found.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct CrashReport {
-    /// Times the ingest was killed while it ran.
-    pub(crate) kills: usize,
-    /// Of these, times it had acknowledged something and had more to do.
+    /// What every drill counts.
+    #[serde(flatten)]
+    pub(crate) found: Findings,
+    /// Of the kills, times it had acknowledged something and had more to do.
     pub(crate) kills_mid_ingest: usize,
     /// Times it was done before it could be killed; not counted as kills.
     pub(crate) completed: usize,
@@ -53,14 +55,6 @@ pub(crate) struct CrashReport {
     pub(crate) chunks: usize,
     /// Acknowledged chunks and documents that were checked, over all kills.
     pub(crate) acknowledged_checked: usize,
-    /// Visible chunks that were compared with the reference, over all kills.
-    pub(crate) chunks_compared: usize,
-    /// Everything that was lost, wrong or partial.
-    pub(crate) lost_or_wrong: usize,
-    /// What exactly, for the first of them.
-    pub(crate) problems: Vec<String>,
-    /// What was recorded.
-    pub(crate) records: Vec<Record>,
 }
 
 impl CrashReport {
@@ -70,32 +64,12 @@ impl CrashReport {
         format!(
             "| kills | in the middle | acknowledged, checked | chunks compared | lost or wrong |\n\
              |---|---|---|---|---|\n| {} | {} | {} | {} | {} |",
-            self.kills, self.kills_mid_ingest, self.acknowledged_checked, self.chunks_compared, self.lost_or_wrong
+            self.found.kills,
+            self.kills_mid_ingest,
+            self.acknowledged_checked,
+            self.found.chunks_compared,
+            self.found.lost_or_wrong
         )
-    }
-
-    /// An error if anything was lost or wrong.
-    ///
-    /// # Errors
-    /// [`QuireError::CheckFailed`].
-    pub(crate) fn check(&self) -> Result<()> {
-        if self.lost_or_wrong == 0 {
-            return Ok(());
-        }
-        Err(QuireError::CheckFailed(format!(
-            "{} things were lost or wrong after {} kills; the first: {}",
-            self.lost_or_wrong,
-            self.kills,
-            self.problems.join("; ")
-        ))
-        .into())
-    }
-
-    fn problem(&mut self, text: String) {
-        self.lost_or_wrong += 1;
-        if self.problems.len() < 10 {
-            self.problems.push(text);
-        }
     }
 }
 
@@ -154,7 +128,7 @@ pub(crate) fn crash_drill(
     news(&format!("{} chunks in {:.1} s undisturbed", reference.len(), duration.as_secs_f64()));
 
     let victim = scratch.path().join("victim");
-    while report.kills < options.kills {
+    while report.found.kills < options.kills {
         if report.completed > 10 * options.kills + 10 {
             return Err(QuireError::CheckFailed(
                 "the ingest is done before it can be killed: use more documents".into(),
@@ -169,40 +143,23 @@ pub(crate) fn crash_drill(
             std::fs::remove_dir_all(&victim).map_err(|e| QuireError::writing(&victim, e))?;
             continue;
         }
-        report.kills += 1;
+        report.found.kills += 1;
         let acknowledged = outcome.acknowledged.chunks.len();
         report.kills_mid_ingest += usize::from(acknowledged > 0 && acknowledged < reference.len());
         news(&format!(
             "kill {} of {} after {:.2} s: {acknowledged} chunks acknowledged, {} problems so far",
-            report.kills,
+            report.found.kills,
             options.kills,
             moment.as_secs_f64(),
-            report.lost_or_wrong
+            report.found.lost_or_wrong
         ));
     }
     engine.shutdown();
-    record(&run, options, &mut report)?;
-    Ok(report)
-}
-
-fn record(run: &RunInfo, options: &CrashOptions, report: &mut CrashReport) -> Result<()> {
+    let figures =
+        [("kills_mid_ingest", report.kills_mid_ingest), ("acknowledged_checked", report.acknowledged_checked)];
     let config = json!({"documents": options.documents, "chunks": report.chunks, "seed": options.seed});
-    let figures = [
-        ("kills", "count", report.kills),
-        ("kills_mid_ingest", "count", report.kills_mid_ingest),
-        ("acknowledged_checked", "count", report.acknowledged_checked),
-        ("chunks_compared", "count", report.chunks_compared),
-        ("lost_or_wrong", "count", report.lost_or_wrong),
-    ];
-    for (metric, unit, value) in figures {
-        let mut record = run.record("crash", "ingest/kill9", metric, unit, value as f64, report.kills);
-        record.config = config.clone();
-        report.records.push(record);
-    }
-    if let Some(dir) = &options.output.results_dir {
-        RecordLog::new(dir).append(&report.records)?;
-    }
-    Ok(())
+    report.found.record(&run.with_config(config), "ingest/kill9", &figures)?;
+    Ok(report)
 }
 
 /// One run of the program.
@@ -291,35 +248,37 @@ fn check(data_dir: &Path, acknowledged: &Acknowledged, reference: &Chunks, repor
     report.acknowledged_checked += acknowledged.chunks.len() + acknowledged.documents.len();
     if !service::store::store_dir(data_dir).is_dir() {
         if !acknowledged.chunks.is_empty() {
-            report.problem(format!("{} chunks were acknowledged and there is no store", acknowledged.chunks.len()));
+            report
+                .found
+                .problem(format!("{} chunks were acknowledged and there is no store", acknowledged.chunks.len()));
         }
         return Ok(());
     }
     let store = match open(data_dir) {
         Ok(store) => store,
         Err(error) => {
-            report.problem(format!("the store cannot be opened: {error}"));
+            report.found.problem(format!("the store cannot be opened: {error}"));
             return Ok(());
         }
     };
     let list = store.list();
     let visible: BTreeSet<ChunkKey> = list.into_iter().map(|(key, _)| key).collect();
     for key in acknowledged.chunks.difference(&visible) {
-        report.problem(format!("acknowledged chunk {key} is gone"));
+        report.found.problem(format!("acknowledged chunk {key} is gone"));
     }
     for key in &visible {
-        report.chunks_compared += 1;
+        report.found.chunks_compared += 1;
         match (read_chunk(&store, key), reference.get(key)) {
             (Ok(Some(found)), Some(expected)) if found == *expected => {}
-            (Ok(Some(_)), Some(_)) => report.problem(format!("chunk {key} differs from the undisturbed run")),
-            (_, None) => report.problem(format!("chunk {key} is visible and not in the undisturbed run")),
-            (Ok(None), _) => report.problem(format!("chunk {key} is visible and partly missing")),
-            (Err(error), _) => report.problem(format!("chunk {key} is visible and cannot be read: {error}")),
+            (Ok(Some(_)), Some(_)) => report.found.problem(format!("chunk {key} differs from the undisturbed run")),
+            (_, None) => report.found.problem(format!("chunk {key} is visible and not in the undisturbed run")),
+            (Ok(None), _) => report.found.problem(format!("chunk {key} is visible and partly missing")),
+            (Err(error), _) => report.found.problem(format!("chunk {key} is visible and cannot be read: {error}")),
         }
     }
     let verified = store.verify()?;
     if !verified.is_clean() {
-        report.problem(format!("the store is not clean: {verified:?}"));
+        report.found.problem(format!("the store is not clean: {verified:?}"));
     }
     check_documents(data_dir, acknowledged, report)
 }
@@ -331,16 +290,16 @@ fn check_documents(data_dir: &Path, acknowledged: &Acknowledged, report: &mut Cr
     let collection = match Library::new(data_dir).collection(COLLECTION) {
         Ok(collection) => collection,
         Err(error) => {
-            report.problem(format!("the collection cannot be opened: {error}"));
+            report.found.problem(format!("the collection cannot be opened: {error}"));
             return Ok(());
         }
     };
     for (path, chunks) in &acknowledged.documents {
         match collection.document(path) {
             Ok(Some(document)) if document.passages.len() == *chunks => {}
-            Ok(Some(_)) => report.problem(format!("document {} has lost chunks", path.display())),
-            Ok(None) => report.problem(format!("acknowledged document {} is gone", path.display())),
-            Err(error) => report.problem(format!("document {}: {error}", path.display())),
+            Ok(Some(_)) => report.found.problem(format!("document {} has lost chunks", path.display())),
+            Ok(None) => report.found.problem(format!("acknowledged document {} is gone", path.display())),
+            Err(error) => report.found.problem(format!("document {}: {error}", path.display())),
         }
     }
     Ok(())

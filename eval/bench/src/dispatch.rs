@@ -126,14 +126,14 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                     let options = CrashOptions { kills, documents, seed, output };
                     let report = crash_drill(settings, &program()?, &options, &mut |news| out.note(news))?;
                     print(&report, &report.table(), out);
-                    report.check()
+                    report.found.check()
                 }
                 CrashCase::Library | CrashCase::LibraryPower => {
                     let death = if case == CrashCase::Library { Death::Kill } else { Death::Power };
                     let options = LibraryDrillOptions { death, kills, seed, output };
                     let report = library_drill(settings, &this_program()?, &options, &mut |news| out.note(news))?;
                     print(&report, &report.table(), out);
-                    report.check()
+                    report.found.check()
                 }
                 CrashCase::Bitflips => drilled(with_progress(out, |p| Ok(drill_bitflips(&drill(flips), p)?))?, out),
                 CrashCase::FullDisk => drilled(with_progress(out, |p| Ok(drill_full_disk(&drill(rounds), p)?))?, out),

@@ -6,13 +6,14 @@
 //! * `args`, `store_args`: the grammar; `dispatch`: from its commands to options;
 //! * `quality`, `load`, `search`, `library`: quality, engines under load, finding passages, many small notes;
 //! * `child`, `start`, `http`: a server of its own, how soon it is ready, how it bears many clients;
-//! * `crash`, `library_drill`: processes that are killed at work, and what is left.
+//! * `crash`, `library_drill`: processes that are killed at work, and what is left; `findings`: what both count.
 
 mod args;
 mod child;
 mod crash;
 mod dispatch;
 mod error;
+mod findings;
 mod http;
 mod library;
 mod library_drill;

@@ -21,14 +21,14 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use chunk_cache::ChunkKey;
-use eval::{Output, Record, RecordLog, RunInfo};
+use eval::{FailingDisk, Output, RunInfo};
 use serde::Serialize;
 use serde_json::json;
 
 use super::crash::Random;
 use super::dispatch::ScratchDir;
 use crate::error::Result;
-use eval::FailingDisk;
+use crate::findings::Findings;
 use settings::{QuireError, Settings};
 pub(super) use worker::work;
 use worker::{Line, Orders};
@@ -67,9 +67,10 @@ pub(crate) struct LibraryDrillOptions {
 /// What the drill found.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct LibraryDrillReport {
-    /// Times the process was killed.
-    pub(crate) kills: usize,
-    /// Of these, times in the middle of a step.
+    /// What every drill counts.
+    #[serde(flatten)]
+    pub(crate) found: Findings,
+    /// Of the kills, times in the middle of a step.
     pub(crate) kills_mid_step: usize,
     /// Of these, times while it opened the library.
     pub(crate) kills_opening: usize,
@@ -77,14 +78,6 @@ pub(crate) struct LibraryDrillReport {
     pub(crate) steps: usize,
     /// Documents that were compared, over all kills.
     pub(crate) documents_compared: usize,
-    /// Chunks that were compared with their first state, over all kills.
-    pub(crate) chunks_compared: usize,
-    /// Everything that was lost, wrong or partial.
-    pub(crate) lost_or_wrong: usize,
-    /// What exactly, for the first of them.
-    pub(crate) problems: Vec<String>,
-    /// What was recorded.
-    pub(crate) records: Vec<Record>,
 }
 
 impl LibraryDrillReport {
@@ -94,38 +87,14 @@ impl LibraryDrillReport {
         format!(
             "| kills | in a step | while opening | steps done | documents compared | chunks compared | lost or wrong |\n\
              |---|---|---|---|---|---|---|\n| {} | {} | {} | {} | {} | {} | {} |",
-            self.kills,
+            self.found.kills,
             self.kills_mid_step,
             self.kills_opening,
             self.steps,
             self.documents_compared,
-            self.chunks_compared,
-            self.lost_or_wrong
+            self.found.chunks_compared,
+            self.found.lost_or_wrong
         )
-    }
-
-    /// An error if anything was lost or wrong.
-    ///
-    /// # Errors
-    /// [`QuireError::CheckFailed`].
-    pub(crate) fn check(&self) -> Result<()> {
-        if self.lost_or_wrong == 0 {
-            return Ok(());
-        }
-        Err(QuireError::CheckFailed(format!(
-            "{} things were lost or wrong after {} kills; the first: {}",
-            self.lost_or_wrong,
-            self.kills,
-            self.problems.join("; ")
-        ))
-        .into())
-    }
-
-    fn problem(&mut self, text: String) {
-        self.lost_or_wrong += 1;
-        if self.problems.len() < 10 {
-            self.problems.push(format!("kill {}: {text}", self.kills));
-        }
     }
 }
 
@@ -139,7 +108,7 @@ pub(crate) fn library_drill(
     options: &LibraryDrillOptions,
     news: &mut dyn FnMut(&str),
 ) -> Result<LibraryDrillReport> {
-    let run = RunInfo::start(&options.output);
+    let run = RunInfo::start(&options.output).with_config(json!({"seed": options.seed}));
     let scratch = ScratchDir::new(&settings.data_dir, "library-drill")?;
     let data = scratch.path().join("data");
     let documents = scratch.path().join("documents");
@@ -158,54 +127,40 @@ pub(crate) fn library_drill(
         known: Known::default(),
         report: LibraryDrillReport::default(),
     };
-    while drill.report.kills < options.kills {
-        if drill.report.kills.is_multiple_of(LIFE) {
+    while drill.report.found.kills < options.kills {
+        if drill.report.found.kills.is_multiple_of(LIFE) {
             drill.begin_anew()?;
         }
-        let before = drill.report.problems.len();
+        let before = drill.report.found.problems.len();
         drill.round()?;
         let report = &drill.report;
-        report.problems[before..].iter().for_each(|problem| news(problem));
+        report.found.problems[before..].iter().for_each(|problem| news(problem));
         news(&format!(
             "kill {} of {}: {} documents, {} steps so far, {} problems",
-            report.kills,
+            report.found.kills,
             options.kills,
             drill.known.world.documents.len(),
             report.steps,
-            report.lost_or_wrong
+            report.found.lost_or_wrong
         ));
     }
-    record(&run, options, &mut drill.report)?;
-    Ok(drill.report)
-}
-
-fn make_dir(path: &Path) -> Result<()> {
-    Ok(std::fs::create_dir_all(path).map_err(|e| QuireError::writing(path, e))?)
-}
-
-fn record(run: &RunInfo, options: &LibraryDrillOptions, report: &mut LibraryDrillReport) -> Result<()> {
     let case = match options.death {
         Death::Kill => "library/kill9",
         Death::Power => "library/unsynced-dropped",
     };
+    let mut report = drill.report;
     let figures = [
-        ("kills", report.kills),
         ("kills_mid_step", report.kills_mid_step),
         ("kills_opening", report.kills_opening),
         ("steps", report.steps),
         ("documents_compared", report.documents_compared),
-        ("chunks_compared", report.chunks_compared),
-        ("lost_or_wrong", report.lost_or_wrong),
     ];
-    for (metric, value) in figures {
-        let mut record = run.record("crash", case, metric, "count", value as f64, report.kills);
-        record.config = json!({"seed": options.seed});
-        report.records.push(record);
-    }
-    if let Some(dir) = &options.output.results_dir {
-        RecordLog::new(dir).append(&report.records)?;
-    }
-    Ok(())
+    report.found.record(&run, case, &figures)?;
+    Ok(report)
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    Ok(std::fs::create_dir_all(path).map_err(|e| QuireError::writing(path, e))?)
 }
 
 /// Where everything lies.
@@ -259,7 +214,7 @@ impl Drill<'_> {
         let text = serde_json::to_string(&orders).map_err(|e| QuireError::Internal(e.to_string()))?;
         std::fs::write(&self.place.orders, text).map_err(|e| QuireError::writing(&self.place.orders, e))?;
         let Some(begun) = self.run()? else { return Ok(()) };
-        self.report.kills += 1;
+        self.report.found.kills += 1;
         self.report.kills_mid_step += usize::from(begun.is_some());
         let after = begun.as_ref().map_or_else(|| self.known.world.clone(), |step| self.known.world.after(step));
         let found = check::check(&self.place.data, &self.place.documents, &mut self.known, &after, &mut self.report)?;
@@ -312,14 +267,14 @@ impl Drill<'_> {
             }
             if life.started.elapsed() > PATIENCE {
                 let _ = child.kill();
-                self.report.problem("the process hangs".into());
+                self.report.found.problem("the process hangs".into());
             }
         }
         let status = child.wait().map_err(failed)?;
         if let Some(code) = status.code() {
             if code != 0 {
-                self.report.problem(format!("the process failed by itself: {status}"));
-                self.report.kills += 1;
+                self.report.found.problem(format!("the process failed by itself: {status}"));
+                self.report.found.kills += 1;
             }
             return Ok(None);
         }

@@ -30,7 +30,7 @@ pub(super) fn check(
         Err(error) => {
             let empty = known.world.documents.is_empty();
             if !(empty && matches!(error, DocumentsError::UnknownCollection { .. })) {
-                report.problem(format!("the collection cannot be opened: {error}"));
+                report.found.problem(format!("the collection cannot be opened: {error}"));
             }
             return Ok(World { next: known.world.next, ..World::default() });
         }
@@ -56,11 +56,11 @@ fn check_documents(
         let document = match collection.document(Path::new(&path)) {
             Ok(Some(document)) => document,
             Ok(None) => {
-                report.problem(format!("document {name} is listed and not there"));
+                report.found.problem(format!("document {name} is listed and not there"));
                 continue;
             }
             Err(error) => {
-                report.problem(format!("document {name}: {error}"));
+                report.found.problem(format!("document {name}: {error}"));
                 continue;
             }
         };
@@ -68,17 +68,17 @@ fn check_documents(
         let allowed = [before, after].map(|world| world.documents.get(&name).copied());
         match allowed.iter().flatten().find(|content| text(**content) == document.text) {
             Some(content) => drop(found.documents.insert(name.clone(), *content)),
-            None => report.problem(format!("document {name} holds neither what it held nor what it was to hold")),
+            None => report.found.problem(format!("document {name} holds neither what it held nor what it was to hold")),
         }
         for passage in &document.passages {
             if let Err(error) = catalog.passage_text(&document.info, passage) {
-                report.problem(format!("a passage of {name}: {error}"));
+                report.found.problem(format!("a passage of {name}: {error}"));
             }
         }
     }
     for (name, content) in &before.documents {
         if !found.documents.contains_key(name) && after.documents.contains_key(name) {
-            report.problem(format!("acknowledged document {name} with content {content} is gone"));
+            report.found.problem(format!("acknowledged document {name} with content {content} is gone"));
         }
     }
     check_search(collection, documents, (&found, before, after), passages, report)?;
@@ -95,7 +95,7 @@ fn check_search(
 ) -> Result<()> {
     let indexed = collection.indexed_passages()?;
     if indexed != passages {
-        report.problem(format!("the index has {indexed} passages, the catalog {passages}"));
+        report.found.problem(format!("the index has {indexed} passages, the catalog {passages}"));
     }
     let contents = [before, after, found].into_iter().flat_map(|world| world.documents.values().copied());
     for content in contents.collect::<BTreeSet<u64>>() {
@@ -103,9 +103,9 @@ fn check_search(
         let holder = found.documents.iter().find(|(_, held)| **held == content).map(|(name, _)| documents.join(name));
         match (holder, hits.first()) {
             (Some(holder), Some(hit)) if hit.path == holder && hit.passage.contains(&marker(content)) => {}
-            (Some(holder), _) => report.problem(format!("{} is not found by its word", holder.display())),
+            (Some(holder), _) => report.found.problem(format!("{} is not found by its word", holder.display())),
             (None, Some(hit)) if hit.passage.contains(&marker(content)) => {
-                report.problem(format!("content {content} is gone and found in {}", hit.path.display()));
+                report.found.problem(format!("content {content} is gone and found in {}", hit.path.display()));
             }
             (None, _) => {}
         }
@@ -119,35 +119,35 @@ fn check_store(data: &Path, known: &mut Known, report: &mut LibraryDrillReport) 
     let store = match store {
         None if known.chunks.is_empty() => return Ok(()),
         None => {
-            report.problem(format!("{} chunks were acknowledged and there is no store", known.chunks.len()));
+            report.found.problem(format!("{} chunks were acknowledged and there is no store", known.chunks.len()));
             known.chunks.clear();
             return Ok(());
         }
         Some(Err(error)) => {
-            report.problem(format!("the chunk store cannot be opened: {error}"));
+            report.found.problem(format!("the chunk store cannot be opened: {error}"));
             return Ok(());
         }
         Some(Ok(store)) => store,
     };
     if let Some(problem) = &store.open_report().salvaged {
-        report.problem(format!("the chunk store had to be salvaged: {problem}"));
+        report.found.problem(format!("the chunk store had to be salvaged: {problem}"));
     }
     let verified = store.verify().map_err(QuireError::from)?;
     if !verified.is_clean() {
-        report.problem(format!("the chunk store is not clean: {verified:?}"));
+        report.found.problem(format!("the chunk store is not clean: {verified:?}"));
     }
     let visible: BTreeSet<ChunkKey> = store.list().into_iter().map(|(key, _)| key).collect();
     let lost: Vec<ChunkKey> = known.chunks.difference(&visible).copied().collect();
     for key in lost {
-        report.problem(format!("acknowledged chunk {key} is gone"));
+        report.found.problem(format!("acknowledged chunk {key} is gone"));
         known.chunks.remove(&key);
     }
     for key in visible {
-        report.chunks_compared += 1;
+        report.found.chunks_compared += 1;
         match digest(&store, &key) {
             Ok(digest) if *known.digests.entry(key).or_insert(digest) == digest => {}
-            Ok(_) => report.problem(format!("chunk {key} differs from what it held")),
-            Err(error) => report.problem(format!("chunk {key}: {error}")),
+            Ok(_) => report.found.problem(format!("chunk {key} differs from what it held")),
+            Err(error) => report.found.problem(format!("chunk {key}: {error}")),
         }
     }
     Ok(())
