@@ -36,6 +36,11 @@ def upload(name, content, **more):
     return client.files.create(file=(name, io.BytesIO(content)), purpose="assistants", **more)
 
 
+def uploaded(listed):
+    """The ids of files that were uploaded: documents that were ingested are files, too."""
+    return [file.id for file in listed if not file.id.startswith("doc_")]
+
+
 def files():
     with open(document, "rb") as file:
         made = client.files.create(file=file, purpose="assistants")
@@ -53,8 +58,8 @@ def files():
     # Page by page, in both directions, and by purpose.
     more = [upload(f"{number}.txt", f"text {number}") for number in range(5)]
     expected = [made.id, kept.id, *(file.id for file in more)]
-    assert [file.id for file in client.files.list(limit=2, order="asc")] == expected
-    assert [file.id for file in client.files.list(limit=3)] == expected[::-1]
+    assert uploaded(client.files.list(limit=2, order="asc")) == expected
+    assert uploaded(client.files.list(limit=3)) == expected[::-1]
     assert [file.id for file in client.files.list(purpose="user_data")] == [kept.id]
     page = client.files.list(limit=2, order="asc", after=expected[2])
     assert [file.id for file in page.data] == expected[3:5] and page.has_more, page
@@ -63,9 +68,9 @@ def files():
     assert (page.first_id, page.last_id) == (expected[1], expected[2]), page
     # Everything is deleted while it is listed.
     for file in client.files.list(limit=2):
-        if file.id != made.id:
+        if file.id != made.id and not file.id.startswith("doc_"):
             assert client.files.delete(file.id).deleted
-    assert [file.id for file in client.files.list()] == [made.id]
+    assert uploaded(client.files.list()) == [made.id]
     for call in (client.files.retrieve, client.files.content, client.files.delete):
         refused(openai.NotFoundError, "file_id", call, kept.id)
     bad = openai.BadRequestError
@@ -77,7 +82,7 @@ def files():
     refused(bad, "magic", client.files.list, extra_query={"magic": 1})
     error = refused(openai.APIStatusError, "file", upload, "huge.txt", b"x" * (9 << 20))
     assert error.status_code == 413 and error.code == "file_too_large", error
-    assert [file.id for file in client.files.list()] == [made.id]
+    assert uploaded(client.files.list()) == [made.id]
     return made
 
 
@@ -185,7 +190,10 @@ def batches(store):
 def searching(store, file):
     found = stores.search(store.id, query=question)
     assert found.object == "vector_store.search_results.page" and found.model_extra["search_query"] == [question], found
-    assert not found.model_extra["has_more"] and found.model_extra["next_page"] is None, found
+    assert found.model_extra["next_page"] is None, found
+    for most, more in ((1, True), (50, False)):
+        some = stores.search(store.id, query=question, max_num_results=most)
+        assert some.model_extra["has_more"] == more and len(list(some)) == len(some.data) <= most, some
     best = found.data[0]
     assert (best.file_id, best.filename) == (file.id, os.path.basename(document)), best
     assert best.score == 1.0 and best.attributes == {"kind": "story", "year": 1852} and best.content[0].type == "text", best
@@ -244,8 +252,21 @@ def collections_of_the_command_line():
     stores.files.update(hit.file_id, vector_store_id=ingested.id, attributes={"from": "shell"})
     only = {"type": "eq", "key": "from", "value": "shell"}
     assert {h.file_id for h in stores.search(ingested.id, query=question, filters=only).data} == {hit.file_id}
+    # Its documents are files: listed, retrieved, read and deleted as such.
+    ids = {f.id for f in listed}
+    assert {f.id for f in client.files.list(limit=1) if f.id.startswith("doc_")} == ids
+    assert {f.id for f in client.files.list(purpose="user_data")} & ids == set()
+    known = client.files.retrieve(hit.file_id)
+    assert (known.id, known.filename, known.bytes) == (hit.file_id, hit.filename, len(texts[document].encode())), known
+    assert client.files.content(hit.file_id).read() == texts[document].encode()
+    other_id = (ids - {hit.file_id}).pop()
     stores.files.delete(hit.file_id, vector_store_id=ingested.id)
     assert hit.file_id not in {h.file_id for h in stores.search(ingested.id, query=question).data}
+    refused(openai.NotFoundError, "file_id", client.files.retrieve, hit.file_id)
+    assert client.files.delete(other_id).deleted
+    for call in (client.files.retrieve, client.files.content, client.files.delete):
+        refused(openai.NotFoundError, "file_id", call, other_id)
+    assert stores.retrieve(ingested.id).file_counts.total == 0
 
 
 def removed(store, file):

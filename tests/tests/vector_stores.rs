@@ -11,7 +11,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
-use service::{AttachRequest, AttachmentState, Chunking, Purpose, Service, StoreChange, StoreSettings};
+use service::{
+    AttachRequest, AttachmentState, Chunking, DocumentName, DocumentsCommand, DocumentsEvent, PageRequest, Purpose,
+    Service, StoreChange, StoreSettings,
+};
 use settings::Settings;
 use support::{Response, Server, eventually, example, ingested, model, python, read, request, root, send, texts};
 
@@ -303,6 +306,78 @@ fn a_store_that_nobody_uses_is_emptied_and_says_so() {
     working.service.delete_file(&file).unwrap();
     working.service.delete_store(&store).unwrap();
     working.service.library().erase().unwrap();
+    assert_eq!(somewhere(&data, MARKER.as_bytes()), None);
+}
+
+/// What a command over documents tells, in short.
+fn told(working: &Working, command: DocumentsCommand) -> Vec<String> {
+    let mut told = Vec::new();
+    let done = working.service.manage_documents(&command, &mut |event| {
+        told.push(match event {
+            DocumentsEvent::Removed { name } => format!("-{name}"),
+            DocumentsEvent::Restored { name, .. } => format!("+{name}"),
+            DocumentsEvent::Reclaimed { collections, documents, .. } => format!("{collections} {documents}"),
+            other => format!("{other:?}"),
+        });
+    });
+    done.unwrap();
+    told
+}
+
+#[test]
+fn what_was_deleted_comes_back_with_its_rows_until_space_is_reclaimed() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let working = Working::open(&data);
+    let service = &working.service;
+    let store = service.create_store(StoreSettings::default(), &[]).unwrap().id;
+    let file = working.upload("notes.txt", &format!("The word is {MARKER}."), None);
+    let attributes: serde_json::Map<String, Value> = [("year".to_string(), json!(1851))].into_iter().collect();
+    let request = |attributes| AttachRequest { file: file.clone(), attributes, chunking: Chunking::Auto };
+    service.attach_one(&store, request(Some(attributes.clone()))).unwrap();
+    eventually("the file is read", || working.is_completed(&store, &file));
+    let restore = |name: &str| {
+        let names = Vec::from_iter((!name.is_empty()).then(|| DocumentName::here(name)));
+        told(&working, DocumentsCommand::Restore { collection: store.clone(), names })
+    };
+    let is_whole = || {
+        assert!(working.is_completed(&store, &file));
+        assert_eq!(service.store_file(&store, &file).unwrap().attributes, attributes);
+        assert_eq!(service.store_by_id(&store).unwrap().files.total, 1);
+        assert_eq!(service.search(&store, MARKER, 9).unwrap().len(), 1);
+        assert!(service.file_content(&file, "file_id").is_ok());
+    };
+    // Out of its store, deleted with the file, and with the whole store.
+    service.detach(&store, &file).unwrap();
+    assert!(service.store_file(&store, &file).is_err() && service.search(&store, MARKER, 9).unwrap().is_empty());
+    assert_eq!(restore(&file), [format!("+{file}/notes.txt")]);
+    is_whole();
+    service.delete_file(&file).unwrap();
+    let page = PageRequest { after: None, before: None, limit: 9, newest_first: true };
+    assert!(service.file(&file, "file_id").is_err() && service.files(None, &page).unwrap().data.is_empty());
+    assert!(service.attach_one(&store, request(None)).is_err());
+    assert_eq!(restore(&format!("{file}/notes.txt")), [format!("+{file}/notes.txt")]);
+    is_whole();
+    service.delete_store(&store).unwrap();
+    assert!(service.store_by_id(&store).is_err());
+    assert_eq!(restore(""), [format!("+{store}")]);
+    is_whole();
+    // The command line removes it from the store, too.
+    let names = vec![DocumentName::here(&file)];
+    told(&working, DocumentsCommand::Remove { collection: store.clone(), names, now: false });
+    assert!(service.store_file(&store, &file).is_err() && service.file(&file, "file_id").is_ok());
+    // Attached again, it takes what it is given.
+    let other: serde_json::Map<String, Value> = [("year".to_string(), json!(1852))].into_iter().collect();
+    service.attach_one(&store, request(Some(other.clone()))).unwrap();
+    eventually("the file is read again", || working.is_completed(&store, &file));
+    assert_eq!(service.store_file(&store, &file).unwrap().attributes, other);
+    service.attach_one(&store, request(Some(attributes.clone()))).unwrap();
+    is_whole();
+    // Reclaiming counts what was deleted, and leaves nothing of it.
+    service.delete_file(&file).unwrap();
+    service.delete_store(&store).unwrap();
+    let reclaimed = told(&working, DocumentsCommand::Reclaim);
+    assert!(reclaimed[0].starts_with("1 ") && reclaimed[0] != "1 0", "{reclaimed:?}");
     assert_eq!(somewhere(&data, MARKER.as_bytes()), None);
 }
 

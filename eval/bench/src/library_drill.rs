@@ -1,9 +1,9 @@
-//! The drill of the whole library: a process that adds, replaces, renames and removes documents, syncs folders and evicts chunks
-//! is killed again and again, and each time what it left is looked at.
+//! The drill of the whole library: a process that adds, replaces, renames and removes documents, syncs folders, evicts chunks and
+//! removes for good is killed again and again, and each time what it left is looked at.
 //!
 //! After every kill the library must hold exactly what was acknowledged; of the one step that was being made, each document is
 //! as before or as after it. Every text, every passage and every chunk is whole; what search finds, what the catalog lists and
-//! what the store holds agree. Now and then the search index is damaged or gone when the process starts, so that it is killed
+//! what the store holds agree. Of what was removed for good no byte is left. Now and then the search index is damaged or gone when the process starts, so that it is killed
 //! while it builds another.
 //!
 //! Killed by SIGKILL at random moments, or by power failures: the process dies in a file operation of its own, and what it had
@@ -178,6 +178,8 @@ struct Known {
     world: World,
     /// Chunks that were acknowledged since chunks last made way.
     chunks: BTreeSet<ChunkKey>,
+    /// Contents of which no byte may be left.
+    erased: BTreeSet<u64>,
     /// What each chunk held when it was first seen.
     digests: HashMap<ChunkKey, blake3::Hash>,
 }
@@ -198,6 +200,7 @@ impl Drill<'_> {
         let next = self.known.world.next;
         self.known.world = World { next, ..World::default() };
         self.known.chunks.clear();
+        self.known.erased.clear();
         Ok(())
     }
 
@@ -217,6 +220,10 @@ impl Drill<'_> {
         self.report.found.kills += 1;
         self.report.kills_mid_step += usize::from(begun.is_some());
         let after = begun.as_ref().map_or_else(|| self.known.world.clone(), |step| self.known.world.after(step));
+        // A power failure may bring back files that were removed, until the next process removes them again.
+        if self.disk.is_none() {
+            check::check_erased(&self.place.data, &self.known, &mut self.report)?;
+        }
         let found = check::check(&self.place.data, &self.place.documents, &mut self.known, &after, &mut self.report)?;
         // Numbers of contents that may have been used are not used again.
         let next = self.known.world.next.max(after.next) + 3;
@@ -291,7 +298,7 @@ impl Drill<'_> {
                 }
             }
             Line::Begin(step) => {
-                if step == Step::Evict {
+                if step.frees_chunks() {
                     self.known.chunks.clear();
                 }
                 life.begun = Some(step);
@@ -300,6 +307,7 @@ impl Drill<'_> {
             Line::Done => {
                 self.report.steps += 1;
                 if let Some(step) = life.begun.take() {
+                    self.known.erased.extend(self.known.world.erased_by(&step));
                     self.known.world = self.known.world.after(&step);
                 }
             }

@@ -182,6 +182,16 @@ pub enum DocumentsError {
         collection: String,
     },
 
+    /// What was removed for good is still in files of the catalog.
+    #[error(
+        "what was removed can no longer be restored, but its bytes could not be taken off the disk at {}: rewriting the catalog's \
+         files failed, as on a full disk. Make room, see `quire doctor`, and repeat with `quire reclaim`", path.display()
+    )]
+    CatalogNotErased {
+        /// The catalog's folder.
+        path: PathBuf,
+    },
+
     /// Something that was removed cannot come back, as its name was given anew.
     #[error("`{name}` was removed and is there again: rename or remove the new one before the old one is restored")]
     NameTaken {

@@ -18,13 +18,25 @@ mod split;
 pub use catalog::{
     Access, Attributes, Catalog, Changed, CollectionInfo, DocumentId, DocumentInfo, JobError, JobRecord,
     LanguageSetting, NewDocument, NewPassage, ParseDocumentIdError, Passage, PutKind, PutOutcome, Reclaimed,
-    RecordKind, ReleasedChunk, Restored, TextHash, Transaction,
+    RecordKind, ReleasedChunk, Restored, TextHash, Totals, Transaction,
 };
 pub use collections::{Library, catalog_dir, collection_names};
 pub use error::{DocumentsError, Result};
 pub use ingest::{Discovered, Document, Skipped, discover, read_document};
 pub use search::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument, comparable, parse_language};
 pub use split::{ChunkSpan, Format, Limits, Span, split};
+
+/// What an id of an uploaded file begins with.
+pub const FILE_PREFIX: &str = "file-";
+
+/// Where a document comes from that a client uploaded: the file's id and its name, which make up the document's.
+#[must_use]
+pub fn attached_name(name: &str) -> Option<(&str, &str)> {
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'v').contains(&byte);
+    let is_id =
+        |id: &str| id.strip_prefix(FILE_PREFIX).is_some_and(|rest| rest.len() == 24 && rest.bytes().all(is_digit));
+    name.split_once('/').filter(|(file, _)| is_id(file))
+}
 
 /// Checks that a collection's name is a plain folder name.
 ///

@@ -288,6 +288,13 @@ fn check(subject: &Subject, model: &mut Model) {
     let distinct: BTreeSet<_> = ids.values().collect();
     assert_eq!(distinct.len(), ids.len(), "different texts are different documents");
     let passages: usize = ids.keys().map(|text| text.lines().count()).sum();
+    let bytes: usize = ids.keys().map(String::len).sum();
+    let totals = catalog.totals(collection.info().id).unwrap();
+    assert_eq!(
+        (totals.documents, totals.bytes, totals.passages),
+        (ids.len() as u64, bytes as u64, passages as u64),
+        "what is counted on the way is what is there"
+    );
     assert_eq!(collection.indexed_passages().unwrap(), passages as u64);
     for word in WORDS {
         let found = collection.search(word, 50, &|| true).unwrap();

@@ -24,9 +24,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tower::ServiceExt;
 
 use super::state::{App, Phase};
+use super::turns::Turn;
 use service::control::{
     Cancel, Canceller, Command, Event, Failure, Host, Line, PATH, PROTOCOL, PROTOCOL_HEADER, ServerInfo, VERSION,
-    execute, owned, owned_settings,
+    WriteAccess, execute, owned, owned_settings,
 };
 use service::metrics;
 use settings::{QuireError, Result};
@@ -37,6 +38,8 @@ const LARGEST_COMMAND: usize = 64 << 20;
 const HEAD: Duration = Duration::from_secs(10);
 /// Time for a command that is given up to end behind its step.
 const GOODBYE: Duration = Duration::from_secs(1);
+/// Time that a command waits for its turn before it says so.
+const MOMENT: Duration = Duration::from_millis(200);
 /// Lines that wait for whoever asked to take them.
 const LINES: usize = 64;
 
@@ -183,14 +186,13 @@ async fn admitted(app: &App, lines: &mpsc::Sender<Line>) -> Result<Host> {
 
 async fn executed(app: &App, host: Host, command: Command, lines: &mpsc::Sender<Line>) -> Result<()> {
     let place = command.answers().then(|| app.admit(None)).transpose()?;
-    // One after the other: a collection has one writer.
-    let turn = match command.writes_documents() {
-        true => tokio::select! {
-            turn = app.writing() => Some(turn),
+    let turn = match host.write_access(&command)? {
+        Some(access) => tokio::select! {
+            turn = taken(app, command.name(), &access, lines) => Some(turn),
             () = app.draining() => return Err(stopping()),
             () = lines.closed() => return Err(engine::EngineError::Cancelled.into()),
         },
-        false => None,
+        None => None,
     };
     let drains = command.answers();
     // Fails only for a closed semaphore, and nobody closes it.
@@ -207,6 +209,20 @@ async fn executed(app: &App, host: Host, command: Command, lines: &mpsc::Sender<
     };
     drop((place, turn));
     outcome.map_err(|e| QuireError::Internal(format!("a command panicked: {e}")))?
+}
+
+/// Waits for a turn to write documents, and says so where that takes more than a moment.
+async fn taken(app: &App, name: &'static str, access: &WriteAccess, lines: &mpsc::Sender<Line>) -> Turn {
+    let taking = app.turns().take(name, access);
+    tokio::pin!(taking);
+    tokio::select! {
+        biased;
+        turn = &mut taking => return turn,
+        () = tokio::time::sleep(MOMENT) => {}
+    }
+    let note = format!("waiting for its turn in the running server; at work: {}", app.turns().at_work());
+    let _ = lines.send(Line::Event(Event::Note(note))).await;
+    taking.await
 }
 
 type Running = JoinHandle<Result<()>>;

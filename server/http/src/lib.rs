@@ -6,7 +6,7 @@
 //! shapes of `chat_response`, `citation` shows what it was answered from.
 //! `files` and `vector_stores` are documents over HTTP; `upload` takes files in, `fields`, `page` and `values` read what all
 //! requests are made of.
-//! `control` takes the command line's commands over a socket in the data folder.
+//! `control` takes the command line's commands over a socket in the data folder, `turns` says when they may write documents.
 //! `probes` is for those who operate the server, `state` is what handlers share, `error` what they answer when something
 //! is wrong.
 
@@ -29,6 +29,7 @@ mod page;
 mod probes;
 mod queue;
 mod state;
+mod turns;
 mod upload;
 mod values;
 mod vector_stores;

@@ -1,6 +1,7 @@
 //! From the first open port to the exit: listen, load, serve; then unready, refuse, drain, flush.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use super::control;
 use super::routes;
 use super::state::App;
 use crate::open_files::raise_open_files;
-use service::control::Claim;
+use service::control::{Claim, Unspoken};
 use service::metrics;
 use service::{Purpose, Service};
 use settings::{QuireError, Result, Settings};
@@ -24,6 +25,9 @@ const OTHER_FILES: u64 = 640;
 const FEWEST_CONNECTIONS: usize = 16;
 /// Time between two rounds in which what histograms gathered is summed up, also where nobody reads the metrics.
 const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Time between two attempts to take commands.
+const RETRY: Duration = Duration::from_secs(3);
 
 /// Time for connections to close once every answer is complete, and for what was cut off to end.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -57,8 +61,8 @@ pub async fn serve(
         write: Duration::from_secs(settings.write_seconds),
     };
     let (stop, stopped) = watch::channel(false);
-    let (claim, commands) = claim.map_or((None, None), Claim::listen);
-    let commands = commands.map(|socket| tokio::spawn(control::serve(socket, app.clone(), stopped.clone())));
+    let data_dir = settings.data_dir.clone();
+    let mut commands = tokio::spawn(take_commands(claim, data_dir, app.clone(), stopped.clone()));
     let server = tokio::spawn(connections::serve(listener, routes(app.clone()), limits, stopped));
     let upkeep = tokio::spawn(every(UPKEEP, move || recorder.run_upkeep()));
 
@@ -99,16 +103,56 @@ pub async fn serve(
     let _ = stop.send(true);
     let ended = async {
         let _ = server.await;
-        if let Some(commands) = commands {
-            let _ = commands.await;
-        }
+        let _ = (&mut commands).await;
     };
     if tokio::time::timeout(GOODBYE, ended).await.is_err() {
         tracing::warn!("connections were still open; they are cut off");
+        commands.abort();
     }
-    drop(claim);
     upkeep.abort();
     Ok(app.loaded().map(Arc::clone))
+}
+
+/// Holds the data folder for this server and takes commands there, until `stopped` says so. Where there is no room for that, as
+/// on a full disk, it is tried again.
+async fn take_commands(mut claim: Option<Claim>, data_dir: PathBuf, app: App, mut stopped: watch::Receiver<bool>) {
+    let mut told = false;
+    loop {
+        match claim.take().map(Claim::listen) {
+            Some(Ok((_claim, socket))) => {
+                if told {
+                    tracing::info!("commands can ask this server by now");
+                }
+                // The folder is held for as long as commands are taken.
+                return control::serve(socket, app, stopped).await;
+            }
+            Some(Err(Unspoken { claim: held, what, error })) => {
+                if !told {
+                    let path = data_dir.display();
+                    tracing::warn!(%error, %path, "{what}; commands cannot ask this server until that is possible");
+                    told = true;
+                }
+                claim = held;
+            }
+            None => told = true,
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETRY) => {}
+            _ = stopped.changed() => return,
+        }
+        if claim.is_none() {
+            let dir = data_dir.clone();
+            let taken = tokio::task::spawn_blocking(move || Claim::take(&dir)).await;
+            claim = match taken {
+                Ok(Ok(claim)) => claim,
+                Ok(Err(problem)) => {
+                    tracing::debug!(%problem, "the data folder cannot be taken yet");
+                    None
+                }
+                Err(_) => None,
+            };
+        }
+    }
 }
 
 /// Does something at once and then again and again, until it is dropped.

@@ -5,12 +5,13 @@ use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 
 use super::admission::body_budget;
 use super::auth::hash_key;
 use super::connections::Connection;
 use super::queue::{Place, Queue};
+use super::turns::Turns;
 use service::Service;
 use settings::{QuireError, Result, Settings};
 
@@ -62,7 +63,7 @@ pub(super) struct State {
     bodies: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
     preparing: Arc<Semaphore>,
-    writing: Arc<Mutex<()>>,
+    turns: Turns,
     address: SocketAddr,
     recorder: PrometheusHandle,
     pub(super) started_unix: u64,
@@ -90,7 +91,7 @@ impl App {
             phase: watch::Sender::new(Phase::Loading),
             queue: Queue::new(places),
             preparing: Arc::new(Semaphore::new(preparing)),
-            writing: Arc::default(),
+            turns: Turns::new(),
             address,
             recorder,
             started_unix: unix_now(),
@@ -157,9 +158,9 @@ impl State {
         let _ = self.phase.subscribe().wait_for(|phase| *phase == Phase::Draining).await;
     }
 
-    /// A turn to write documents: a collection has one writer.
-    pub(super) async fn writing(&self) -> OwnedMutexGuard<()> {
-        Arc::clone(&self.writing).lock_owned().await
+    /// Turns to write documents.
+    pub(super) fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// The model is loaded: requests are taken from now on, unless the server is stopping already.

@@ -16,8 +16,8 @@ use super::vector_stores::{attached_name, plain_documents};
 use super::{Service, now};
 use settings::{QuireError, Result};
 
-/// What an id of a file begins with.
-pub(crate) const FILE_PREFIX: &str = "file-";
+pub(crate) use documents::FILE_PREFIX;
+
 /// The kind of the rows of files.
 const FILE: &str = "file";
 /// The folder of their bytes.

@@ -1,21 +1,24 @@
 //! Documents into a collection and their chunks into the store.
 //!
-//! Documents are read, split and tokenised a group at a time by all cores (`prepare`), their chunks are stored in order, and
-//! they come into the catalog in batches. The order is what makes a crash harmless: a document is committed only when every
-//! chunk of it is on disk, and reported only when it is committed. A crash in between leaves chunks that a second run finds
-//! again.
+//! Documents are read, split and tokenised a group at a time by all cores (`prepare`), their chunks are computed in order and
+//! written behind (`chunks`), and they come into the catalog in batches. The order is what makes a crash harmless: a document is
+//! committed only when every chunk of it is on disk, and reported only when it is committed. A crash in between leaves chunks
+//! that a second run finds again.
 
+mod chunks;
 mod prepare;
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use chunk_cache::{ChunkKey, StoreError};
+use chunk_cache::ChunkKey;
 use engine::EngineError;
 use serde::{Deserialize, Serialize};
 
 use super::Service;
 use crate::store::Origin;
+use chunks::WrittenChunk;
 use documents::{
     ChunkSpan, Collection, CollectionWriter, Document, DocumentsError, Format, LanguageSetting, Limits, NewDocument,
     NewPassage, PutKind, Skipped, Span, discover, split,
@@ -249,6 +252,7 @@ impl Service {
             lazy: options.lazy,
             total: found.documents.len(),
             waiting: Vec::new(),
+            chunks: VecDeque::new(),
             bytes: 0,
             since: Instant::now(),
             wanted,
@@ -307,8 +311,10 @@ struct Run<'a> {
     lazy: bool,
     /// Documents in all.
     total: usize,
-    /// Documents whose chunks are on disk and that are not committed.
+    /// Documents that are not committed.
     waiting: Vec<Waiting<'a>>,
+    /// Chunks of these that are not known to be on disk, in order.
+    chunks: VecDeque<WrittenChunk>,
     /// Bytes of their texts.
     bytes: usize,
     /// Since when the first of them waits.
@@ -354,58 +360,24 @@ impl<'a> Run<'a> {
                 (Some(document), passages)
             }
         };
-        let computed = self.store(path, &passages)?;
-        let chunks = passages.len();
-        let document = document.map(|document| NewDocument { passages, ..*document });
         if self.waiting.is_empty() {
             self.since = Instant::now();
         }
+        let chunks = passages.len();
+        self.waiting.push(Waiting { path, document: None, chunks, computed: 0 });
+        self.compute(&passages)?;
+        let document = document.map(|document| NewDocument { passages, ..*document });
         self.bytes += document.as_ref().map_or(0, |document| document.text.len());
-        self.waiting.push(Waiting { path, document, chunks, computed });
+        if let Some(last) = self.waiting.last_mut() {
+            last.document = document;
+        }
         let full = self.waiting.len() >= BATCH || self.bytes >= BATCH_BYTES || self.since.elapsed() >= BATCH_TIME;
         if full { self.commit() } else { Ok(()) }
     }
 
-    /// Stores the chunks of a document, unless that is left to their first use; says how many had to be computed.
-    fn store(&mut self, path: &Path, passages: &[NewPassage]) -> Result<usize> {
-        let (mut computed, mut ensured) = (0, 0);
-        for (index, passage) in passages.iter().enumerate() {
-            let tokens = self.service.with_suffix(&passage.tokens);
-            self.report.tokens += tokens.len();
-            if self.lazy {
-                continue;
-            }
-            self.check_wanted()?;
-            let (key, origin) = match self.service.store.ensure(&self.service.chunk_prefix, &tokens) {
-                // Documents are kept all the same: a cache is worth having, and no more.
-                Err(QuireError::Store(problem @ (StoreError::OutOfSpace { .. } | StoreError::NoRoom { .. }))) => {
-                    tracing::warn!(%problem, "documents are kept; the state of their chunks is left to its first use");
-                    self.lazy = true;
-                    continue;
-                }
-                outcome => outcome?,
-            };
-            ensured += 1;
-            self.service.metrics.chunk(origin == Origin::Cached);
-            computed += usize::from(origin == Origin::Computed);
-            (self.on_event)(&IngestEvent::Chunk {
-                key,
-                path,
-                span: passage.place.chars,
-                tokens: tokens.len(),
-                origin,
-                done: index + 1,
-                total: passages.len(),
-            });
-        }
-        self.report.chunks_left += passages.len() - ensured;
-        self.report.chunks_computed += computed;
-        self.report.chunks_cached += ensured - computed;
-        Ok(computed)
-    }
-
     /// Commits all documents that wait, and reports them.
     fn commit(&mut self) -> Result<()> {
+        self.settle_all()?;
         let waiting = std::mem::take(&mut self.waiting);
         self.bytes = 0;
         let new = || waiting.iter().filter_map(|waiting| waiting.document.as_ref());

@@ -13,6 +13,9 @@ use settings::{QuireError, Result};
 /// Time between two looks for what has expired.
 const EXPIRY: Duration = Duration::from_secs(30);
 
+/// Time between two attempts to use a disk that could not be written.
+const MENDING: Duration = Duration::from_secs(3);
+
 /// Files of one store that are read in one go at most.
 const GROUP: usize = 256;
 
@@ -27,6 +30,8 @@ pub(super) struct JobQueue {
 struct State {
     /// Stores and files.
     waiting: VecDeque<(String, String)>,
+    /// Whether what an earlier process left was made good.
+    recovered: bool,
     stopped: bool,
 }
 
@@ -80,8 +85,10 @@ impl Service {
     /// be called before anybody else uses the service. Where nothing can be written, nothing is to be done.
     pub fn recover(&self) {
         if self.library.writable().is_err() {
+            // A full disk may get room: what waits is then looked up by `work`.
             return;
         }
+        self.jobs.lock().recovered = true;
         if let Err(error) = self.sweep_files().and_then(|()| self.queue_waiting()) {
             tracing::error!(%error, "files that wait to be read could not be looked up");
         }
@@ -92,11 +99,21 @@ impl Service {
     pub fn work(&self) {
         let mut looked: Option<Instant> = None;
         loop {
+            let mended = self.store.mend();
+            let recovered = self.jobs.lock().recovered;
+            if !recovered && self.library.writable().is_ok() {
+                // Nothing is swept any more: an upload may be coming in.
+                match self.queue_waiting() {
+                    Ok(()) => self.jobs.lock().recovered = true,
+                    Err(error) => tracing::warn!(%error, "files that wait to be read could not be looked up yet"),
+                }
+            }
+            let patience = if mended && recovered { EXPIRY } else { MENDING };
             if looked.is_none_or(|looked| looked.elapsed() >= EXPIRY) {
                 self.remove_expired();
                 looked = Some(Instant::now());
             }
-            match self.jobs.next(EXPIRY) {
+            match self.jobs.next(patience) {
                 Next::Read(store, files) => self.read_guarded(&store, &files),
                 Next::Nothing => {}
                 Next::Stop => return,

@@ -38,7 +38,7 @@ pub use paging::{Page, PageRequest};
 pub use passages::{GivenChunk, GivenPassage};
 pub use vector_stores::{
     AttachRequest, Attachment, AttachmentState, Batch, Chunking, FileCounts, StaticChunking, StoreChange, StoreHit,
-    StoreSearch, StoreSettings, VectorStore, attached_name,
+    StoreHits, StoreSearch, StoreSettings, VectorStore, attached_name,
 };
 
 use engine::{AttentionConfig, BlendConfig, ChatMessage, Engine, EngineConfig, Prompt, Request, SamplingParams};

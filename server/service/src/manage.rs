@@ -307,21 +307,16 @@ fn list(library: &Library, name: &str, on_event: &mut dyn FnMut(DocumentsEvent))
 fn collections(library: &Library, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
     let Some(catalog) = library.catalog()? else { return Ok(()) };
     for info in catalog.collections()? {
-        let mut sum = CollectionSummary {
+        let totals = catalog.totals(info.id)?;
+        let sum = CollectionSummary {
             name: info.name.clone(),
-            documents: 0,
-            bytes: 0,
-            passages: 0,
-            tokens: 0,
+            documents: totals.documents,
+            bytes: totals.bytes,
+            passages: totals.passages,
+            tokens: totals.tokens,
             language: info.language.to_string(),
             created: info.created,
         };
-        documents_of(&catalog, &info, &mut |document| {
-            sum.documents += 1;
-            sum.bytes += document.bytes;
-            sum.passages += u64::from(document.passages);
-            sum.tokens += document.tokens;
-        })?;
         on_event(DocumentsEvent::Collection(sum));
     }
     Ok(())

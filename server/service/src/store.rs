@@ -7,13 +7,13 @@
 //! next request that needs it stores it anew.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use chunk_cache::{
     Access, ChunkKey, ChunkStore, ComputeError, Fetched, Found, KeyInputs, LayerKv, ModelHandle, ModelInfo, NewChunk,
-    PinGuard, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
+    PinGuard, PutTicket, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
 };
 use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
 
@@ -44,6 +44,36 @@ pub fn store_shape(shape: engine::KvShape) -> Result<chunk_cache::KvShape> {
     })
 }
 
+/// A chunk that is on disk, or on its way there.
+#[derive(Debug)]
+pub struct Ensured {
+    /// Its name.
+    pub key: ChunkKey,
+    /// Whether it had to be computed.
+    pub origin: Origin,
+    /// The promise that it will be on disk; `None` for one that is.
+    ticket: Option<PutTicket>,
+}
+
+impl Ensured {
+    /// Waits until the chunk is on disk.
+    ///
+    /// # Errors
+    /// What the store refuses.
+    pub fn wait(&self) -> Result<()> {
+        if let Some(ticket) = &self.ticket {
+            ticket.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Whether waiting would return at once.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.ticket.as_ref().is_none_or(PutTicket::is_done)
+    }
+}
+
 /// What became of a chunk that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -54,9 +84,11 @@ pub enum Origin {
 }
 
 /// The chunk store as one engine uses it. Where the folder cannot be written, chunks are only read; where there is none to
-/// be read either, every chunk is computed for its use.
+/// be read either, every chunk is computed for its use, until [`mend`](KvStore::mend) finds that it can be written.
 pub struct KvStore {
-    kept: Option<Kept>,
+    kept: RwLock<Option<Arc<Kept>>>,
+    /// How it is to be opened, where that was not possible for want of space.
+    unopened: RwLock<Option<Unopened>>,
     engine: Engine,
     shape: chunk_cache::KvShape,
     rope: String,
@@ -68,10 +100,27 @@ pub struct KvStore {
     unkept: SingleFlight<ChunkKey, Arc<[LayerKv]>>,
 }
 
+/// A store that could not be opened to be written.
+struct Unopened {
+    data_dir: PathBuf,
+    model_name: String,
+    new_budget: u64,
+    /// The budget that it is to have, whatever it had.
+    budget: Option<u64>,
+}
+
 /// The store, and what its chunks of this engine are entered under.
 struct Kept {
     store: Arc<ChunkStore>,
     model: ModelHandle,
+}
+
+impl Kept {
+    fn of(engine: &Engine, store: ChunkStore, model_name: &str) -> Result<Kept> {
+        let shape = store_shape(engine.kv_shape())?;
+        let info = ModelInfo { fingerprint: engine.model_fingerprint(), name: model_name.to_owned(), shape };
+        Ok(Kept { model: store.register(&info)?, store: Arc::new(store) })
+    }
 }
 
 impl KvStore {
@@ -113,17 +162,54 @@ impl KvStore {
         let store = ChunkStore::open_existing(&store_dir(data_dir), Access::Read, new_budget).ok().flatten();
         let how = if store.is_some() { "cached chunks are used, new ones are not kept" } else { "no cache is used" };
         tracing::warn!(%problem, "{how}; answers stay the same and take longer");
-        KvStore::with_store(engine, store, name, salt)
+        let lasting = matches!(problem, StoreError::Damaged { .. } | StoreError::Backend { .. });
+        let unopened = (!lasting).then(|| Unopened {
+            data_dir: data_dir.into(),
+            model_name: name.into(),
+            new_budget,
+            budget: None,
+        });
+        Ok(KvStore { unopened: RwLock::new(unopened), ..KvStore::with_store(engine, store, name, salt)? })
+    }
+
+    /// Opens the store where it could not be opened to be written, as on a full disk, if that is possible by now. Says whether it
+    /// can be written.
+    pub fn mend(&self) -> bool {
+        // Held, so that one at a time tries.
+        let mut unopened = self.unopened.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(wanted) = unopened.as_ref() else {
+            return self.kept().is_some_and(|kept| kept.store.access() == Access::Write);
+        };
+        let opened = open_chunks(&wanted.data_dir, wanted.new_budget).and_then(|store| {
+            if let Some(bytes) = wanted.budget {
+                store.set_budget(bytes)?;
+            }
+            Kept::of(&self.engine, store, &wanted.model_name)
+        });
+        match opened {
+            Ok(kept) => {
+                *self.kept.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(kept));
+                *unopened = None;
+                tracing::info!("the chunk store can be written by now: chunks are kept again");
+                true
+            }
+            Err(problem) => {
+                tracing::debug!(%problem, "the chunk store cannot be written yet");
+                false
+            }
+        }
+    }
+
+    fn kept(&self) -> Option<Arc<Kept>> {
+        self.kept.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn with_store(engine: &Engine, store: Option<ChunkStore>, name: &str, salt: &str) -> Result<KvStore> {
         let shape = store_shape(engine.kv_shape())?;
-        let kept = store.map(|store| -> Result<Kept> {
-            let info = ModelInfo { fingerprint: engine.model_fingerprint(), name: name.to_owned(), shape };
-            Ok(Kept { model: store.register(&info)?, store: Arc::new(store) })
-        });
+        let kept = store.map(|store| Kept::of(engine, store, name)).transpose()?;
         Ok(KvStore {
-            kept: kept.transpose()?,
+            kept: RwLock::new(kept.map(Arc::new)),
+            unopened: RwLock::default(),
             engine: engine.clone(),
             shape,
             rope: engine.spec().rope.fingerprint(),
@@ -136,8 +222,8 @@ impl KvStore {
 
     /// The store itself; `None` where there is none.
     #[must_use]
-    pub fn chunks(&self) -> Option<&ChunkStore> {
-        self.kept.as_ref().map(|kept| &*kept.store)
+    pub fn chunks(&self) -> Option<Arc<ChunkStore>> {
+        self.kept().map(|kept| Arc::clone(&kept.store))
     }
 
     /// Changes the store's budget for good; chunks make way at once.
@@ -145,7 +231,10 @@ impl KvStore {
     /// # Errors
     /// Those of a failed write.
     pub fn set_budget(&self, bytes: u64) -> Result<()> {
-        match &self.kept {
+        if let Some(unopened) = self.unopened.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            unopened.budget = Some(bytes);
+        }
+        match self.kept() {
             Some(kept) => Ok(kept.store.set_budget(bytes)?),
             None => Ok(()),
         }
@@ -153,7 +242,7 @@ impl KvStore {
 
     /// Totals over the store; `None` where there is none.
     pub fn stats(&self) -> Option<StoreStats> {
-        self.kept.as_ref().map(|kept| kept.store.stats())
+        self.kept().map(|kept| kept.store.stats())
     }
 
     /// Chunks that made way since the store was opened.
@@ -166,7 +255,7 @@ impl KvStore {
     /// # Errors
     /// Those of a failed write.
     pub fn demote(&self, keys: &[ChunkKey]) -> Result<()> {
-        match &self.kept {
+        match self.kept() {
             Some(kept) => Ok(kept.store.demote(keys)?),
             None => Ok(()),
         }
@@ -177,7 +266,7 @@ impl KvStore {
     /// # Errors
     /// Those of a failed write.
     pub fn remove(&self, keys: &[ChunkKey]) -> Result<u64> {
-        match self.kept.as_ref().filter(|kept| kept.store.access() == Access::Write) {
+        match self.kept().filter(|kept| kept.store.access() == Access::Write) {
             Some(kept) => Ok(kept.store.remove_all(keys)?),
             None => Ok(0),
         }
@@ -210,16 +299,30 @@ impl KvStore {
     /// # Errors
     /// What the engine or the store refuses.
     pub fn ensure(&self, prefix: &[u32], tokens: &[u32]) -> Result<(ChunkKey, Origin)> {
+        let ensured = self.ensure_behind(prefix, tokens)?;
+        ensured.wait()?;
+        Ok((ensured.key, ensured.origin))
+    }
+
+    /// As [`ensure`](Self::ensure), but returns before the chunk is written: the next one is computed meanwhile. Waits only
+    /// while very much waits to be written already.
+    ///
+    /// # Errors
+    /// What the engine or the store refuses. That the disk is full comes from [`Ensured::wait`].
+    pub fn ensure_behind(&self, prefix: &[u32], tokens: &[u32]) -> Result<Ensured> {
         let key = self.key(prefix, tokens);
-        let Some(kept) = &self.kept else {
+        let Some(kept) = self.kept() else {
             return Err(QuireError::Internal("chunks are to be kept without a store".into()));
         };
-        let (found, origin) = self.fetch(kept, &key, prefix, tokens, &|| true)?;
-        match found {
-            Found::InMemory(state) => drop(state.stored?.wait()?),
-            Found::Stored => log_unnoted(kept.store.note_presence(&key), &key),
-        }
-        Ok((key, origin))
+        let (found, origin) = self.fetch(&kept, &key, prefix, tokens, &|| true)?;
+        let ticket = match found {
+            Found::InMemory(state) => Some(state.stored?),
+            Found::Stored => {
+                log_unnoted(kept.store.note_presence(&key), &key);
+                None
+            }
+        };
+        Ok(Ensured { key, origin, ticket })
     }
 
     /// A chunk for a prompt: from the store, or computed and stored. Where the store cannot take it (no room,
@@ -243,10 +346,10 @@ impl KvStore {
         wanted: &dyn Fn() -> bool,
     ) -> Result<(Arc<dyn ChunkSource>, Origin)> {
         let key = self.key(prefix, tokens);
-        let Some(kept) = &self.kept else { return self.compute_unkept(&key, prefix, tokens, wanted) };
+        let Some(kept) = self.kept() else { return self.compute_unkept(&key, prefix, tokens, wanted) };
         // Pinned before it is looked up, so that no other request's chunk pushes it out in between.
         let pin = kept.store.pin(&[key]);
-        let (found, origin) = self.fetch(kept, &key, prefix, tokens, wanted)?;
+        let (found, origin) = self.fetch(&kept, &key, prefix, tokens, wanted)?;
         let source: Arc<dyn ChunkSource> = match found {
             Found::InMemory(state) => {
                 if let Err(error) = &state.stored

@@ -28,10 +28,12 @@ use super::paging::{Page, PageRequest};
 use super::{Service, now};
 use settings::{QuireError, Result};
 
+pub use documents::attached_name;
+
 pub use attachments::{AttachRequest, Attachment, AttachmentState, Chunking, StaticChunking};
 pub use batches::Batch;
 pub(super) use removed::{forget_removed, removed_name, restored_name};
-pub use search::{StoreHit, StoreSearch};
+pub use search::{StoreHit, StoreHits, StoreSearch};
 
 /// What an id of a store begins with.
 pub(crate) const STORE_PREFIX: &str = "vs_";
@@ -154,12 +156,6 @@ fn store_id(info: &CollectionInfo) -> String {
         return info.name.clone();
     }
     derived_id(STORE_PREFIX, info.created, &info.id.to_be_bytes())
-}
-
-/// Where a document comes from that a client attached: the file's id and its name, which make up the document's.
-#[must_use]
-pub fn attached_name(name: &str) -> Option<(&str, &str)> {
-    name.split_once('/').filter(|(file, _)| is_id(super::files::FILE_PREFIX, file))
 }
 
 impl Service {
@@ -285,10 +281,10 @@ impl Service {
                 files.count(attachment.state);
                 bytes += attachment.bytes;
             }
-            for id in plain_documents(&catalog, info)? {
-                files.count(AttachmentState::Completed);
-                bytes += catalog.document(&id)?.map_or(0, |document| document.bytes);
-            }
+            let totals = catalog.totals(info.id)?;
+            let plain = usize::try_from(totals.plain_documents).unwrap_or(usize::MAX);
+            (files.completed, files.total) = (files.completed + plain, files.total + plain);
+            bytes += totals.plain_bytes;
         }
         let expired = row.is_expired(info);
         Ok(VectorStore {

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::answer_view;
 use super::ingest::{ingest, summary};
 use super::output::{Out, count, grouped, seconds};
-use documents::{DocumentsError, discover};
+use documents::{DocumentsError, data_dir, discover};
+use service::control::look;
 use service::{Answer, IngestReport, Options, Purpose, Question, Service};
 use settings::{QuireError, Result, Settings, find_shipped};
 
@@ -55,6 +56,13 @@ pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> R
         })?,
     };
     let example = demonstration(&folder)?;
+    let place = Place::of(settings)?;
+    let settings = &place.settings;
+    if place.own.is_some() {
+        out.note(
+            "a running server has the data folder: the demo works in a folder of its own, which it removes at its end",
+        );
+    }
     let spinner = out.spinner("loading the model");
     // What is shown is what an index reads, not how soon it is ready.
     let service =
@@ -73,6 +81,33 @@ pub(super) fn run(settings: &Settings, documents: Option<&Path>, out: &Out) -> R
         print(&report, out);
     }
     Ok(())
+}
+
+/// Where the demo works.
+struct Place {
+    settings: Settings,
+    /// A folder for as long as it runs, where a server has the data folder.
+    own: Option<PathBuf>,
+}
+
+impl Place {
+    fn of(settings: &Settings) -> Result<Place> {
+        if look(&settings.data_dir).is_none() {
+            return Ok(Place { settings: settings.clone(), own: None });
+        }
+        let own = std::env::temp_dir().join(format!("quire-demo-{}", std::process::id()));
+        data_dir::create_private_dir(&own).map_err(|error| DocumentsError::writing(&own, error))?;
+        Ok(Place { settings: Settings { data_dir: own.clone(), ..settings.clone() }, own: Some(own) })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(own) = &self.own {
+            // What cannot be removed lies among other temporary files.
+            let _ = std::fs::remove_dir_all(own);
+        }
+    }
 }
 
 fn service_report(
@@ -276,5 +311,20 @@ mod tests {
         write("{\"question\":\"a\"}\n");
         let error = demonstration(dir.path()).unwrap_err().to_string();
         assert!(error.contains("questions.jsonl:1"), "{error}");
+    }
+
+    #[test]
+    fn beside_a_server_the_demo_works_in_a_folder_of_its_own_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = Settings { data_dir: dir.path().into(), ..Settings::default() };
+        assert_eq!(Place::of(&settings).unwrap().settings.data_dir, dir.path());
+        let held = service::control::Claim::take(dir.path()).unwrap().unwrap().listen().unwrap();
+        let place = Place::of(&settings).unwrap();
+        let own = place.own.clone().unwrap();
+        assert!(own.is_dir() && place.settings.data_dir == own);
+        std::fs::write(own.join("chunk"), "x").unwrap();
+        drop(place);
+        assert!(!own.exists());
+        drop(held);
     }
 }

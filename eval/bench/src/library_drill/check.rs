@@ -5,7 +5,7 @@ use std::path::Path;
 
 use chunk_cache::{ChunkKey, ChunkStore};
 
-use super::world::{World, marker, text};
+use super::world::{World, marker, markers, text};
 use super::{COLLECTION, Known, LibraryDrillReport};
 use crate::error::Result;
 use documents::{Collection, DocumentsError, Library};
@@ -36,6 +36,26 @@ pub(super) fn check(
         }
     };
     check_documents(&collection, documents, &known.world, after, report)
+}
+
+/// Of contents that were removed for good no byte is left, in documents as in the index.
+pub(super) fn check_erased(data: &Path, known: &Known, report: &mut LibraryDrillReport) -> Result<()> {
+    let mut folders = vec![data.join("catalog"), data.join("index")];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let bytes =
+                std::fs::read(&path).map_err(|source| QuireError::Io { action: "read", path: path.clone(), source })?;
+            for content in markers(&bytes).intersection(&known.erased) {
+                report.problem(format!("content {content} was removed for good and stands in {}", path.display()));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Each document is as it was acknowledged, or as the step that was being made leaves it, and can be found.

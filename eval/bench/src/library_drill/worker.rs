@@ -9,7 +9,7 @@ use super::COLLECTION;
 use super::world::{Step, World, text};
 use crate::crash::Random;
 use crate::error::Result;
-use service::{IngestEvent, IngestOptions, Purpose, Service};
+use service::{DocumentName, DocumentsCommand, IngestEvent, IngestOptions, Purpose, Service};
 use settings::{QuireError, Settings};
 
 /// What the worker is told.
@@ -91,6 +91,13 @@ fn do_step(service: &Service, dir: &Path, step: &Step, after: &World) -> Result<
             after.write_files(dir)?;
             ingest(service, &[dir.into()], true)
         }
+        Step::Purge(names) => {
+            let names = names.iter().map(|name| DocumentName::here(&dir.join(name).to_string_lossy())).collect();
+            let remove = DocumentsCommand::Remove { collection: COLLECTION.into(), names, now: true };
+            service.manage_documents(&remove, &mut |_| {})?;
+            after.write_files(dir)
+        }
+        Step::Reclaim => Ok(service.manage_documents(&DocumentsCommand::Reclaim, &mut |_| {})?),
         Step::Evict => {
             let Some(stats) = service.store().stats() else { return Ok(()) };
             service.store().set_budget((stats.payload_bytes / 2).max(1))?;

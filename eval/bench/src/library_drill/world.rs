@@ -1,6 +1,6 @@
 //! What a library must hold: names and contents, and the steps that change them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +39,17 @@ pub(super) enum Step {
     },
     /// Half of the stored chunks make way.
     Evict,
+    /// Documents are removed for good, down to the bytes on disk.
+    Purge(Vec<String>),
+    /// Everything that was removed or replaced before is gone for good.
+    Reclaim,
+}
+
+impl Step {
+    /// Whether chunks that were acknowledged may be gone after it.
+    pub(super) fn frees_chunks(&self) -> bool {
+        matches!(self, Step::Evict | Step::Purge(_) | Step::Reclaim)
+    }
 }
 
 impl World {
@@ -47,7 +58,7 @@ impl World {
         let names: Vec<String> = self.documents.keys().cloned().collect();
         let choice = match names.len() {
             0 => 0,
-            1..=MOST => random.below(10),
+            1..=MOST => random.below(12),
             _ => 1,
         };
         match choice {
@@ -55,6 +66,8 @@ impl World {
             2 | 3 => Step::Sync { put: self.some_new(random), gone: some(&names, random) },
             8 => Step::Rename(random.choose(&names).clone(), format!("renamed-{}.md", self.content())),
             9 => Step::Evict,
+            10 => Step::Purge(some(&names, random)),
+            11 => Step::Reclaim,
             _ => Step::Put(self.some_new(random)),
         }
     }
@@ -78,7 +91,7 @@ impl World {
         let mut after = self.clone();
         match step {
             Step::Put(put) => after.documents.extend(put.iter().cloned()),
-            Step::Remove(gone) => after.documents.retain(|name, _| !gone.contains(name)),
+            Step::Remove(gone) | Step::Purge(gone) => after.documents.retain(|name, _| !gone.contains(name)),
             Step::Rename(old, new) => {
                 let content = after.documents.remove(old);
                 after.documents.extend(content.map(|content| (new.clone(), content)));
@@ -87,11 +100,23 @@ impl World {
                 after.documents.retain(|name, _| !gone.contains(name));
                 after.documents.extend(put.iter().cloned());
             }
-            Step::Evict => {}
+            Step::Evict | Step::Reclaim => {}
         }
         let numbers = after.documents.values().copied().max().unwrap_or(0);
         after.next = after.next.max(numbers);
         after
+    }
+
+    /// The contents of which no byte may be left once a step is done.
+    pub(super) fn erased_by(&self, step: &Step) -> BTreeSet<u64> {
+        match step {
+            Step::Purge(gone) => gone.iter().filter_map(|name| self.documents.get(name)).copied().collect(),
+            Step::Reclaim => {
+                let held: BTreeSet<u64> = self.documents.values().copied().collect();
+                (1..=self.next).filter(|content| !held.contains(content)).collect()
+            }
+            _ => BTreeSet::new(),
+        }
     }
 
     /// Makes the files in `dir` those of this world.
@@ -123,6 +148,21 @@ fn some(names: &[String], random: &mut Random) -> Vec<String> {
 /// A word that stands in this content and in no other.
 pub(super) fn marker(content: u64) -> String {
     format!("zq{content}marker")
+}
+
+/// The contents whose words stand in these bytes.
+pub(super) fn markers(bytes: &[u8]) -> BTreeSet<u64> {
+    let mut found = BTreeSet::new();
+    for (at, pair) in bytes.windows(2).enumerate() {
+        if pair != b"zq" {
+            continue;
+        }
+        let rest = &bytes[at + 2..];
+        let digits = rest.iter().take(20).take_while(|byte| byte.is_ascii_digit()).count();
+        let number: Option<u64> = std::str::from_utf8(&rest[..digits]).ok().and_then(|digits| digits.parse().ok());
+        found.extend(number.filter(|_| rest[digits..].starts_with(b"marker")));
+    }
+    found
 }
 
 /// The text of a content: some are one passage, some are several.
@@ -157,5 +197,6 @@ mod tests {
             world = after;
         }
         assert!(text(1) != text(2) && text(7) == text(7));
+        assert_eq!(markers(format!("{}zqmarker zq5mar{}", text(12), marker(7)).as_bytes()), BTreeSet::from([7, 12]));
     }
 }

@@ -71,6 +71,12 @@ impl<'a> Batch<'a> {
         Ok(false)
     }
 
+    /// What is changed of a family: contents of rows that are put, `None` for those that are deleted.
+    pub(super) fn changed(&self, family: Family) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+        let rows = self.rows.iter().filter(move |((of, _), _)| *of == family);
+        rows.map(|((_, key), content)| (key.as_slice(), content.as_deref()))
+    }
+
     fn put_keys<'s>(&'s self, family: Family, prefix: &'s [u8]) -> impl Iterator<Item = &'s Vec<u8>> {
         let begins = move |key: &[u8]| key.starts_with(prefix);
         let from = self.rows.range((family, prefix.to_vec())..);

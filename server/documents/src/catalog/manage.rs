@@ -161,7 +161,16 @@ impl Catalog {
         let mut orphans = Vec::new();
         // A transaction is held in memory.
         for some in ids.chunks(1000) {
-            orphans.extend(self.purge(some)?.orphans);
+            let purged = self.change(|transaction| {
+                for id in some {
+                    // It may have been restored meanwhile.
+                    if transaction.document(id)?.is_some_and(|info| gone(&info)) {
+                        transaction.purge(id).map_err(|error| error.of(|| format!("document {id}")))?;
+                    }
+                }
+                Ok(())
+            })?;
+            orphans.extend(purged.orphans);
         }
         self.change(|transaction| {
             for id in &collections {
@@ -273,12 +282,11 @@ fn next_collection(batch: &mut Batch<'_>) -> Result<u32, CatalogError> {
     u32::try_from(last + 1).map_err(|_| DocumentsError::Internal("no number is left for a collection".into()).into())
 }
 
-/// Forgets names that could be restored: all that they stood for is gone, or known by other names.
+/// Forgets names that could be restored, but for those whose documents were removed meanwhile.
 fn forget_removed_names(transaction: &mut Transaction<'_>) -> Result<(), CatalogError> {
-    let batch = transaction.batch();
-    for key in batch.keys(Family::Names, b"")? {
+    for key in transaction.batch().keys(Family::Names, b"")? {
         if key.get(4) == Some(&1) {
-            batch.delete(Family::Names, key);
+            transaction.forget_removed_name(key)?;
         }
     }
     Ok(())

@@ -19,10 +19,11 @@ mod store;
 #[cfg(test)]
 mod tests;
 mod texts;
+mod totals;
 mod transaction;
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use batch::read;
 use error::CatalogError;
@@ -37,6 +38,8 @@ pub use rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, Passag
 pub use store::Access;
 pub(crate) use store::{Family, is_in_use};
 
+pub use totals::Totals;
+use totals::{AllTotals, TotalsChange};
 pub use transaction::{NewDocument, NewPassage, PutKind, PutOutcome, Restored, Transaction};
 
 use crate::error::{DocumentsError, Result};
@@ -52,8 +55,16 @@ const IMPORTED: &[u8] = b"imported";
 /// An open catalog.
 pub struct Catalog {
     store: Store,
-    /// The next sequence number. Whoever changes something holds it.
-    writing: Mutex<u64>,
+    /// Whoever changes something holds it.
+    writing: Mutex<Writing>,
+}
+
+/// What changes with every change.
+struct Writing {
+    /// The next sequence number.
+    sequence: u64,
+    /// What collections hold; `None` where nobody has asked, or it is not known for sure.
+    totals: Option<AllTotals>,
 }
 
 /// What a change has done beside what it was made for.
@@ -109,7 +120,7 @@ impl Catalog {
             _ => {}
         }
         let next = number(NEXT_SEQUENCE)?.unwrap_or(1);
-        Ok(Catalog { store, writing: Mutex::new(next) })
+        Ok(Catalog { store, writing: Mutex::new(Writing { sequence: next, totals: None }) })
     }
 
     /// What may be done with it.
@@ -126,16 +137,27 @@ impl Catalog {
         if self.access() == Access::Read {
             return Err(DocumentsError::writing(self.store.path(), std::io::ErrorKind::ReadOnlyFilesystem.into()));
         }
-        let mut sequence = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writing = self.writing();
         let mut transaction = Transaction::new(&self.store);
         let value = make(&mut transaction)?;
-        let orphans = transaction.commit(&mut sequence)?;
+        // Where writing fails, the change may be there all the same: then they are summed up anew.
+        let totals = writing.totals.take();
+        let change = totals.as_ref().map(|_| TotalsChange::of(transaction.batch())).transpose()?;
+        let orphans = transaction.commit(&mut writing.sequence)?;
+        writing.totals = totals.zip(change).map(|(mut totals, change)| {
+            change.apply(&mut totals);
+            totals
+        });
         Ok(Changed { value, orphans })
+    }
+
+    fn writing(&self) -> MutexGuard<'_, Writing> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The last sequence number that was given to a change.
     pub(crate) fn sequence(&self) -> u64 {
-        *self.writing.lock().unwrap_or_else(PoisonError::into_inner) - 1
+        self.writing().sequence - 1
     }
 
     /// Which documents of a collection have changed since `after`, with the numbers of the changes.

@@ -227,7 +227,9 @@ impl Store {
     /// Rewrites everything without what was deleted, so that no file has it any more: neither logs nor tables.
     pub(super) fn purge(&self) -> Result<(), CatalogError> {
         self.mend()?;
-        self.with(|db| {
+        let purged = self.with(|db| {
+            let errors = || db.property_int_value(rocksdb::properties::BACKGROUND_ERRORS).ok().flatten();
+            let before = errors();
             for family in Family::ALL {
                 // Once every family has left it, a log file goes.
                 db.flush_cf(column(db, family)).map_err(self.fail("flushing"))?;
@@ -237,8 +239,17 @@ impl Store {
             for family in Family::ALL {
                 db.compact_range_cf_opt(column(db, family), None::<&[u8]>, None::<&[u8]>, &options);
             }
-            Ok(())
-        })
+            // Rewriting tables tells of no error itself.
+            match errors() == before {
+                true => Ok(()),
+                false => Err(DocumentsError::CatalogNotErased { path: self.path.clone() }.into()),
+            }
+        });
+        if purged.is_err() {
+            // It takes no further writes until it is opened again.
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        purged
     }
 }
 

@@ -36,10 +36,11 @@ pub(super) async fn search(State(app): State<App>, Path(store): Path<String>, re
         drop(turn);
         hits
     });
-    let data: Vec<Value> = hits.await?.iter().map(object).collect();
+    let found = hits.await?;
     drop(waits);
+    let data: Vec<Value> = found.hits.iter().map(object).collect();
     Ok(Json(json!({"object": "vector_store.search_results.page", "search_query": queries, "data": data,
-                   "has_more": false, "next_page": null})))
+                   "has_more": found.has_more, "next_page": null})))
 }
 
 /// A result in OpenAI's shape, with the passage's place in its document beside the usual fields.

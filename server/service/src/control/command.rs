@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use documents::LanguageSetting;
 use engine::{AttentionConfig, BlendConfig};
 use serde::{Deserialize, Serialize};
 
@@ -174,6 +175,38 @@ pub enum Need {
     Purge,
 }
 
+/// What a command writes of documents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteAccess {
+    /// Into which collection; `None`: into none in particular.
+    pub collection: Option<String>,
+    /// Whether it changes the collection as a whole, so that nobody else may write there.
+    pub alone: bool,
+    /// Whether it changes which collections can be restored: one such command at a time.
+    pub removed: bool,
+    /// Whether documents come in, which takes memory.
+    pub ingests: bool,
+}
+
+impl WriteAccess {
+    /// What has to be locked, in an order that is the same for all commands, and whether for this one alone.
+    #[must_use]
+    pub fn in_order(&self) -> Vec<(&str, bool)> {
+        // No collection is called by nothing.
+        let removed = self.removed.then_some(("", true));
+        removed.into_iter().chain(self.collection.as_deref().map(|name| (name, self.alone))).collect()
+    }
+
+    /// In words.
+    #[must_use]
+    pub fn what(&self) -> String {
+        match &self.collection {
+            Some(collection) => format!("collection `{collection}`"),
+            None => "all that was removed".into(),
+        }
+    }
+}
+
 impl Command {
     /// What must be open for it.
     #[must_use]
@@ -213,10 +246,37 @@ impl Command {
         }
     }
 
-    /// Whether it writes documents: one does at a time.
-    #[must_use]
-    pub fn writes_documents(&self) -> bool {
-        matches!(self, Command::Ingest { .. } | Command::Documents(_)) && self.need() != Need::Look
+    /// What it writes of documents; `None`: nothing. `language`: that of the collection of this name, if it is there.
+    pub(super) fn write_access(
+        &self,
+        language: impl FnOnce(&str) -> Result<Option<LanguageSetting>>,
+    ) -> Result<Option<WriteAccess>> {
+        let whole = |collection: &String, removed| WriteAccess {
+            collection: Some(collection.clone()),
+            alone: true,
+            removed,
+            ingests: false,
+        };
+        Ok(Some(match self {
+            Command::Ingest { collection, options, .. } => {
+                let alone = match &options.language {
+                    // Another language means another index.
+                    Some(wanted) => language(collection)?.as_ref() != Some(wanted),
+                    None => false,
+                };
+                WriteAccess { alone, ingests: true, ..whole(collection, false) }
+            }
+            Command::Documents(
+                DocumentsCommand::Remove { collection, names, .. } | DocumentsCommand::Restore { collection, names },
+            ) => match names.is_empty() {
+                true => whole(collection, true),
+                false => WriteAccess { alone: false, ..whole(collection, false) },
+            },
+            Command::Documents(DocumentsCommand::Reclaim) => {
+                WriteAccess { collection: None, alone: false, removed: true, ingests: false }
+            }
+            _ => return Ok(None),
+        }))
     }
 
     /// Whether it writes an answer, which takes a place in the server's queue.

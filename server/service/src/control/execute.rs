@@ -49,10 +49,11 @@ fn ingest(
     on_event: &mut dyn FnMut(Event),
 ) -> Result<()> {
     let service = host.service()?;
-    if service.store().chunks().is_none() {
+    if !service.store().mend() && service.store().chunks().is_none() {
         return Err(QuireError::CheckFailed(
-            "the running server works without a chunk store, as it said when it started: stop it, see `quire doctor`, and \
-             `quire cache evict --all` if the store is damaged"
+            "the running server works without a chunk store, as it said when it started. On a full disk make room: it then \
+             opens the store by itself. If the store is damaged, stop the server, see `quire doctor`, and \
+             `quire cache evict --all`"
                 .into(),
         ));
     }

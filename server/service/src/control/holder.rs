@@ -80,6 +80,17 @@ pub(super) fn find(data_dir: &Path) -> Result<Option<Holder>> {
     })
 }
 
+/// A server that commands cannot ask.
+#[derive(Debug)]
+pub struct Unspoken {
+    /// The data folder, if it is still taken.
+    pub claim: Option<Claim>,
+    /// What was not possible.
+    pub what: &'static str,
+    /// Why.
+    pub error: std::io::Error,
+}
+
 /// The data folder, taken by this process for as long as this lives.
 #[derive(Debug)]
 pub struct Claim {
@@ -105,7 +116,12 @@ impl Claim {
                 std::thread::sleep(BETWEEN);
             }
             let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-            let file = opened.map_err(|source| DocumentsError::writing(&path, source))?;
+            let file = match opened {
+                Ok(file) => file,
+                // A disk that takes no file now may take one later.
+                Err(error) if is_lack_of_space(&error) => return Ok(None),
+                Err(source) => return Err(DocumentsError::writing(&path, source).into()),
+            };
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 // The one before may have removed the file after it was opened here.
                 Ok(()) if is_at(&file, &path) => return Ok(Some(Claim { data_dir: dir.into(), file })),
@@ -125,21 +141,19 @@ impl Claim {
         Err(QuireError::FolderInUse { path: dir.into(), by: "another process".into(), why })
     }
 
-    /// Listens in the folder for commands, and says there who it is. A socket that a killed server left is replaced. What
-    /// cannot be made or written, as on a full disk, is logged and done without: then commands cannot ask this server.
-    #[must_use]
-    pub fn listen(mut self) -> (Option<Claim>, Option<UnixListener>) {
+    /// Listens in the folder for commands, and says there who it is. A socket that a killed server left is replaced.
+    ///
+    /// # Errors
+    /// What cannot be made or written, as on a full disk: it can be tried again, also where the folder says by now who has it
+    /// and where not to ask. [`Unspoken::claim`] is `None` where it could not even say that, and nobody has the folder any more.
+    pub fn listen(mut self) -> std::result::Result<(Claim, UnixListener), Unspoken> {
         let listener = bind(&self.data_dir);
-        if let Err(error) = &listener {
-            let path = socket(&self.data_dir);
-            tracing::warn!(%error, path = %path.display(), "no socket can be made; commands cannot ask this server");
+        if let Err(error) = self.introduce(listener.is_ok()) {
+            return Err(Unspoken { claim: None, what: "who has the data folder cannot be written", error });
         }
-        match self.introduce(listener.is_ok()) {
-            Ok(()) => (Some(self), listener.ok()),
-            Err(error) => {
-                tracing::warn!(%error, "who has the data folder cannot be written; commands cannot ask this server");
-                (None, None)
-            }
+        match listener {
+            Ok(listener) => Ok((self, listener)),
+            Err(error) => Err(Unspoken { claim: Some(self), what: "no socket can be made", error }),
         }
     }
 
@@ -164,6 +178,11 @@ impl Drop for Claim {
         let _ = std::fs::remove_file(socket(&self.data_dir));
         let _ = std::fs::remove_file(pid_file(&self.data_dir));
     }
+}
+
+fn is_lack_of_space(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
 }
 
 /// Whether the open file is still the one at `path`.
@@ -221,8 +240,7 @@ mod tests {
     fn a_folder_has_one_server_and_is_free_once_that_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(find(dir.path()).unwrap(), None);
-        let (claim, listener) = Claim::take(dir.path()).unwrap().unwrap().listen();
-        assert!(listener.is_some());
+        let (claim, _listener) = Claim::take(dir.path()).unwrap().unwrap().listen().unwrap();
         let holder = find(dir.path()).unwrap().unwrap();
         assert_eq!((holder.pid, holder.version.as_str(), holder.protocol), (std::process::id(), VERSION, PROTOCOL));
         let refused = Claim::take(dir.path()).unwrap_err().to_string();
@@ -241,8 +259,7 @@ mod tests {
             .unwrap();
         assert_eq!(find(dir.path()).unwrap(), None);
         assert!(connect(dir.path()).is_err());
-        let (_claim, listener) = Claim::take(dir.path()).unwrap().unwrap().listen();
-        assert!(listener.is_some());
+        let (_claim, _listener) = Claim::take(dir.path()).unwrap().unwrap().listen().unwrap();
         connect(dir.path()).unwrap();
         assert_eq!(find(dir.path()).unwrap().unwrap().pid, std::process::id());
         let mode = std::fs::metadata(socket(dir.path())).unwrap().permissions().mode();
@@ -250,11 +267,24 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_could_not_listen_does_so_once_that_is_possible() {
+        let dir = tempfile::tempdir().unwrap();
+        // Something that cannot be replaced stands where the socket would be.
+        std::fs::create_dir_all(socket(dir.path()).join("in/the/way")).unwrap();
+        let unspoken = Claim::take(dir.path()).unwrap().unwrap().listen().unwrap_err();
+        let holder = find(dir.path()).unwrap().unwrap();
+        assert_eq!((holder.pid, holder.socket), (std::process::id(), None), "who has the folder is known already");
+        std::fs::remove_dir_all(socket(dir.path())).unwrap();
+        let (_claim, _listener) = unspoken.claim.unwrap().listen().unwrap();
+        assert_eq!(find(dir.path()).unwrap().unwrap().socket, Some(socket(dir.path())));
+        connect(dir.path()).unwrap();
+    }
+
+    #[test]
     fn the_path_of_the_folder_may_be_longer_than_that_of_a_socket() {
         let dir = tempfile::tempdir().unwrap();
         let deep = dir.path().join("a".repeat(100)).join("b".repeat(100));
-        let (_claim, listener) = Claim::take(&deep).unwrap().unwrap().listen();
-        assert!(listener.is_some());
+        let (_claim, _listener) = Claim::take(&deep).unwrap().unwrap().listen().unwrap();
         assert_eq!(find(&deep).unwrap().unwrap().socket, Some(socket(&deep)));
         connect(&deep).unwrap();
     }

@@ -7,7 +7,7 @@ use chunk_cache::{Access, ChunkStore, StoreError};
 use documents::{Found, Library, data_dir};
 use engine::Engine;
 
-use super::command::{Need, Retrieval};
+use super::command::{Command, Need, Retrieval, WriteAccess};
 use crate::metrics::Metrics;
 use crate::store::store_dir;
 use crate::{DocumentsCommand, DocumentsEvent, Purpose, Service, manage_documents};
@@ -30,14 +30,14 @@ enum Open {
 }
 
 /// A chunk store that a command works on.
-pub(super) enum Chunks<'a> {
+pub(super) enum Chunks {
     /// Of a service, which others use meanwhile.
-    Shared(&'a ChunkStore),
+    Shared(Arc<ChunkStore>),
     /// Opened for this command.
     Own(Box<ChunkStore>),
 }
 
-impl std::ops::Deref for Chunks<'_> {
+impl std::ops::Deref for Chunks {
     type Target = ChunkStore;
     fn deref(&self) -> &ChunkStore {
         match self {
@@ -83,6 +83,18 @@ impl Host {
     #[must_use]
     pub fn serving(settings: &Settings, service: Arc<Service>) -> Host {
         Host { settings: settings.clone(), open: Open::Service(service) }
+    }
+
+    /// What a command writes of documents; `None`: nothing.
+    ///
+    /// # Errors
+    /// A catalog that cannot be read.
+    pub fn write_access(&self, command: &Command) -> Result<Option<WriteAccess>> {
+        command.write_access(|name| {
+            let catalog = self.service()?.library().catalog()?;
+            let info = catalog.map(|catalog| catalog.collection(name)).transpose()?.flatten();
+            Ok(info.map(|info| info.language))
+        })
     }
 
     /// Ends what was opened in this process.
@@ -134,8 +146,11 @@ impl Host {
     }
 
     /// The chunk store; `None` where there is none.
-    pub(super) fn chunks(&self, access: Access) -> Result<Option<Chunks<'_>>> {
+    pub(super) fn chunks(&self, access: Access) -> Result<Option<Chunks>> {
         if let Open::Service(service) = &self.open {
+            if access == Access::Write {
+                service.store().mend();
+            }
             return Ok(service.store().chunks().map(Chunks::Shared));
         }
         let opened = ChunkStore::open_existing(&self.chunks_dir(), access, self.settings.store_bytes())?;

@@ -59,9 +59,44 @@ fn a_chunk_that_a_prompt_uses_is_not_pushed_out() {
     drop((used, other));
     let (key, origin) = store.ensure(&[1], &tokens(60)).unwrap();
     assert_eq!(origin, Origin::Computed);
-    let chunks = &store.kept.as_ref().unwrap().store;
+    let chunks = store.chunks().unwrap();
     assert!(chunks.contains(&key) && !chunks.contains(&store.key(&[1], &tokens(10))));
     let (stored, origin) = store.source(&[1], &tokens(60)).unwrap();
     assert_eq!(origin, Origin::Cached);
     assert_eq!(stored.layer(1).unwrap(), from_memory);
+}
+
+#[test]
+fn a_store_that_could_not_be_written_at_first_is_opened_once_it_can_be() {
+    let engine = engine(KvDtype::Bf16);
+    let tokens: Vec<u32> = (10..50).collect();
+    let dir = tempfile::tempdir().unwrap();
+    // Something stands where a chunk store would be made, as a disk without room would.
+    std::fs::write(store_dir(dir.path()), "in the way").unwrap();
+    let store = KvStore::open_if_possible(&engine, dir.path(), "reference", 1 << 30, "").unwrap();
+    assert!(store.chunks().is_none() && !store.mend());
+    let (_, origin) = store.source(&[1], &tokens).unwrap();
+    assert_eq!(origin, Origin::Computed);
+    store.set_budget(1 << 29).unwrap();
+    std::fs::remove_file(store_dir(dir.path())).unwrap();
+    assert!(store.mend() && store.mend());
+    let (key, origin) = store.ensure(&[1], &tokens).unwrap();
+    assert_eq!(origin, Origin::Computed);
+    let chunks = store.chunks().unwrap();
+    assert!(chunks.contains(&key) && chunks.budget() == 1 << 29);
+}
+
+#[test]
+fn a_chunk_that_is_written_behind_is_on_disk_once_it_was_waited_for() {
+    let engine = engine(KvDtype::Bf16);
+    let dir = tempfile::tempdir().unwrap();
+    let store = KvStore::open(&engine, dir.path(), "reference", 1 << 30, "").unwrap();
+    let texts: Vec<Vec<u32>> = (0..3).map(|first| (10 + first..50 + first).collect()).collect();
+    let ensured: Vec<Ensured> = texts.iter().map(|tokens| store.ensure_behind(&[1], tokens).unwrap()).collect();
+    for ensured in &ensured {
+        ensured.wait().unwrap();
+        assert!(ensured.is_settled() && store.chunks().unwrap().contains(&ensured.key));
+    }
+    let again = store.ensure_behind(&[1], &texts[0]).unwrap();
+    assert!(again.origin == Origin::Cached && again.key == ensured[0].key && again.is_settled());
 }

@@ -103,14 +103,28 @@ impl Service {
     ) -> Result<Page<Attachment>> {
         let info = self.store_info(store)?;
         let Some(catalog) = self.library.catalog()? else { return Err(no_file(store)) };
-        let mut all = self.attachments(&catalog, store)?;
-        if state.is_none_or(|state| state == AttachmentState::Completed) {
-            for id in plain_documents(&catalog, &info)? {
-                all.extend(catalog.document(&id)?.map(|document| Attachment::of_document(store, &document)));
+        let wanted = |found: AttachmentState| state.is_none_or(|state| found == state);
+        let attached = self.attachments(&catalog, store)?.into_iter().filter(|attachment| wanted(attachment.state));
+        let mut all: Vec<(String, Option<Attachment>)> =
+            attached.map(|attachment| (attachment.file.clone(), Some(attachment))).collect();
+        if wanted(AttachmentState::Completed) {
+            all.extend(plain_documents(&catalog, &info)?.iter().map(|id| (id.to_string(), None)));
+        }
+        // Rows of documents are read for those of the page alone.
+        let page = page.of(all, |(file, _): &(String, Option<Attachment>)| file);
+        let mut data = Vec::with_capacity(page.data.len());
+        for (file, attachment) in page.data {
+            match attachment {
+                Some(attachment) => data.push(attachment),
+                // One that was removed meanwhile is none.
+                None => data.extend(
+                    plain_document(&catalog, &info, &file)
+                        .ok()
+                        .map(|document| Attachment::of_document(store, &document)),
+                ),
             }
         }
-        all.retain(|attachment| state.is_none_or(|state| attachment.state == state));
-        Ok(page.of(all, |attachment: &Attachment| &attachment.file))
+        Ok(Page { data, has_more: page.has_more })
     }
 
     /// Replaces what a client keeps at a file of a store.

@@ -12,7 +12,7 @@ use engine::EngineError;
 
 use super::attachments::{all_keys, find_waiting, with_attributes};
 use super::{Attachment, AttachmentState, Chunking, Service, StaticChunking};
-use crate::store::Origin;
+use crate::store::{Ensured, Origin};
 use settings::{QuireError, Result};
 
 /// How long a file that was read waits for others to be committed with it, and bytes of their texts, about: a commit costs as
@@ -107,20 +107,26 @@ impl Service {
     /// Has the state of passages in the chunk store. One that does not take it, as on a full disk, leaves that to their first
     /// use.
     fn compute_ahead(&self, passages: &[NewPassage], wanted: &dyn Fn() -> bool) -> Result<()> {
-        for passage in passages {
-            if !wanted() {
-                return Err(EngineError::Cancelled.into());
-            }
-            match self.store.ensure(&self.chunk_prefix, &self.with_suffix(&passage.tokens)) {
-                Ok((_, origin)) => self.metrics.chunk(origin == Origin::Cached),
-                Err(QuireError::Engine(error)) => return Err(error.into()),
-                Err(error) => {
-                    tracing::warn!(%error, "chunks of an attached file are not kept ahead: they are computed at their first use");
-                    return Ok(());
+        let compute = || -> Result<()> {
+            let mut written = Vec::with_capacity(passages.len());
+            for passage in passages {
+                if !wanted() {
+                    return Err(EngineError::Cancelled.into());
                 }
+                let ensured = self.store.ensure_behind(&self.chunk_prefix, &self.with_suffix(&passage.tokens))?;
+                self.metrics.chunk(ensured.origin == Origin::Cached);
+                written.push(ensured);
             }
+            written.iter().try_for_each(Ensured::wait)
+        };
+        match compute() {
+            Err(QuireError::Engine(error)) => Err(error.into()),
+            Err(error) => {
+                tracing::warn!(%error, "chunks of an attached file are not kept ahead: they are computed at their first use");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
-        Ok(())
     }
 
     fn limits_of(&self, chunking: Chunking) -> Limits {

@@ -38,18 +38,28 @@ pub struct StoreHit {
     pub found: Found,
 }
 
+/// What a search of a store found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StoreHits {
+    /// Passages, best first.
+    pub hits: Vec<StoreHit>,
+    /// Whether more passages fit than were asked for.
+    pub has_more: bool,
+}
+
 impl Service {
     /// The passages of a store that fit best, best first.
     ///
     /// # Errors
     /// [`settings::QuireError::NotFound`], an expired store, a failing index or catalog; `Cancelled` once `wanted` says no.
-    pub fn search_store(&self, id: &str, search: &StoreSearch, wanted: &dyn Fn() -> bool) -> Result<Vec<StoreHit>> {
+    pub fn search_store(&self, id: &str, search: &StoreSearch, wanted: &dyn Fn() -> bool) -> Result<StoreHits> {
         let info = self.live_store(id)?;
         let collection = self.library.collection(&info.name)?;
         let admits = |document: &DocumentInfo| admitted(document, search.filter.as_ref()).is_some();
         let mut best: HashMap<(DocumentId, u32), (f32, Found)> = HashMap::new();
         for query in &search.queries {
-            let found = collection.search_where(query, search.limit, &admits, wanted)?;
+            // One more tells whether there are more.
+            let found = collection.search_where(query, search.limit + 1, &admits, wanted)?;
             let top = found.first().map_or(1.0, |found| found.score.max(f32::MIN_POSITIVE));
             for found in found {
                 let score = found.score / top;
@@ -59,7 +69,8 @@ impl Service {
         }
         let mut ranked: Vec<(f32, Found)> = best.into_values().collect();
         ranked.retain(|(score, _)| *score >= search.score_threshold);
-        ranked.sort_by(|(a, x), (b, y)| b.total_cmp(a).then_with(|| (x.id, x.number).cmp(&(y.id, y.number))));
+        ranked.sort_by(|(a, x), (b, y)| b.total_cmp(a).then_with(|| (&x.path, x.number).cmp(&(&y.path, y.number))));
+        let has_more = ranked.len() > search.limit;
         ranked.truncate(search.limit);
         self.note_use(&info);
         let mut hits = Vec::with_capacity(ranked.len());
@@ -69,7 +80,7 @@ impl Service {
             let Some((file, filename, attributes)) = admitted(&document, search.filter.as_ref()) else { continue };
             hits.push(StoreHit { file, filename, score, attributes, found });
         }
-        Ok(hits)
+        Ok(StoreHits { hits, has_more })
     }
 }
 

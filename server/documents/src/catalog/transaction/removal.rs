@@ -248,6 +248,23 @@ impl Transaction<'_> {
         Ok(())
     }
 
+    /// Forgets what the removed name with this key stood for, as far as that is gone.
+    pub(in super::super) fn forget_removed_name(&mut self, key: Vec<u8>) -> Result<(), CatalogError> {
+        let row = self.batch.get(Family::Names, &key)?.unwrap_or_default();
+        let mut kept = Vec::new();
+        // A row that is damaged stands for nothing.
+        for entry in RemovedEntry::decode(&row).unwrap_or_default() {
+            if self.info(&entry.id)?.is_some_and(|info| info.removed.is_some() && info.content == entry.text) {
+                kept.push(entry);
+            }
+        }
+        match &kept[..] {
+            [] => self.batch.delete(Family::Names, key),
+            kept => self.batch.put(Family::Names, key, RemovedEntry::encode(kept)),
+        }
+        Ok(())
+    }
+
     /// Notes under which name a document was removed, and with which text.
     fn remember_name(&mut self, info: &DocumentInfo, name: &str) -> Result<(), CatalogError> {
         let mut entries = self.removed_entries(info.collection, name)?;

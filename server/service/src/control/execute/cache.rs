@@ -45,7 +45,7 @@ pub(super) fn execute(host: &Host, command: &CacheCommand, on_event: &mut dyn Fn
     Ok(())
 }
 
-fn totals(host: &Host, store: &Chunks<'_>) -> Result<CacheTotals> {
+fn totals(host: &Host, store: &Chunks) -> Result<CacheTotals> {
     let stats = store.stats();
     Ok(CacheTotals {
         chunks: stats.chunks,
@@ -63,7 +63,7 @@ fn totals(host: &Host, store: &Chunks<'_>) -> Result<CacheTotals> {
 }
 
 /// One a model whose chunks are or were stored.
-fn models(store: &Chunks<'_>) -> Vec<ModelShare> {
+fn models(store: &Chunks) -> Vec<ModelShare> {
     let known = store.models().into_iter();
     let share = |model: chunk_cache::ModelInfo| ModelShare {
         name: model.name,
@@ -79,7 +79,7 @@ fn models(store: &Chunks<'_>) -> Vec<ModelShare> {
     shares
 }
 
-fn list(store: &Chunks<'_>, on_event: &mut dyn FnMut(Event)) {
+fn list(store: &Chunks, on_event: &mut dyn FnMut(Event)) {
     let models = store.models();
     for (key, meta) in store.list() {
         on_event(Event::Cache(CacheEvent::Chunk(ListedChunk {
@@ -95,7 +95,7 @@ fn list(store: &Chunks<'_>, on_event: &mut dyn FnMut(Event)) {
     }
 }
 
-fn verify(host: &Host, store: &Chunks<'_>, repair: bool, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+fn verify(host: &Host, store: &Chunks, repair: bool, on_event: &mut dyn FnMut(Event)) -> Result<()> {
     // Whoever writes removes files while they are read here, which would look like damage.
     if !repair && host.has_others(&host.chunks_dir())? {
         return Err(Host::locked(&host.chunks_dir()));
@@ -122,7 +122,7 @@ fn verify(host: &Host, store: &Chunks<'_>, repair: bool, on_event: &mut dyn FnMu
     Ok(())
 }
 
-fn evicted(store: &Chunks<'_>, removed: u64, on_event: &mut dyn FnMut(Event)) {
+fn evicted(store: &Chunks, removed: u64, on_event: &mut dyn FnMut(Event)) {
     // The chunks are gone in any case: a disk too full to rewrite a file keeps some of their space for now.
     if let Err(error) = store.compact() {
         on_event(Event::Note(format!("not all of the space is free yet: {error}")));
