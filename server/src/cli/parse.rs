@@ -105,7 +105,10 @@ fn show_used(command: Command, path: &str, setting_name: fn(&str) -> String, set
             let group = sub.has_subcommands();
             let shown =
                 |arg: &Arg| !group && of_setting(arg).is_some_and(|setting| setting.is_used_by(&setting_name(&path)));
-            let own: Vec<Arg> = settings.iter().map(|arg| arg.clone().hide(!shown(arg))).collect();
+            // A flag of its own comes before a setting of the same name.
+            let taken: Vec<String> = sub.get_arguments().filter_map(|own| own.get_long()).map(str::to_string).collect();
+            let free = |arg: &&Arg| arg.get_long().is_none_or(|long| !taken.iter().any(|own| own == long));
+            let own: Vec<Arg> = settings.iter().filter(free).map(|arg| arg.clone().hide(!shown(arg))).collect();
             show_used(sub.args(own), &path, setting_name, settings)
         })
     })

@@ -309,7 +309,9 @@ fn beside(dir: &Path, ending: &str) -> PathBuf {
 
 /// Builds the index in `dir` again from the catalog. What lies there stays until the new one is whole.
 fn build_on_disk(catalog: &Catalog, info: &CollectionInfo, dir: &Path, wanted: &Derivation) -> Result<OpenIndex> {
-    if dir.exists() {
+    if OpenIndex::is_of_another_language(dir, wanted) {
+        tracing::info!(collection = info.name, "the search index is built again for another language");
+    } else if dir.exists() {
         tracing::warn!(collection = info.name, "the search index is built again from the catalog");
     }
     let (partial, whole) = (beside(dir, "partial"), beside(dir, "whole"));

@@ -143,6 +143,13 @@ impl OpenIndex {
         })
     }
 
+    /// Whether the index in `dir` was derived for another language than `wanted`, as somebody asked for since.
+    pub(super) fn is_of_another_language(dir: &Path, wanted: &Derivation) -> bool {
+        let payload = guarded(dir, || Ok(Index::open(IndexFolder::open(dir)?)?.load_metas()?.payload));
+        let found = payload.ok().flatten().and_then(|payload| serde_json::from_str::<Derivation>(&payload).ok());
+        found.is_some_and(|found| found.language != wanted.language)
+    }
+
     /// Makes an empty index in `dir`, whatever was there.
     pub(super) fn create(dir: &Path, derivation: Derivation) -> Result<OpenIndex> {
         remove_folder(dir)?;
