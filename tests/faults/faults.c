@@ -385,7 +385,9 @@ int rmdir(const char *name) { return unlinkat(AT_FDCWD, name, AT_REMOVEDIR); }
 
 int mkdirat(int folder, const char *name, mode_t mode) {
     char path[PATH_MAX];
-    if (!inside_at(folder, name, path)) return REAL(mkdirat)(folder, name, mode);
+    struct stat found;
+    /* One that is there needs nothing of the disk, and is there for whoever wants it. */
+    if (!inside_at(folder, name, path) || !lstat(path, &found)) return REAL(mkdirat)(folder, name, mode);
     ENTER(MKDIR, 0, -1);
     int result = REAL(mkdirat)(folder, name, mode);
     if (!result) note(MADE, path, 0, 0);

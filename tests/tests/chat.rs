@@ -212,7 +212,7 @@ fn on_a_terminal() {
     let mut command = Command::new(python("pty"));
     command.arg(root().join("tests/chat_terminal.py")).arg(words.get_program()).args(words.get_args());
     support::clean(&mut command, &dir.path().join("data"));
-    command.env("TERM", "xterm");
+    command.envs(words.get_envs().filter_map(|(key, value)| Some((key, value?)))).env("TERM", "xterm");
     let history = dir.path().join("state/quire/chat_history");
     let private = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o077 == 0;
     assert_eq!(succeed(&mut command).trim(), "ok");

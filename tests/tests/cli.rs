@@ -47,6 +47,7 @@ fn a_result_that_has_nowhere_to_go_is_a_failure() {
         let inner = quire(&data);
         let mut command = Command::new("sh");
         clean(&mut command, &data);
+        command.envs(inner.get_envs().filter_map(|(key, value)| Some((key, value?))));
         command.args(["-c", "exec \"$@\" >&-", "sh"]).arg(inner.get_program()).args(inner.get_args()).args(words);
         fail(&mut command, 1, &["could not be written to standard output", "closed"]);
     }

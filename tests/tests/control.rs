@@ -57,7 +57,8 @@ fn timeless(line: &str) -> String {
     let is_unit = |word: Option<&&str>| word.is_some_and(|word| ["s", "ms"].contains(&word.trim_end_matches(';')));
     let kept =
         words.iter().enumerate().filter(|(at, word)| word.parse::<f64>().is_err() || !is_unit(words.get(at + 1)));
-    kept.map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
+    // The unit is that of the number.
+    kept.map(|(_, word)| if is_unit(Some(word)) { "s" } else { *word }).collect::<Vec<_>>().join(" ")
 }
 
 fn without_times(value: Value) -> Value {

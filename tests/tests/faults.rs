@@ -210,7 +210,7 @@ fn a_server_whose_disk_is_full_for_a_while_takes_documents_again_and_loses_none(
                 acknowledged.push(format!("{name}.txt"));
             }
         }
-        support::fail(quire(&data).arg("ingest").arg(note(&name)), 1, &["No space left"]);
+        support::fail(quire(&data).arg("ingest").arg(note(&name)), 1, &["no storage space", "Free some space"]);
         let refused = [upload(), post("/v1/vector_stores", json!({"name": "x"}))];
         for refused in refused {
             assert_eq!(
@@ -304,12 +304,12 @@ fn catalog_fails(errno: i32, part: &str) {
 
 #[test]
 fn a_catalog_whose_disk_is_full_for_a_while_loses_nothing_and_goes_on() {
-    catalog_fails(28, "No space left");
+    catalog_fails(28, "no storage space");
 }
 
 #[test]
 fn a_catalog_whose_disk_has_errors_for_a_while_loses_nothing_and_goes_on() {
-    catalog_fails(5, "");
+    catalog_fails(5, "Input/output error");
 }
 
 fn drill(case: &str, kills: usize) -> Value {

@@ -387,7 +387,7 @@ impl<'a> Run<'a> {
                 new().map(|document| Ok(transaction.put(collection, document)?.kind.into())).collect()
             })?;
             states = put;
-            self.service.release_chunks()?;
+            self.service.let_chunks_go();
         }
         let mut states = states.into_iter();
         for Waiting { path, document, chunks, computed } in waiting {
@@ -424,7 +424,7 @@ impl<'a> Run<'a> {
             let ((), _) = self.writer.change(|transaction, collection| {
                 some.iter().try_for_each(|name| transaction.remove_name(collection, name).map(|_| ()))
             })?;
-            self.service.release_chunks()?;
+            self.service.let_chunks_go();
             self.report.removed += some.len();
             for name in some {
                 (self.on_event)(&IngestEvent::Removed { path: Path::new(name) });

@@ -256,7 +256,9 @@ impl Service {
     /// As [`manage_documents`].
     pub fn manage_documents(&self, command: &DocumentsCommand, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
         let done = manage_documents(&self.library, command, &|| self.release_chunks(), on_event);
-        self.release_chunks()?;
+        if !matches!(command, DocumentsCommand::List { .. } | DocumentsCommand::Collections) {
+            self.let_chunks_go();
+        }
         if matches!(command, DocumentsCommand::Restore { names, .. } if names.is_empty()) {
             // Files that waited to be read when their store was removed wait again.
             self.queue_waiting()?;

@@ -262,7 +262,7 @@ impl Service {
     }
 
     /// Tells the chunk store of chunks that no document needs any more. Where that fails, it is told with the next change.
-    fn let_chunks_go(&self) {
+    pub(crate) fn let_chunks_go(&self) {
         if let Err(error) = self.release_chunks() {
             tracing::warn!(%error, "the chunk store could not be told of chunks that no document needs any more");
         }

@@ -245,7 +245,7 @@ impl Catalog {
                 break;
             }
         }
-        if self.access() == Access::Write {
+        if self.access() == Access::Write && !wanted.is_empty() {
             self.store.write(wanted, false)?;
         }
         Ok(chunks)
