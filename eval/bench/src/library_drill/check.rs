@@ -51,7 +51,9 @@ pub(super) fn check_erased(data: &Path, known: &Known, report: &mut LibraryDrill
             let bytes =
                 std::fs::read(&path).map_err(|source| QuireError::Io { action: "read", path: path.clone(), source })?;
             for content in markers(&bytes).intersection(&known.erased) {
-                report.problem(format!("content {content} was removed for good and stands in {}", path.display()));
+                report
+                    .found
+                    .problem(format!("content {content} was removed for good and stands in {}", path.display()));
             }
         }
     }
