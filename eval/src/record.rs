@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::{EvalError, Result};
 
@@ -253,19 +253,38 @@ pub(crate) fn latest(records: Vec<Record>) -> Vec<Record> {
     kept
 }
 
+/// What a line of a file need not repeat from the line of the same run before it.
+const OF_A_RUN: [&str; 5] = ["command", "commit", "machine", "date", "config"];
+
 fn read_file(path: &Path) -> Result<Vec<Record>> {
     let text = fs::read_to_string(path).map_err(EvalError::io("read", path))?;
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(at, line)| {
-            serde_json::from_str(line).map_err(|e| EvalError::BadLine {
-                path: path.to_owned(),
-                line: at + 1,
-                expected: "a record (bench, case, metric, unit, value, samples, command, commit, machine, date, run)",
-                reason: e.to_string(),
-            })
-        })
-        .collect()
+    let mut runs: HashMap<String, Map<String, Value>> = HashMap::new();
+    let mut records = Vec::new();
+    for (at, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let record = read_line(line, &mut runs).map_err(|e| EvalError::BadLine {
+            path: path.to_owned(),
+            line: at + 1,
+            expected: "a record (bench, case, metric, unit, value, samples, run; and command, commit, machine, date, unless \
+                       a line above it has them for the same run)",
+            reason: e.to_string(),
+        })?;
+        records.push(record);
+    }
+    Ok(records)
+}
+
+/// `runs` has the last line of each run, of which this one may leave out what it shares.
+fn read_line(line: &str, runs: &mut HashMap<String, Map<String, Value>>) -> serde_json::Result<Record> {
+    let mut fields: Map<String, Value> = serde_json::from_str(line)?;
+    let run = fields.get("run").and_then(Value::as_str).unwrap_or_default().to_owned();
+    if let Some(before) = runs.get(&run) {
+        for name in OF_A_RUN.iter().filter(|name| before.contains_key(**name)) {
+            fields.entry(*name).or_insert_with(|| before[*name].clone());
+        }
+    }
+    let record = Record::deserialize(&fields)?;
+    runs.insert(run, fields);
+    Ok(record)
 }
 
 fn check(record: &Record) -> Result<()> {
@@ -331,6 +350,36 @@ mod tests {
             commit: Some("abc".into()),
         };
         RunInfo::start(&output).with_config(json!({"threads": 2}))
+    }
+
+    #[test]
+    fn a_line_has_what_it_leaves_out_from_the_line_of_its_run_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let full = |run: &str, case: &str, size: usize| {
+            let info = RunInfo { run: run.into(), ..info(dir.path()) }.with_config(json!({"size": size}));
+            info.record("decode", case, "ms", "ms", 1.5, 3)
+        };
+        let records = [full("a", "1", 1), full("b", "2", 2), full("a", "3", 1), full("a", "4", 7), full("a", "5", 7)];
+        let short = |record: &Record, without: &[&str]| {
+            let mut value = serde_json::to_value(record).unwrap();
+            without.iter().for_each(|name| drop(value.as_object_mut().unwrap().shift_remove(*name)));
+            value.to_string()
+        };
+        let rest = ["command", "commit", "machine", "date", "floor", "peers"];
+        let lines = [
+            short(&records[0], &[]),
+            short(&records[1], &[]),
+            short(&records[2], &[&rest[..], &["config"]].concat()),
+            short(&records[3], &rest),
+            short(&records[4], &[&rest[..], &["config"]].concat()),
+        ];
+        let path = dir.path().join("decode.jsonl");
+        fs::write(&path, lines.join("\n")).unwrap();
+        assert_eq!(RecordLog::new(dir.path()).read_all().unwrap(), records);
+        // Nobody knows what a run was that no line tells of.
+        fs::write(&path, &lines[2]).unwrap();
+        let error = RecordLog::new(dir.path()).read_all().unwrap_err().to_string();
+        assert!(error.contains("line 1") && error.contains("same run") && error.contains("command"), "{error}");
     }
 
     #[test]
