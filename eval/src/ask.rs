@@ -66,6 +66,8 @@ impl<'a> Material<'a> {
 pub(crate) struct Answer {
     pub(crate) text: String,
     pub(crate) ids: Vec<u32>,
+    /// The model's logits in the place of each of these, where the request asks for them.
+    pub(crate) logits: Vec<Vec<f32>>,
     /// From handing the request in to holding its first token.
     pub(crate) first_seconds: f64,
     /// From holding the first token to holding the last.
@@ -82,7 +84,7 @@ pub(crate) fn ask(engine: &Engine, request: Request) -> Result<Answer> {
 }
 
 fn follow(events: &mut EventStream, start: Instant) -> Result<Answer> {
-    let (mut text, mut ids, mut prefill) = (String::new(), Vec::new(), None);
+    let (mut text, mut ids, mut logits, mut prefill) = (String::new(), Vec::new(), Vec::new(), None);
     let (mut first, mut last) = (None, start);
     while let Some(event) = events.blocking_next() {
         match event {
@@ -92,6 +94,9 @@ fn follow(events: &mut EventStream, start: Instant) -> Result<Answer> {
                 first.get_or_insert(last);
                 text.push_str(&token.text);
                 ids.push(token.id);
+                if !token.logits.is_empty() {
+                    logits.push(token.logits);
+                }
             }
             Event::Finished(finished) => {
                 text.push_str(&finished.text);
@@ -99,6 +104,7 @@ fn follow(events: &mut EventStream, start: Instant) -> Result<Answer> {
                 return Ok(Answer {
                     text,
                     ids,
+                    logits,
                     first_seconds: (first - start).as_secs_f64(),
                     rest_seconds: last.saturating_duration_since(first).as_secs_f64(),
                     prefill: prefill.ok_or(EvalError::Interrupted { when: "before its prompt was read" })?,

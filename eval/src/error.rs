@@ -29,6 +29,29 @@ pub enum EvalError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file of published questions does not have the expected form.
+    #[error("{}: expected {expected}, but {reason}; name a file of that form", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        expected: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file of answers belongs to another run.
+    #[error(
+        "{} holds answers of another run: they were given under {found}, this run has {wanted}; name another file, or remove this one",
+        path.display()
+    )]
+    OtherAnswers {
+        /// The file.
+        path: PathBuf,
+        /// Its settings.
+        found: String,
+        /// Those of this run.
+        wanted: String,
+    },
     /// An option names something that does not exist.
     #[error("unknown {what} `{name}`: known are {known}")]
     UnknownName {

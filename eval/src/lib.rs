@@ -4,7 +4,8 @@
 //!
 //! * [`run_quality`] asks questions over contexts of chunks under every way of serving them (full attention, window,
 //!   retrieval, reuse of chunks with and without repair) and judges the answers. Contexts come from
-//!   [`DataSource::Generated`] (made here, seeded) or from the reference model's evaluation files.
+//!   [`DataSource::Generated`] (made here, seeded) or from files; [`make_data`] makes such files of published questions over
+//!   passages. Beside full recompute it says what each configuration loses, question by question ([`Paired`]).
 //! * [`bench_prefill`] and [`bench_decode`] time the engine side by side with Hugging Face transformers and against the
 //!   floor that [`bench_membw`]'s rates set; [`bench_blend`] times cached contexts against recomputed ones.
 //! * [`bench_batch_decode`] times batches of answers against the floor of the engine's device, [`bench_mixed_load`]
@@ -49,7 +50,7 @@ pub use drill::{DrillOptions, DrillReport, drill_bitflips, drill_full_disk};
 pub use error::{EvalError, Result};
 pub use faults::{FaultsOptions, FaultsReport, bench_faults};
 pub use progress::Progress;
-pub use quality::{Agreement, Cell, Cost, QualityOptions, QualityReport, config_names, run_quality};
+pub use quality::{Agreement, Cell, Cost, Paired, QualityOptions, QualityReport, config_names, run_quality};
 pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};
 pub use report::{markdown_report, write_report};
 pub use speed::{
@@ -60,9 +61,9 @@ pub use speed::{
     bench_decode, bench_index, bench_membw, bench_mixed_load, bench_prefill, bench_store, time_decode_peers,
     write_checkpoint,
 };
-pub use stats::{mean, median, percentile, wilson95};
+pub use stats::{bootstrap_mean95, mean, median, percentile, wilson95};
 pub use tasks::{
-    Context, DataSource, GENERATED_TASKS, GenerateOptions, Question, Score, Size, generate, load_files,
-    normalize_squad, reference_outputs, score, task_names,
+    Context, DataSource, GENERATED_TASKS, GenerateOptions, MadeData, MakeOptions, Question, Score, Size, generate,
+    load_files, make_data, normalize_squad, reference_outputs, score, task_names, write_contexts,
 };
 pub use templates::{TemplateDifference, TemplateOptions, TemplateReport, bench_templates};

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::error::{EvalError, Result};
-use crate::quality::config_names;
+use crate::quality::config_place;
 use crate::record::{Record, RecordLog, latest};
 use crate::stats::wilson95;
 use crate::tasks::task_names;
@@ -40,7 +40,7 @@ pub(crate) fn records_table(records: &[Record]) -> String {
 pub fn markdown_report(records: &[Record]) -> String {
     let records = latest(records.to_vec());
     let mut text = String::from(
-        "# Measured results\n\nGenerated from the records in `eval/results/` by `quire-bench report`; do not edit. Each record names the \
+        "# Measured results\n\nGenerated from the records in `eval/results/` by `quire bench report`; do not edit. Each record names the \
          command, the commit and the settings that it was measured with. A later record supersedes an earlier one of the \
          same bench, case, metric and machine.\n",
     );
@@ -134,8 +134,10 @@ fn origin(records: &[&Record]) -> String {
 /// Task, length and configuration, and what was recorded.
 type Row<'a> = (Vec<&'a str>, &'a Record);
 
-/// Quality as one table for each data source and metric.
+/// Quality as one table for each data source and metric, where it was recorded by task and length; comparisons with full
+/// recompute as one table for each model and data.
 pub(crate) fn quality(records: &[&Record]) -> String {
+    let (compared, records): (Vec<&Record>, Vec<&Record>) = records.iter().partition(|record| record.unit != "%");
     let mut tables: BTreeMap<(&str, &str), Vec<Row<'_>>> = BTreeMap::new();
     for record in records {
         let parts: Vec<&str> = record.case.split('/').collect();
@@ -148,6 +150,50 @@ pub(crate) fn quality(records: &[&Record]) -> String {
         let _ = writeln!(text, "\n### {} in %, {data}\n", metric.replace('_', " "));
         text += &pivot(&rows, metric == "exact_match");
     }
+    text + &compared_with_full(&compared)
+}
+
+/// Metrics of a comparison with full recompute, in the order of columns.
+const COMPARED: [&str; 9] = [
+    "f1",
+    "exact",
+    "f1_loss",
+    "f1_loss_lower95",
+    "f1_loss_upper95",
+    "kl_mean",
+    "same_share",
+    "kept_share",
+    "charged_share",
+];
+
+/// Model and data (`qwen15/xquad10`) as a table, tasks (where there are several) and configurations down, metrics across.
+fn compared_with_full(records: &[&Record]) -> String {
+    type Lines<'a> = BTreeMap<(&'a str, usize, &'a str), (usize, BTreeMap<&'a str, f64>)>;
+    let mut tables: BTreeMap<String, Lines<'_>> = BTreeMap::new();
+    for record in records {
+        let (data, task, config) = match record.case.split('/').collect::<Vec<_>>()[..] {
+            [model, data, config] => (format!("{model}/{data}"), "all", config),
+            [model, data, task, config] => (format!("{model}/{data}"), task, config),
+            _ => continue,
+        };
+        let lines = tables.entry(data).or_default();
+        let (n, metrics) = lines.entry((task, config_place(config), config)).or_default();
+        *n = record.samples.max(*n);
+        metrics.insert(&record.metric, record.value);
+    }
+    let mut text = String::new();
+    for (data, lines) in tables {
+        let _ = writeln!(
+            text,
+            "\n### Beside full recompute: {data}\n\n| task | configuration | n | {} |\n|---|---|---|{}",
+            COMPARED.join(" | "),
+            "---|".repeat(COMPARED.len())
+        );
+        for ((task, _, config), (n, metrics)) in lines {
+            let cells = COMPARED.map(|metric| metrics.get(metric).map_or("-".into(), |value| number(*value)));
+            let _ = writeln!(text, "| {task} | {config} | {n} | {} |", cells.join(" | "));
+        }
+    }
     text
 }
 
@@ -156,16 +202,15 @@ type Cells<'a> = BTreeMap<&'a str, &'a Record>;
 
 /// Tasks and lengths down, configurations across.
 fn pivot(rows: &[Row<'_>], intervals: bool) -> String {
-    let known = config_names();
-    let place = |names: &[&str], name: &str| names.iter().position(|n| *n == name).unwrap_or(names.len());
+    let task_place = |name: &str| task_names().iter().position(|n| *n == name).unwrap_or(task_names().len());
     let mut columns: BTreeSet<(usize, &str)> = BTreeSet::new();
     // In the order of tasks, then of sizes.
     let mut lines: BTreeMap<(usize, &str, usize, &str), Cells<'_>> = BTreeMap::new();
     for (parts, record) in rows {
         if let [task, size, config] = parts[..] {
-            columns.insert((place(&known, config), config));
+            columns.insert((config_place(config), config));
             let order = size.trim_end_matches('p').parse().unwrap_or(usize::MAX);
-            lines.entry((place(task_names(), task), task, order, size)).or_default().insert(config, record);
+            lines.entry((task_place(task), task, order, size)).or_default().insert(config, record);
         }
     }
     let header: Vec<&str> = columns.iter().map(|(_, name)| *name).collect();
@@ -228,6 +273,26 @@ mod tests {
         assert!(text.contains("| kv | 1024 | 16 | 100.0 (81 to 100) | 25.0 (10 to 49) |"), "{text}");
         assert!(!text.contains("50.0"), "{text}");
         assert!(text.contains("`quire x`"));
+    }
+
+    #[test]
+    fn comparisons_with_full_are_tables_of_their_own() {
+        let info = info();
+        let record = |case: &str, metric: &str, value| info.record("quality", case, metric, "ratio", value, 600);
+        let text = markdown_report(&[
+            record("qwen15/lists4k/reuse", "kept_share", 0.25),
+            record("qwen15/lists4k/full", "f1", 0.5),
+            record("qwen15/lists4k/reuse", "f1", 0.125),
+            record("qwen15/lists4k/ruler_vt/reuse", "f1", 0.75),
+            info.record("quality", "files/kv/1024/full", "exact_match", "%", 100.0, 16),
+        ]);
+        let table = "### Beside full recompute: qwen15/lists4k\n\n| task | configuration | n | f1 | exact | f1_loss | f1_loss_lower95 | \
+                     f1_loss_upper95 | kl_mean | same_share | kept_share | charged_share |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n\
+                     | all | full | 600 | 0.5 | - | - | - | - | - | - | - | - |\n\
+                     | all | reuse | 600 | 0.125 | - | - | - | - | - | - | 0.25 | - |\n\
+                     | ruler_vt | reuse | 600 | 0.75 |";
+        assert!(text.contains(table), "{text}");
+        assert!(text.contains("| kv | 1024 | 16 | 100.0"), "{text}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use quire::cli::CommonArgs;
 use settings::Named;
 
 use super::library::LibraryArgs;
-use super::quality::EvalArgs;
+use super::quality::{EvalArgs, QuestionsArgs};
 use super::store_args::{CrashArgs, StoreArgs};
 
 /// Where measurements are recorded.
@@ -54,6 +54,8 @@ pub(crate) struct Cli {
 pub(crate) enum BenchCommand {
     /// Quality of answers, per task, length and configuration
     Eval(EvalArgs),
+    /// Make questions over passages of XQuAD or MuSiQue, for `eval --data`
+    Questions(QuestionsArgs),
     /// Reading prompts, beside transformers
     Prefill(SpeedArgs),
     /// Writing answers, beside transformers and the floor of bytes; one at a time, or with --batch many

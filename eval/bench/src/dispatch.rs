@@ -32,6 +32,7 @@ use settings::{QuireError, Settings};
 pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Result<()> {
     match command {
         BenchCommand::Eval(args) => quality::run(settings, args, out),
+        BenchCommand::Questions(args) => quality::make_questions(args, out),
         BenchCommand::Prefill(args) => speed(settings, args, out, Kind::Prefill),
         BenchCommand::Decode(args) if args.batch.is_empty() => speed(settings, args.speed, out, Kind::Decode),
         BenchCommand::Decode(args) => load::batch_decode(settings, *args, out),

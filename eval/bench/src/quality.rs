@@ -1,15 +1,17 @@
 //! `quire-bench eval`: the quality tasks, from the command line to their options.
 
+use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use engine::{Engine, EngineConfig};
-use eval::{Output, Progress, QualityOptions, run_quality};
+use eval::{MadeData, MakeOptions, Output, Progress, QualityOptions, make_data, run_quality, write_contexts};
 use indicatif::ProgressBar;
 
 use super::args::RecordArgs;
 use crate::error::Result;
-use quire::cli::Out;
 use quire::cli::safe;
+use quire::cli::{Out, count};
 use settings::{QuireError, Settings};
 
 /// What of quality is measured.
@@ -24,7 +26,7 @@ pub(crate) struct EvalArgs {
     /// Context lengths in tokens, separated by commas [default: all up to --max-length]
     #[arg(long, value_delimiter = ',')]
     pub(crate) lengths: Vec<usize>,
-    /// Configurations, separated by commas [default: all]
+    /// Configurations, separated by commas: full, default, reuse, cacheblend-15, ... [default: all but default]
     #[arg(long, value_delimiter = ',')]
     pub(crate) configs: Vec<String>,
     /// Questions of a task and length at most
@@ -39,9 +41,15 @@ pub(crate) struct EvalArgs {
     /// Seed of generated questions
     #[arg(long)]
     pub(crate) seed: Option<u64>,
-    /// Write all answers to this file
+    /// Keep all answers in this file, and go on behind those that are there
     #[arg(long, value_name = "FILE")]
     pub(crate) answers: Option<PathBuf>,
+    /// End after so many seconds, behind a whole context
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) time_limit: Option<u64>,
+    /// Record the comparison with `full` under this name, such as qwen15/xquad10, instead of tasks and lengths
+    #[arg(long, value_name = "MODEL/DATA")]
+    pub(crate) case: Option<String>,
     /// Records.
     #[command(flatten)]
     pub(crate) records: RecordArgs,
@@ -63,6 +71,8 @@ pub(super) fn run(settings: &Settings, args: EvalArgs, out: &Out) -> Result<()> 
         window: settings.window,
         ef: settings.ef,
         answers: args.answers,
+        time_limit: args.time_limit.map(Duration::from_secs),
+        case: args.case,
         output: output(&args.records)?,
     };
     // What is measured is the index, not how soon it is ready.
@@ -75,6 +85,47 @@ pub(super) fn run(settings: &Settings, args: EvalArgs, out: &Out) -> Result<()> 
         out.line(report.table());
     }
     Ok(())
+}
+
+/// What questions are made, and of what.
+#[derive(Debug, clap::Args)]
+pub(crate) struct QuestionsArgs {
+    /// xquad10, xquad10-small, musique10 or lists4k
+    #[arg(value_name = "KIND")]
+    pub(crate) data: MadeData,
+    /// The published file: in SQuAD's format, or MuSiQue's list
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from: PathBuf,
+    /// Where the questions go, as JSON lines for `eval --data`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Questions of the file, counted from 0, with no passages but theirs [default: all]
+    #[arg(long, value_name = "FROM..TO", value_parser = range)]
+    pub(crate) questions: Option<Range<usize>>,
+    /// Contexts of each task, of lists4k
+    #[arg(long, default_value_t = 40)]
+    pub(crate) samples: usize,
+    /// Seed of all that is drawn
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+/// Makes questions over passages of published data.
+pub(super) fn make_questions(args: QuestionsArgs, out: &Out) -> Result<()> {
+    let QuestionsArgs { data, from, out: path, questions, samples, seed } = args;
+    let contexts = make_data(&MakeOptions { data, from, questions, samples, seed })?;
+    write_contexts(&path, &contexts)?;
+    if out.json {
+        out.value(&serde_json::json!({"questions": contexts.len(), "file": path}));
+    } else {
+        out.line(format!("{} in {}", count(contexts.len(), "question"), path.display()));
+    }
+    Ok(())
+}
+
+fn range(text: &str) -> std::result::Result<Range<usize>, String> {
+    let ends = text.split_once("..").and_then(|(from, to)| Some(from.parse().ok()?..to.parse().ok()?));
+    ends.ok_or_else(|| format!("expected FROM..TO, such as 590..1190, found `{text}`"))
 }
 
 /// `generated`, or a path.

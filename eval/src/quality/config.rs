@@ -4,108 +4,142 @@ use ann_index::IndexKind;
 use engine::{AttentionConfig, BlendConfig, BlendMode, Strategy};
 
 use super::QualityOptions;
+use crate::error::{EvalError, Result};
 
-/// Names in the order of tables, how the context is made, and how question and answer attend it. `full` stands for
-/// `full-recompute` too: they are the same computation.
-const CONFIGS: [(&str, Blend, Strategy, IndexKind); 9] = [
-    ("full", Blend::Full, Strategy::Full, IndexKind::Flat),
-    ("window", Blend::Full, Strategy::Window, IndexKind::Flat),
-    ("retrieval-flat", Blend::Full, Strategy::Retrieval, IndexKind::Flat),
-    ("retrieval-hnsw", Blend::Full, Strategy::Retrieval, IndexKind::Hnsw),
-    ("reuse", Blend::Reuse, Strategy::Full, IndexKind::Flat),
-    ("cacheblend-5", Blend::Percent(5), Strategy::Full, IndexKind::Flat),
-    ("cacheblend-15", Blend::Percent(15), Strategy::Full, IndexKind::Flat),
-    ("cacheblend-30", Blend::Percent(30), Strategy::Full, IndexKind::Flat),
-    ("cacheblend-50", Blend::Percent(50), Strategy::Full, IndexKind::Flat),
+/// Names in the order of tables. `full` stands for `full-recompute` too: they are the same computation.
+const NAMES: [&str; 10] = [
+    FULL,
+    "window",
+    "retrieval-flat",
+    "retrieval-hnsw",
+    "default",
+    "reuse",
+    "cacheblend-5",
+    "cacheblend-15",
+    "cacheblend-30",
+    "cacheblend-50",
 ];
 
-/// Left out unless named: its answers are those of `retrieval-flat` up to the recall of the graph, and it is slow to
-/// build for contexts that are asked once.
-const ON_DEMAND: &str = "retrieval-hnsw";
+/// The configuration that all others are compared with.
+pub(crate) const FULL: &str = "full";
 
-/// The names of all configurations, in the order of tables.
+/// Left out unless named. The answers of `retrieval-hnsw` are those of `retrieval-flat` up to the recall of the graph, which is
+/// slow to build for contexts that are asked once.
+const ON_DEMAND: [&str; 2] = ["retrieval-hnsw", "default"];
+
+/// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a way of blending and the share of the
+/// cached tokens that it recomputes, such as `cacheblend-10`.
 #[must_use]
 pub fn config_names() -> Vec<&'static str> {
-    CONFIGS.iter().map(|config| config.0).collect()
+    NAMES.to_vec()
 }
 
-/// How the KV of a context is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Blend {
-    Full,
-    Reuse,
-    /// Of the tokens, recomputed.
-    Percent(u8),
-}
-
-impl Blend {
-    /// Whether the chunks' own KV is needed.
-    pub(super) fn uses_chunks(self) -> bool {
-        self != Blend::Full
-    }
-
-    pub(super) fn settings(self) -> BlendConfig {
-        let (mode, ratio) = match self {
-            Blend::Full => (BlendMode::FullRecompute, 1.0),
-            Blend::Reuse => (BlendMode::Reuse, 0.0),
-            Blend::Percent(percent) => (BlendMode::CacheBlend, f32::from(percent) / 100.0),
-        };
-        BlendConfig { mode, ratio, ..BlendConfig::default() }
-    }
+/// The place of a configuration in tables, behind all where it is not one of [`config_names`].
+pub(crate) fn place(name: &str) -> usize {
+    NAMES.iter().position(|known| *known == name).unwrap_or(NAMES.len())
 }
 
 /// One way of serving a context.
 #[derive(Debug, Clone)]
 pub(super) struct Config {
-    pub(super) name: &'static str,
-    pub(super) blend: Blend,
+    pub(super) name: String,
+    /// How the KV of a context is made.
+    pub(super) blend: BlendConfig,
     pub(super) attention: AttentionConfig,
 }
 
-/// The chosen configurations, those that share a context's KV side by side.
-pub(super) fn chosen(options: &QualityOptions) -> Vec<Config> {
-    let wanted = |name: &str| {
-        if options.configs.is_empty() { name != ON_DEMAND } else { options.configs.iter().any(|c| c == name) }
+impl Config {
+    /// Whether the chunks' own KV is needed.
+    pub(super) fn uses_chunks(&self) -> bool {
+        self.blend.mode != BlendMode::FullRecompute
+    }
+
+    /// Whether a context's KV is the same whatever is asked, so that questions can share it.
+    pub(super) fn is_shared(&self) -> bool {
+        matches!(self.blend.mode, BlendMode::FullRecompute | BlendMode::Reuse | BlendMode::CacheBlend)
+    }
+}
+
+/// The chosen configurations: `full` first, and those that share a context's KV side by side.
+///
+/// # Errors
+/// [`EvalError::UnknownName`].
+pub(super) fn chosen(options: &QualityOptions) -> Result<Vec<Config>> {
+    let all = || NAMES.iter().filter(|name| !ON_DEMAND.contains(name)).map(ToString::to_string).collect();
+    let mut names: Vec<String> = if options.configs.is_empty() { all() } else { options.configs.clone() };
+    names.sort_by_key(|name| place(name));
+    names.dedup();
+    names.into_iter().map(|name| config(name, options)).collect()
+}
+
+fn config(name: String, options: &QualityOptions) -> Result<Config> {
+    let full = BlendConfig { mode: BlendMode::FullRecompute, ..BlendConfig::default() };
+    let (blend, strategy, index) = match name.as_str() {
+        FULL => (full, Strategy::Full, IndexKind::Flat),
+        "window" => (full, Strategy::Window, IndexKind::Flat),
+        "retrieval-flat" => (full, Strategy::Retrieval, IndexKind::Flat),
+        "retrieval-hnsw" => (full, Strategy::Retrieval, IndexKind::Hnsw),
+        "default" => (BlendConfig::default(), Strategy::Full, IndexKind::Flat),
+        other => (blending(other).ok_or_else(|| unknown(other))?, Strategy::Full, IndexKind::Flat),
     };
-    let chosen = CONFIGS.into_iter().filter(|config| wanted(config.0));
-    chosen
-        .map(|(name, blend, strategy, index)| Config {
-            name,
-            blend,
-            attention: AttentionConfig {
-                strategy,
-                sinks: options.sinks,
-                window: options.window,
-                k: options.k,
-                ef: options.ef,
-                index,
-            },
-        })
-        .collect()
+    let attention =
+        AttentionConfig { strategy, sinks: options.sinks, window: options.window, k: options.k, ef: options.ef, index };
+    Ok(Config { name, blend, attention })
+}
+
+/// `reuse`, or a mode and the percentage that it recomputes.
+fn blending(name: &str) -> Option<BlendConfig> {
+    if name == "reuse" {
+        return Some(BlendConfig { mode: BlendMode::Reuse, ratio: 0.0, ..BlendConfig::default() });
+    }
+    let (mode, percent) = name.rsplit_once('-')?;
+    let (mode, percent) = (mode.parse().ok()?, percent.parse::<u8>().ok()?);
+    let fits = percent <= 100 && !matches!(mode, BlendMode::Reuse | BlendMode::FullRecompute);
+    fits.then(|| BlendConfig { mode, ratio: f32::from(percent) / 100.0, ..BlendConfig::default() })
+}
+
+fn unknown(name: &str) -> EvalError {
+    let known = format!("{}, and MODE-PERCENT for any mode of blending that recomputes a share", NAMES.join(", "));
+    EvalError::UnknownName { what: "configuration", name: name.into(), known }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
+    fn named(names: &[&str]) -> Result<Vec<Config>> {
+        let configs = names.iter().map(ToString::to_string).collect();
+        chosen(&QualityOptions { configs, ..QualityOptions::default() })
+    }
+
     #[test]
-    fn all_but_the_slow_one_by_default_and_any_by_name() {
-        let names = |options: &QualityOptions| chosen(options).iter().map(|c| c.name).collect::<Vec<_>>();
-        let all = names(&QualityOptions::default());
-        assert_eq!(all.len(), CONFIGS.len() - 1);
-        assert!(!all.contains(&ON_DEMAND));
-        let configs = vec![ON_DEMAND.to_owned(), "full".to_owned()];
-        assert_eq!(names(&QualityOptions { configs, ..QualityOptions::default() }), ["full", ON_DEMAND]);
+    fn all_but_the_ones_on_demand_by_default_and_any_by_name_with_full_first() {
+        let names = |configs: Vec<Config>| configs.into_iter().map(|c| c.name).collect::<Vec<_>>();
+        let all = names(named(&[]).unwrap());
+        assert_eq!(all.len(), NAMES.len() - ON_DEMAND.len());
+        assert!(ON_DEMAND.iter().all(|name| !all.contains(&name.to_string())));
+        let some = named(&["cacheblend-10", "retrieval-hnsw", "full", "reuse", "reuse"]).unwrap();
+        assert_eq!(names(some), ["full", "retrieval-hnsw", "reuse", "cacheblend-10"]);
     }
 
     #[test]
     fn ratios_are_what_the_names_say() {
-        for config in chosen(&QualityOptions::default()) {
-            if let Some(percent) = config.name.strip_prefix("cacheblend-") {
-                let settings = config.blend.settings();
-                assert_eq!(settings.mode, BlendMode::CacheBlend);
-                assert_eq!(format!("{:.0}", settings.ratio * 100.0), percent);
-            }
+        for (name, ratio) in [("cacheblend-15", 0.15), ("cacheblend-7", 0.07), ("cacheblend-100", 1.0)] {
+            let config = &named(&[name]).unwrap()[0];
+            assert_eq!((config.blend.mode, config.blend.ratio), (BlendMode::CacheBlend, ratio));
+            assert!(config.uses_chunks());
+        }
+        let config = &named(&["default"]).unwrap()[0];
+        assert_eq!(config.blend, BlendConfig::default());
+        assert!(!named(&["window"]).unwrap()[0].uses_chunks());
+    }
+
+    #[test]
+    fn other_names_are_refused_with_what_is_known() {
+        for name in ["fast", "cacheblend", "cacheblend-101", "cacheblend-x", "reuse-15", "full-recompute-5"] {
+            let error = named(&["full", name]).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("MODE-PERCENT"), "{error}");
         }
     }
 }

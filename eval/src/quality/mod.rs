@@ -1,16 +1,18 @@
 //! Answers to the tasks' questions under every way of serving a context.
 
+mod answers;
+mod beside;
 mod config;
+mod paired;
 mod report;
 mod run;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Write;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use engine::Engine;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::{EvalError, Result};
@@ -21,7 +23,11 @@ use crate::tasks::{
     task_names,
 };
 
+use answers::Answers;
+use beside::BesideFull;
 pub use config::config_names;
+pub(crate) use config::place as config_place;
+pub use paired::Paired;
 pub use report::{Agreement, Cell, Cost, QualityReport};
 
 /// What [`run_quality`] asks, and how.
@@ -34,7 +40,8 @@ pub struct QualityOptions {
     /// Lengths in tokens; empty: all up to `max_length` (generated: 1024 and 4096). Contexts measured in passages
     /// instead are asked only when this is empty.
     pub lengths: Vec<usize>,
-    /// Names of [`config_names`]; empty: all but `retrieval-hnsw`.
+    /// As [`config_names`] says; empty: all of these but `retrieval-hnsw` and `default`. Where `full` is one of them, all others are
+    /// compared with it question by question.
     pub configs: Vec<String>,
     /// Questions at most for each task and length.
     pub limit: Option<usize>,
@@ -52,8 +59,13 @@ pub struct QualityOptions {
     pub window: usize,
     /// Candidates of a graph search.
     pub ef: usize,
-    /// Every answer goes here, one JSON object a line.
+    /// Every answer goes here at once, one JSON object a line, and answers that are there are taken from it: a run that was
+    /// interrupted, or that asked fewer questions or configurations, is gone on with.
     pub answers: Option<PathBuf>,
+    /// Ends behind the context during which this time has passed; the report is about what was asked.
+    pub time_limit: Option<Duration>,
+    /// `MODEL/DATA`: what records of a comparison with `full` are of, instead of records by task and length.
+    pub case: Option<String>,
     /// Where records go.
     pub output: Output,
 }
@@ -74,60 +86,123 @@ impl Default for QualityOptions {
             window: 512,
             ef: 256,
             answers: None,
+            time_limit: None,
+            case: None,
             output: Output::default(),
         }
     }
 }
 
 /// One judged answer.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Judged {
+    /// Of the question and its context.
+    pub(crate) key: String,
     pub(crate) id: String,
     pub(crate) question_index: usize,
     pub(crate) task: String,
-    pub(crate) size: String,
-    #[serde(skip)]
-    pub(crate) order: Size,
-    pub(crate) config: &'static str,
+    #[serde(with = "size_text")]
+    pub(crate) size: Size,
+    pub(crate) config: String,
     pub(crate) output: String,
     pub(crate) answers: Vec<String>,
     pub(crate) exact: bool,
     pub(crate) part: f64,
+    pub(crate) cost: AnswerCost,
+    /// `None`: of `full`, or asked without it.
+    pub(crate) beside: Option<BesideFull>,
+}
+
+/// What an answer took.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct AnswerCost {
+    /// Whether the figures of the context are those of all its questions together.
+    pub(crate) shared: bool,
+    pub(crate) reused_tokens: usize,
+    pub(crate) recomputed_tokens: usize,
+    pub(crate) context_seconds: f64,
+    pub(crate) failed_chunks: usize,
+    pub(crate) charged_share: Option<f64>,
+    pub(crate) cold_keys: u64,
+    pub(crate) keys_scored: u64,
+    pub(crate) keys_attended: u64,
+}
+
+/// A size as tables show it.
+mod size_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::tasks::Size;
+
+    pub(super) fn serialize<S: Serializer>(size: &Size, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(size)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Size, D::Error> {
+        let text = String::deserialize(from)?;
+        let number = |text: &str| text.parse().map_err(D::Error::custom);
+        Ok(match text.strip_suffix('p') {
+            Some(count) => Size::Passages(number(count)?),
+            None => Size::Tokens(number(&text)?),
+        })
+    }
 }
 
 /// Asks every chosen question under every chosen configuration, one request a question. The KV of a context is made once for each
-/// way of making it, the KV of a chunk once.
+/// way of making it that does not depend on the question, the KV of a chunk once. Where `full` is among the configurations, each of the
+/// others is given the tokens of its answer and its distributions are compared; it answers itself where it would choose others.
 ///
 /// # Errors
-/// [`EvalError::UnknownName`] for tasks and configurations; those of reading data; those of the engine;
-/// [`EvalError::NothingToDo`].
+/// [`EvalError::UnknownName`] for tasks and configurations; [`EvalError::BadOption`] for a case without `full`; those of reading data
+/// and of the file of answers; those of the engine; [`EvalError::NothingToDo`].
 pub fn run_quality(
     engine: &Engine,
     options: &QualityOptions,
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<QualityReport> {
     check_names("task", &options.tasks, task_names())?;
-    check_names("configuration", &options.configs, &config_names())?;
+    let configs = config::chosen(options)?;
+    if let Some(case) = options.case.as_ref().filter(|_| configs.len() < 2 || configs[0].name != config::FULL) {
+        let (what, found) = ("the name of the records", format!("{case}, of a comparison with `full`"));
+        let expected = "that only with `full` and another configuration".into();
+        return Err(EvalError::BadOption { what, found, expected });
+    }
     let contexts = contexts(engine, options)?;
     let wanted = match &options.data {
         DataSource::Files(path) => reference_outputs(path)?,
         DataSource::Generated => BTreeMap::new(),
     };
-    let configs = config::chosen(options);
-    let info = RunInfo::start(&options.output).with_config(json!({
-        "data": options.data.to_string(), "seed": options.seed, "k": options.k, "sinks": options.sinks,
-        "window": options.window, "ef": options.ef, "threads": engine.threads(),
-        "kv": format!("{:?}", engine.kv_shape().dtype).to_lowercase(), "limit": options.limit,
-    }));
-    let mut sink = Sink::open(options.answers.clone())?;
+    let settings = json!({
+        "k": options.k, "sinks": options.sinks, "window": options.window, "ef": options.ef,
+        "kv": format!("{:?}", engine.kv_shape().dtype).to_lowercase(),
+    });
+    let mut answers = Answers::open(options.answers.as_deref(), &of_model(engine, &settings))?;
+    let mut used = settings;
+    used["data"] = options.data.to_string().into();
+    used["seed"] = options.seed.into();
+    used["limit"] = options.limit.into();
+    used["threads"] = engine.threads().into();
+    used["model"] = engine.numerics().into();
+    let info = RunInfo::start(&options.output).with_config(used);
     let questions: usize = contexts.iter().map(|context| context.questions.len()).sum();
     let cost = run::cost(&contexts, &configs);
+    let until = options.time_limit.map(|limit| Instant::now() + limit);
     let mut meter = Meter::new(questions * configs.len(), cost, progress);
     meter.say(format!("{questions} questions over {} contexts, {} configurations", contexts.len(), configs.len()));
-    let (judged, costs) = run::run(engine, &contexts, &configs, &mut meter, &mut |answer| sink.write(answer))?;
-    let report = QualityReport::new(&options.data, &judged, costs, &wanted, &info);
+    let judged = run::run(engine, &contexts, &configs, &mut answers, &mut meter, until)?;
+    let report = QualityReport::new(&options.data, options.case.as_deref(), &judged, &wanted, &info);
     info.write(&report.records)?;
     Ok(report)
+}
+
+/// All that an answer depends on beside question, context and configuration.
+fn of_model(engine: &Engine, settings: &serde_json::Value) -> serde_json::Value {
+    let mut all = settings.clone();
+    all["model"] = engine.model_fingerprint()[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>().into();
+    all["numerics"] = engine.numerics().into();
+    all["gpu"] = engine.gpu().into();
+    all["max_tokens"] = run::MAX_TOKENS.into();
+    all
 }
 
 /// The contexts that the options choose, with the questions they choose.
@@ -181,31 +256,28 @@ fn choose(contexts: Vec<Context>, options: &QualityOptions) -> Vec<Context> {
     chosen
 }
 
-/// The file of answers, if one is wanted.
-struct Sink(Option<(PathBuf, File)>);
-
-impl Sink {
-    fn open(path: Option<PathBuf>) -> Result<Sink> {
-        let Some(path) = path else {
-            return Ok(Sink(None));
-        };
-        let file = File::create(&path).map_err(EvalError::io("create", &path))?;
-        Ok(Sink(Some((path, file))))
-    }
-
-    fn write(&mut self, answer: &Judged) -> Result<()> {
-        let Some((path, file)) = &mut self.0 else {
-            return Ok(());
-        };
-        let line = serde_json::to_string(answer).unwrap_or_default();
-        writeln!(file, "{line}").map_err(EvalError::io("write", path.as_path()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::tasks::Question;
+
+    /// An answer to the question of a context.
+    pub(super) fn judged(id: &str, config: &str, output: &str, part: f64) -> Judged {
+        Judged {
+            key: format!("key of {id}"),
+            id: id.into(),
+            question_index: 0,
+            task: "kv".into(),
+            size: Size::Tokens(1024),
+            config: config.into(),
+            output: output.into(),
+            answers: vec!["1".into()],
+            exact: part == 1.0,
+            part,
+            cost: AnswerCost::default(),
+            beside: None,
+        }
+    }
 
     fn context(id: &str, size: Size, tasks: &[&str]) -> Context {
         let question = |(index, task): (usize, &&str)| Question {

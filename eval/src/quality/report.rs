@@ -1,14 +1,13 @@
 //! From judged answers to cells, a table and records.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use engine::{DecodeStats, PrefillStats};
 use serde::Serialize;
 
-use super::Judged;
-use super::run::Costs;
-use crate::quality::config_names;
+use super::config::{FULL, place};
+use super::paired::{self, Paired, paired};
+use super::{AnswerCost, Judged};
 use crate::record::{Record, RunInfo};
 use crate::report::quality;
 use crate::stats::wilson95;
@@ -38,7 +37,7 @@ pub struct Cell {
 /// What contexts of one size cost under one configuration.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Cost {
-    /// Contexts.
+    /// Contexts that were made: one for each question where they depend on it.
     pub contexts: usize,
     /// Context tokens whose cached state was used.
     pub reused_tokens: usize,
@@ -57,18 +56,18 @@ pub struct Cost {
 }
 
 impl Cost {
-    pub(super) fn context(&mut self, stats: &PrefillStats) {
+    fn context(&mut self, cost: &AnswerCost) {
         self.contexts += 1;
-        self.reused_tokens += stats.reused_tokens;
-        self.recomputed_tokens += stats.recomputed_tokens;
-        self.context_seconds += stats.seconds;
-        self.failed_chunks += stats.failed_chunks;
+        self.reused_tokens += cost.reused_tokens;
+        self.recomputed_tokens += cost.recomputed_tokens;
+        self.context_seconds += cost.context_seconds;
+        self.failed_chunks += cost.failed_chunks;
     }
 
-    pub(super) fn question(&mut self, stats: &DecodeStats) {
-        self.cold_keys += stats.cold_keys;
-        self.keys_scored += stats.keys_scored;
-        self.keys_attended += stats.keys_attended;
+    fn question(&mut self, cost: &AnswerCost) {
+        self.cold_keys += cost.cold_keys;
+        self.keys_scored += cost.keys_scored;
+        self.keys_attended += cost.keys_attended;
     }
 }
 
@@ -90,36 +89,39 @@ pub struct QualityReport {
     pub cells: Vec<Cell>,
     /// By size and configuration.
     pub costs: Vec<(String, String, Cost)>,
+    /// Configurations beside `full`, question by question; empty where it was not asked.
+    pub paired: Vec<Paired>,
     /// Comparison with recorded answers, where there are any.
     pub agreement: Option<Agreement>,
-    /// All of it as records.
+    /// What was recorded.
     pub records: Vec<Record>,
+    #[serde(skip)]
+    table: String,
 }
 
 impl QualityReport {
+    /// `case`: of records of the comparison, instead of those by task and length.
     pub(super) fn new(
         data: &DataSource,
+        case: Option<&str>,
         judged: &[Judged],
-        costs: Costs,
         wanted: &BTreeMap<(String, usize), String>,
         info: &RunInfo,
     ) -> QualityReport {
-        let cells = cells(judged);
-        let costs: Vec<(String, String, Cost)> =
-            costs.into_iter().map(|((size, config), cost)| (size.to_string(), config.to_owned(), cost)).collect();
-        let mut costs = costs;
-        let size = |size: &str| size.trim_end_matches('p').parse().unwrap_or(usize::MAX);
-        costs.sort_by_key(|(name, config, _)| (name.ends_with('p'), size(name), place(&config_names(), config)));
+        let (cells, costs, paired) = (cells(judged), costs(judged), paired(judged));
         let agreement = agreement(judged, wanted);
-        let records = records(data, &cells, &costs, agreement.as_ref(), info);
-        QualityReport { cells, costs, agreement, records }
+        let records = match case {
+            Some(case) => paired::records(case, &paired, info),
+            None => records(data, &cells, &costs, agreement.as_ref(), info),
+        };
+        let table = cells_table(data, &cells, info);
+        QualityReport { cells, costs, paired, agreement, records, table }
     }
 
-    /// The cells, the costs and the agreement as Markdown.
+    /// The cells, the costs, the comparison with `full` and the agreement as Markdown.
     #[must_use]
     pub fn table(&self) -> String {
-        let of_tasks = |r: &&Record| matches!(r.metric.as_str(), "exact_match" | "part_score");
-        let mut text = quality(&self.records.iter().filter(of_tasks).collect::<Vec<_>>());
+        let mut text = self.table.clone();
         text += "\n| length | configuration | contexts | tokens reused | tokens computed | cold keys touched % | attended % |\n";
         text += "|---|---|---|---|---|---|---|\n";
         for (size, config, cost) in &self.costs {
@@ -133,6 +135,9 @@ impl QualityReport {
                 share(cost.keys_scored),
                 share(cost.keys_attended)
             );
+        }
+        if !self.paired.is_empty() {
+            text += &paired::table(&self.paired);
         }
         if let Some(agreement) = &self.agreement {
             let _ = writeln!(text, "\nRecorded answers reproduced by `full`: {} of {}", agreement.equal, agreement.n);
@@ -148,20 +153,37 @@ fn percent_of(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| 100.0 * part as f64 / whole as f64)
 }
 
-/// The place of a name in a list, behind all when it is not in it.
-fn place(names: &[&str], name: &str) -> usize {
-    names.iter().position(|n| *n == name).unwrap_or(names.len())
+/// The place of a task in tables, behind all where it is not known.
+fn task_place(name: &str) -> usize {
+    task_names().iter().position(|task| *task == name).unwrap_or(task_names().len())
 }
 
 fn cells(judged: &[Judged]) -> Vec<Cell> {
-    let configs = config_names();
-    let mut groups: BTreeMap<(usize, &str, Size, usize), Vec<&Judged>> = BTreeMap::new();
+    let mut groups: BTreeMap<(usize, &str, Size, usize, &str), Vec<&Judged>> = BTreeMap::new();
     for answer in judged {
-        let task = place(task_names(), &answer.task);
-        let key = (task, answer.task.as_str(), answer.order, place(&configs, answer.config));
-        groups.entry(key).or_default().push(answer);
+        let (task, config) = (answer.task.as_str(), answer.config.as_str());
+        groups.entry((task_place(task), task, answer.size, place(config), config)).or_default().push(answer);
     }
     groups.into_values().map(|answers| cell(&answers)).collect()
+}
+
+/// By size and configuration. Contexts that questions share count once.
+fn costs(judged: &[Judged]) -> Vec<(String, String, Cost)> {
+    let mut costs: BTreeMap<(Size, usize, &str), (Cost, BTreeSet<&str>)> = BTreeMap::new();
+    for answer in judged {
+        let key = (answer.size, place(&answer.config), answer.config.as_str());
+        let (cost, contexts) = costs.entry(key).or_default();
+        if contexts.insert(&answer.id) || !answer.cost.shared {
+            cost.context(&answer.cost);
+        }
+        cost.question(&answer.cost);
+    }
+    costs.into_iter().map(|((size, _, config), (cost, _))| (size.to_string(), config.to_owned(), cost)).collect()
+}
+
+/// The cells as tables.
+fn cells_table(data: &DataSource, cells: &[Cell], info: &RunInfo) -> String {
+    quality(&cell_records(data, cells, info).iter().collect::<Vec<_>>())
 }
 
 fn cell(answers: &[&Judged]) -> Cell {
@@ -170,7 +192,7 @@ fn cell(answers: &[&Judged]) -> Cell {
     let (low, high) = wilson95(exact, n);
     Cell {
         task: answers[0].task.clone(),
-        size: answers[0].size.clone(),
+        size: answers[0].size.to_string(),
         config: answers[0].config.to_owned(),
         n,
         exact,
@@ -182,7 +204,7 @@ fn cell(answers: &[&Judged]) -> Cell {
 
 fn agreement(judged: &[Judged], wanted: &BTreeMap<(String, usize), String>) -> Option<Agreement> {
     let mut agreement = Agreement { n: 0, equal: 0, disagreements: Vec::new() };
-    for answer in judged.iter().filter(|answer| answer.config == "full") {
+    for answer in judged.iter().filter(|answer| answer.config == FULL) {
         let Some(text) = wanted.get(&(answer.id.clone(), answer.question_index)) else {
             continue;
         };
@@ -204,13 +226,8 @@ fn records(
     agreement: Option<&Agreement>,
     info: &RunInfo,
 ) -> Vec<Record> {
+    let mut records = cell_records(data, cells, info);
     let data = data.label();
-    let mut records = Vec::new();
-    for cell in cells {
-        let case = format!("{data}/{}/{}/{}", cell.task, cell.size, cell.config);
-        records.push(info.record("quality", &case, "exact_match", "%", round(cell.exact_percent), cell.n));
-        records.push(info.record("quality", &case, "part_score", "%", round(cell.part_percent), cell.n));
-    }
     for (size, config, cost) in costs {
         let case = format!("{data}/all/{size}/{config}");
         let mut add = |metric: &str, value: Option<f64>| {
@@ -229,6 +246,16 @@ fn records(
     records
 }
 
+fn cell_records(data: &DataSource, cells: &[Cell], info: &RunInfo) -> Vec<Record> {
+    let data = data.label();
+    let of_cell = |cell: &Cell| {
+        let case = format!("{data}/{}/{}/{}", cell.task, cell.size, cell.config);
+        [("exact_match", cell.exact_percent), ("part_score", cell.part_percent)]
+            .map(|(metric, percent)| info.record("quality", &case, metric, "%", round(percent), cell.n))
+    };
+    cells.iter().flat_map(of_cell).collect()
+}
+
 /// Two decimals: counts are small, and lines short.
 fn round(percent: f64) -> f64 {
     (percent * 100.0).round() / 100.0
@@ -238,30 +265,15 @@ fn round(percent: f64) -> f64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::quality::tests::judged;
     use crate::record::Output;
-
-    fn judged(id: &str, config: &'static str, output: &str, exact: bool) -> Judged {
-        Judged {
-            id: id.into(),
-            question_index: 0,
-            task: "kv".into(),
-            size: "1024".into(),
-            order: Size::Tokens(1024),
-            config,
-            output: output.into(),
-            answers: vec!["1".into()],
-            exact,
-            part: if exact { 1.0 } else { 0.5 },
-        }
-    }
 
     #[test]
     fn cells_count_and_agreement_compares_only_full() {
-        let answers =
-            [judged("a", "full", "1", true), judged("b", "full", "2", false), judged("a", "window", "9", false)];
+        let answers = [judged("a", "full", "1", 1.0), judged("b", "full", "2", 0.5), judged("a", "window", "9", 0.5)];
         let wanted = BTreeMap::from([(("a".to_owned(), 0), "1".to_owned()), (("b".to_owned(), 0), "1".to_owned())]);
         let info = RunInfo::start(&Output { results_dir: None, ..Output::default() });
-        let report = QualityReport::new(&DataSource::Generated, &answers, Costs::new(), &wanted, &info);
+        let report = QualityReport::new(&DataSource::Generated, None, &answers, &wanted, &info);
         let full = &report.cells[0];
         assert_eq!((full.config.as_str(), full.n, full.exact), ("full", 2, 1));
         assert_eq!((full.exact_percent, full.part_percent), (50.0, 75.0));

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::{Context, Question, Size};
 use crate::error::{EvalError, Result};
@@ -15,7 +16,7 @@ const NAMES: [&str; 4] = ["short_1k.jsonl", "mid_4k.jsonl", "squad_passages.json
 const OUTPUTS: &str = "reference_outputs.jsonl";
 
 /// A line: one question in `task`, `question` and `answers`, or several in `questions`.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Line {
     id: String,
     #[serde(default)]
@@ -26,8 +27,38 @@ struct Line {
     question: Option<String>,
     #[serde(default)]
     answers: Vec<String>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     questions: Vec<Question>,
+}
+
+/// Writes a context as [`load_files`] reads it.
+///
+/// # Errors
+/// Those of the writer.
+pub(super) fn write_line(to: &mut impl Write, context: &Context) -> std::io::Result<()> {
+    let (length, passages) = match context.size {
+        Size::Tokens(tokens) => (tokens, None),
+        Size::Passages(count) => (0, Some(count)),
+    };
+    let (id, chunks) = (context.id.clone(), context.chunks.iter().map(|text| text.to_string()).collect());
+    let line = match &context.questions[..] {
+        [Question { task, text, answers, .. }] => Line {
+            id,
+            length,
+            passages,
+            chunks,
+            task: task.clone(),
+            question: Some(text.clone()),
+            answers: answers.clone(),
+            questions: Vec::new(),
+        },
+        several => {
+            let questions = several.to_vec();
+            Line { id, length, passages, chunks, task: "many".into(), question: None, answers: Vec::new(), questions }
+        }
+    };
+    serde_json::to_writer(&mut *to, &line)?;
+    to.write_all(b"\n")
 }
 
 /// Reads the contexts of a folder or file whose length in tokens is at most `max_length`. Texts of chunks that occur

@@ -83,7 +83,7 @@ pub fn generate(options: &GenerateOptions, count: &dyn Fn(&str) -> usize) -> Res
 }
 
 /// FNV-1a over what a context depends on.
-fn mix(seed: u64, task: &str, length: usize, number: usize) -> u64 {
+pub(super) fn mix(seed: u64, task: &str, length: usize, number: usize) -> u64 {
     let numbers = [seed, length as u64, number as u64];
     let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).chain(task.bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))

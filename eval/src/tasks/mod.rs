@@ -1,10 +1,14 @@
 //! Questions over contexts of chunks: where they come from, and how answers are judged.
 
+mod cut;
 mod facts;
 mod files;
 mod generate;
+mod lists;
+mod make;
 mod plant;
 mod score;
+mod sources;
 mod words;
 
 use std::fmt;
@@ -18,10 +22,11 @@ use crate::error::{EvalError, Result};
 
 pub use files::{load_files, reference_outputs};
 pub use generate::{GENERATED_TASKS, GenerateOptions, generate};
+pub use make::{MadeData, MakeOptions, make_data, write_contexts};
 pub use score::{Score, normalize_squad, score};
 
 /// All tasks that are known, in the order of tables.
-const TASKS: [&str; 14] = [
+const TASKS: [&str; 20] = [
     "niah_single",
     "niah_multikey",
     "niah_uuid",
@@ -36,6 +41,12 @@ const TASKS: [&str; 14] = [
     "x_report",
     "squad",
     "cloze",
+    "musique",
+    "ruler_multikey",
+    "ruler_multiquery",
+    "ruler_multivalue",
+    "ruler_vt",
+    "ruler_cwe",
 ];
 
 /// The names of all tasks, in the order of tables.

@@ -1,24 +1,29 @@
 //! Judging an answer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// What one answer is worth.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Score {
     /// Equal to one of the wanted answers.
     pub exact: bool,
-    /// In \[0, 1\]: the share of the wanted values that were named; for `squad` and `cloze` the F1 of words.
+    /// In \[0, 1\]: the share of the wanted values that were named; for `squad`, `musique` and `cloze` the F1 of words.
     pub part: f64,
 }
 
 /// Judges `output` by the rule of `task` against the best of `answers`.
 ///
-/// `squad` and `cloze` compare after SQuAD's normalisation (Rajpurkar et al. 2016, section 6: exact match, and F1 over the bag of
-/// words). All other tasks compare the text with blanks around it removed; their wanted values are joined by `", "`, and
+/// `squad`, `musique` and `cloze` compare after SQuAD's normalisation (Rajpurkar et al. 2016, section 6: exact match, and F1 over the
+/// bag of words). `ruler_*` count the wanted values that stand anywhere in the answer, as RULER does (arXiv 2404.06654), but only
+/// as whole words. All other tasks compare the text with blanks around it removed; their wanted values are joined by `", "`, and
 /// each counts once wherever it stands.
 #[must_use]
 pub fn score(task: &str, output: &str, answers: &[String]) -> Score {
-    let judge = if matches!(task, "squad" | "cloze") { score_words } else { score_values };
+    let judge = match task {
+        "squad" | "musique" | "cloze" => score_words,
+        _ if task.starts_with("ruler_") => score_mentions,
+        _ => score_values,
+    };
     let mut best = Score { exact: false, part: 0.0 };
     for answer in answers {
         let one = judge(output, answer);
@@ -32,6 +37,14 @@ fn score_values(output: &str, answer: &str) -> Score {
     let (wanted, named) = (values(answer), values(output));
     let found = wanted.iter().filter(|value| named.contains(value)).count();
     Score { exact: output.trim() == answer.trim(), part: found as f64 / wanted.len() as f64 }
+}
+
+fn score_mentions(output: &str, answer: &str) -> Score {
+    let inside = |c: char| c.is_alphanumeric() || c == '-';
+    let words: HashSet<String> = output.split(|c| !inside(c)).map(str::to_lowercase).collect();
+    let wanted: Vec<String> = answer.split(", ").map(str::to_lowercase).collect();
+    let found = wanted.iter().filter(|value| words.contains(*value)).count();
+    Score { exact: found == wanted.len(), part: found as f64 / wanted.len() as f64 }
 }
 
 fn score_words(output: &str, answer: &str) -> Score {
@@ -104,5 +117,33 @@ mod tests {
         let (_, part) = judged("squad", "red red red", &["red fox"]);
         assert!((part - 2.0 / 5.0).abs() < 1e-12, "{part}");
         assert_eq!(judged("squad", "", &["fox"]), (false, 0.0));
+    }
+
+    /// What the script of SQuAD 1.1 (`evaluate-v1.1.py`: `normalize_answer`, `f1_score`, `exact_match_score`) gives for these.
+    #[test]
+    fn words_are_scored_as_the_script_of_squad_scores_them() {
+        for (output, answer, exact, f1) in [
+            ("Denver Broncos", "The Denver Broncos!", true, 1.0),
+            ("The Broncos of Denver", "Denver Broncos", false, 0.8),
+            ("It was the 24-10 win.", "24\u{2013}10", false, 0.0),
+            ("$1.5 million", "1.5 million", true, 1.0),
+            ("a b b c", "b b d", false, 2.0 * (2.0 / 3.0) * (2.0 / 3.0) / (4.0 / 3.0)),
+            ("no, no, no", "No", false, 0.5),
+            ("caf\u{e9}", "CAF\u{c9}", true, 1.0),
+        ] {
+            let (found, part) = judged("squad", output, &[answer]);
+            assert_eq!(found, exact, "{output} / {answer}");
+            assert!((part - f1).abs() < 1e-12, "{output} / {answer}: {part}");
+            assert_eq!(judged("musique", output, &[answer]), (found, part));
+        }
+        assert_eq!(judged("squad", "in Rome", &["Paris", "Rome", "in Rome, Italy"]), (false, 0.8));
+    }
+
+    #[test]
+    fn lists_count_whole_words_wherever_they_stand() {
+        let wanted = ["1234567, 7654321"];
+        assert_eq!(judged("ruler_multiquery", "The numbers are 7654321 and 1234567.", &wanted), (true, 1.0));
+        assert_eq!(judged("ruler_multiquery", "12345678, 7654321", &wanted), (false, 0.5));
+        assert_eq!(judged("ruler_vt", "VAR abc; QRS", &["ABC, QRS, XYZ"]).1, 2.0 / 3.0);
     }
 }
