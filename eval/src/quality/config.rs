@@ -1,19 +1,23 @@
 //! The ways of serving a context that are compared.
 
 use ann_index::IndexKind;
-use engine::{AttentionConfig, BlendConfig, BlendMode, Strategy};
+use engine::{AttentionConfig, BlendConfig, BlendMode, Correction, Strategy};
 
 use super::QualityOptions;
 use crate::error::{EvalError, Result};
 
 /// Names in the order of tables. `full` stands for `full-recompute` too: they are the same computation.
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 14] = [
     FULL,
     "window",
     "retrieval-flat",
     "retrieval-hnsw",
     "default",
     "reuse",
+    "random-15",
+    "epic",
+    "question-15",
+    "answer-15",
     "cacheblend-5",
     "cacheblend-15",
     "cacheblend-30",
@@ -23,12 +27,13 @@ const NAMES: [&str; 10] = [
 /// The configuration that all others are compared with.
 pub(crate) const FULL: &str = "full";
 
-/// Left out unless named. The answers of `retrieval-hnsw` are those of `retrieval-flat` up to the recall of the graph, which is
+/// Left out unless named: `default` is one of the others by another name. The answers of `retrieval-hnsw` are those of `retrieval-flat` up to the recall of the graph, which is
 /// slow to build for contexts that are asked once.
-const ON_DEMAND: [&str; 2] = ["retrieval-hnsw", "default"];
+const ON_DEMAND: [&str; 5] = ["retrieval-hnsw", "default", "random-15", "epic", "question-15"];
 
-/// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a way of blending and the share of the
-/// cached tokens that it recomputes, such as `cacheblend-10`.
+/// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a rule and the share of the cached
+/// tokens that it recomputes, such as `cacheblend-10`. `+none`, `+prompt` or `+chunk` behind it is the correction of tokens that stay
+/// cached, where another than the rule's own is wanted: `answer-15+none`.
 #[must_use]
 pub fn config_names() -> Vec<&'static str> {
     NAMES.to_vec()
@@ -56,7 +61,7 @@ impl Config {
 
     /// Whether a context's KV is the same whatever is asked, so that questions can share it.
     pub(super) fn is_shared(&self) -> bool {
-        matches!(self.blend.mode, BlendMode::FullRecompute | BlendMode::Reuse | BlendMode::CacheBlend)
+        !self.blend.mode.asks()
     }
 }
 
@@ -87,19 +92,30 @@ fn config(name: String, options: &QualityOptions) -> Result<Config> {
     Ok(Config { name, blend, attention })
 }
 
-/// `reuse`, or a mode and the percentage that it recomputes.
+/// A rule that knows how much it recomputes, or a rule and a percentage; then perhaps a correction.
 fn blending(name: &str) -> Option<BlendConfig> {
-    if name == "reuse" {
-        return Some(BlendConfig { mode: BlendMode::Reuse, ratio: 0.0, ..BlendConfig::default() });
-    }
-    let (mode, percent) = name.rsplit_once('-')?;
-    let (mode, percent) = (mode.parse().ok()?, percent.parse::<u8>().ok()?);
-    let fits = percent <= 100 && !matches!(mode, BlendMode::Reuse | BlendMode::FullRecompute);
-    fits.then(|| BlendConfig { mode, ratio: f32::from(percent) / 100.0, ..BlendConfig::default() })
+    let (rule, correction) = match name.split_once('+') {
+        Some((rule, correction)) => (rule, Some(correction.parse::<Correction>().ok()?)),
+        None => (name, None),
+    };
+    let whole = |mode: BlendMode| matches!(mode, BlendMode::Reuse | BlendMode::Epic);
+    let (mode, ratio) = match rule.parse::<BlendMode>() {
+        Ok(mode) => whole(mode).then_some((mode, 0.0))?,
+        Err(_) => {
+            let (mode, percent) = rule.rsplit_once('-')?;
+            let (mode, percent) = (mode.parse().ok()?, percent.parse::<u8>().ok()?);
+            let fits = percent <= 100 && mode != BlendMode::FullRecompute && !whole(mode);
+            fits.then_some((mode, f32::from(percent) / 100.0))?
+        }
+    };
+    Some(BlendConfig { mode, ratio, correction, ..BlendConfig::default() })
 }
 
 fn unknown(name: &str) -> EvalError {
-    let known = format!("{}, and MODE-PERCENT for any mode of blending that recomputes a share", NAMES.join(", "));
+    let known = format!(
+        "{}, and MODE-PERCENT for any rule that recomputes a share, each with +none, +prompt or +chunk for another correction",
+        NAMES.join(", ")
+    );
     EvalError::UnknownName { what: "configuration", name: name.into(), known }
 }
 
@@ -130,6 +146,9 @@ mod tests {
             assert_eq!((config.blend.mode, config.blend.ratio), (BlendMode::CacheBlend, ratio));
             assert!(config.uses_chunks());
         }
+        let config = &named(&["answer-10+prompt"]).unwrap()[0];
+        assert_eq!((config.blend.mode, config.blend.correction), (BlendMode::Answer, Some(Correction::Prompt)));
+        assert!(!config.is_shared() && named(&["epic+none"]).unwrap()[0].is_shared());
         let config = &named(&["default"]).unwrap()[0];
         assert_eq!(config.blend, BlendConfig::default());
         assert!(!named(&["window"]).unwrap()[0].uses_chunks());
@@ -137,7 +156,16 @@ mod tests {
 
     #[test]
     fn other_names_are_refused_with_what_is_known() {
-        for name in ["fast", "cacheblend", "cacheblend-101", "cacheblend-x", "reuse-15", "full-recompute-5"] {
+        for name in [
+            "fast",
+            "cacheblend",
+            "cacheblend-101",
+            "cacheblend-x",
+            "reuse-15",
+            "full-recompute-5",
+            "answer",
+            "answer-15+x",
+        ] {
             let error = named(&["full", name]).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("MODE-PERCENT"), "{error}");
         }

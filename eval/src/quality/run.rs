@@ -241,7 +241,7 @@ fn cost_of(made: &PrefillStats, decode: &DecodeStats, shared: bool) -> AnswerCos
         recomputed_tokens: made.recomputed_tokens,
         context_seconds: made.seconds,
         failed_chunks: made.failed_chunks,
-        charged_share: None,
+        charged_share: made.charged_share.map(f64::from),
         cold_keys: decode.cold_keys,
         keys_scored: decode.keys_scored,
         keys_attended: decode.keys_attended,

@@ -29,6 +29,10 @@ const SMALL: usize = 45;
 const LIST_PASSAGES: usize = 18;
 const LIST_TOKENS: usize = 4096;
 
+/// Behind each question over passages: answers are compared with a few words of a passage, and a chat model left to itself writes
+/// sentences.
+const INSTRUCTION: &str = "Answer with a short phrase from the passages.";
+
 /// What [`make_data`] makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MadeData {
@@ -138,7 +142,8 @@ fn musique(options: &MakeOptions) -> Result<Vec<Context>> {
     let questions = chosen(options, read_musique(&options.from)?)?;
     let context = |(at, asked): (usize, super::sources::MusiqueQuestion)| {
         let chunks: Vec<Arc<str>> = asked.contexts.into_iter().map(|passage| passage.text.into()).collect();
-        let question = Question { task: "musique".into(), text: asked.text, answers: asked.answers, index: 0 };
+        let question =
+            Question { task: "musique".into(), text: instructed(&asked.text), answers: asked.answers, index: 0 };
         Context { id: format!("musique10-{at}"), size: Size::Passages(chunks.len()), chunks, questions: vec![question] }
     };
     Ok(questions.into_iter().map(context).collect())
@@ -177,7 +182,8 @@ fn passages(options: &MakeOptions) -> Result<Vec<Context>> {
             let cut = |text: &Arc<str>| -> Vec<Arc<str>> {
                 if small { chunks(text, SMALL).into_iter().map(Into::into).collect() } else { vec![text.clone()] }
             };
-            let question = Question { task: "squad".into(), text: asked.text, answers: asked.answers, index: 0 };
+            let question =
+                Question { task: "squad".into(), text: instructed(&asked.text), answers: asked.answers, index: 0 };
             Ok(Context {
                 id: format!("{}-{at}", options.data.name()),
                 size: Size::Passages(CHOICES),
@@ -186,6 +192,10 @@ fn passages(options: &MakeOptions) -> Result<Vec<Context>> {
             })
         })
         .collect()
+}
+
+fn instructed(question: &str) -> String {
+    format!("{question} {INSTRUCTION}")
 }
 
 /// The words of a text as SQuAD compares them, each between blanks.
