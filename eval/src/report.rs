@@ -40,7 +40,7 @@ pub(crate) fn records_table(records: &[Record]) -> String {
 pub fn markdown_report(records: &[Record]) -> String {
     let records = latest(records.to_vec());
     let mut text = String::from(
-        "# Measured results\n\nGenerated from the records in `eval/results/` by `quire bench report`; do not edit. Each record names the \
+        "# Measured results\n\nGenerated from the records in `eval/results/` by `quire-bench report`; do not edit. Each record names the \
          command, the commit and the settings that it was measured with. A later record supersedes an earlier one of the \
          same bench, case, metric and machine.\n",
     );
