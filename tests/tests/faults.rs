@@ -148,6 +148,170 @@ fn a_server_answers_on_a_full_disk_and_stores_again_once_there_is_space() {
     ask();
 }
 
+/// The names of the documents that there are.
+fn listed(data: &Path) -> Vec<String> {
+    let printed = succeed(quire(data).args(["ls", "--json"]));
+    let line = |line: &str| serde_json::from_str::<Value>(line).unwrap();
+    let name = |line: Value| line["names"][0].as_str().unwrap().rsplit('/').next().unwrap().to_string();
+    printed.lines().map(line).map(name).collect()
+}
+
+/// The server below a disk of which the folder `below` fails, and its log.
+fn server_below(dir: &Path, data: &Path, below: &Path) -> (FailingDisk, Server, std::path::PathBuf) {
+    let disk = FailingDisk::new(dir, below, false).unwrap();
+    let log = dir.join("log");
+    let mut command = quire(data);
+    command.args(["serve", "--port", "0", "--json"]).stderr(std::fs::File::create(&log).unwrap());
+    disk.below(&mut command);
+    (disk, Server::from(&mut command), log)
+}
+
+fn is_answered(server: &Server) {
+    let example = example();
+    let messages = json!([{"role": "user", "content": example.question}]);
+    let body = json!({"messages": messages, "temperature": 0, "quire": {"collection": "default"}});
+    let answer = server.chat(&body).json();
+    assert_eq!(answer["choices"][0]["message"]["content"].as_str().unwrap().trim(), example.answer, "{answer}");
+}
+
+/// Documents come in by the socket and over HTTP while the disk is full for a while: what is refused is refused, answers go on, and
+/// everything works again once there is space.
+#[test]
+fn a_server_whose_disk_is_full_for_a_while_takes_documents_again_and_loses_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    succeed(quire(&data).args(["ingest", "--lazy"]).args(&example().documents));
+    let (disk, server, _log) = server_below(dir.path(), &data, &data);
+    let note = |name: &str| {
+        let path = dir.path().join(format!("{name}.txt"));
+        std::fs::write(&path, format!("The buoy {name} lies off the pier, and a lamp burns on it.")).unwrap();
+        path
+    };
+    let form = "--edge\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nassistants\r\n--edge\r\nContent-Disposition: \
+                form-data; name=\"file\"; filename=\"upload.txt\"\r\n\r\nA pilot cutter.\r\n--edge--\r\n";
+    let upload = || {
+        let kind = [("content-type", "multipart/form-data; boundary=edge")];
+        support::request(server.address, "POST", "/v1/files", &kind, form.as_bytes())
+    };
+    let post = |path: &str, body: Value| {
+        let kind = [("content-type", "application/json")];
+        support::request(server.address, "POST", path, &kind, body.to_string().as_bytes())
+    };
+    let mut acknowledged = listed(&data);
+    succeed(quire(&data).arg("ingest").arg(note("before")));
+    acknowledged.push("before.txt".into());
+    for (round, after) in [0, 700, 9000].into_iter().enumerate() {
+        disk.fail(op::SPACE, 28, after).unwrap();
+        let name = format!("round{round}");
+        // Until the disk is really full, some may be taken.
+        for attempt in 0..6 {
+            let name = format!("{name}-{attempt}");
+            if quire(&data).args(["ingest", "--lazy"]).arg(note(&name)).output().unwrap().status.success() {
+                acknowledged.push(format!("{name}.txt"));
+            }
+        }
+        support::fail(quire(&data).arg("ingest").arg(note(&name)), 1, &["no storage space", "Free some space"]);
+        let refused = [upload(), post("/v1/vector_stores", json!({"name": "x"}))];
+        for refused in refused {
+            assert_eq!(
+                (refused.status, &refused.json()["error"]["code"]),
+                (507, &json!("disk_full")),
+                "{}",
+                refused.text()
+            );
+        }
+        is_answered(&server);
+        assert!(succeed(quire(&data).args(["search", "buoy before"])).contains("before.txt"));
+        assert!(acknowledged.iter().all(|name| listed(&data).contains(name)), "{acknowledged:?}");
+        disk.mend().unwrap();
+        succeed(quire(&data).arg("ingest").arg(note(&name)));
+        acknowledged.push(format!("{name}.txt"));
+        let file = upload().json()["id"].as_str().unwrap().to_string();
+        let store = post("/v1/vector_stores", json!({"file_ids": [file]})).json()["id"].as_str().unwrap().to_string();
+        let path = format!("/v1/vector_stores/{store}/files/{file}");
+        eventually("the file is read", || server.get(&path).json()["status"] == "completed");
+        is_answered(&server);
+    }
+    drop(server);
+    let left = listed(&data);
+    acknowledged.iter().for_each(|name| assert!(left.contains(name), "{name} was acknowledged: {left:?}"));
+    assert!(succeed(quire(&data).args(["search", "buoy round1"])).contains("round1.txt"));
+}
+
+#[test]
+fn a_server_that_starts_on_a_full_disk_serves_and_takes_commands_once_there_is_space() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    succeed(quire(&data).args(["ingest", "--lazy"]).args(&example().documents));
+    let disk = FailingDisk::new(dir.path(), &data, false).unwrap();
+    disk.fail(op::SPACE, 28, 0).unwrap();
+    let log = dir.path().join("log");
+    let mut command = quire(&data);
+    command.args(["serve", "--port", "0", "--json"]).stderr(std::fs::File::create(&log).unwrap());
+    disk.below(&mut command);
+    let server = Server::from(&mut command);
+    is_answered(&server);
+    assert!(succeed(quire(&data).args(["search", "river"])).contains("characters"));
+    assert!(!data.join("quire.sock").exists());
+    disk.mend().unwrap();
+    eventually("the server takes commands", || data.join("quire.sock").exists());
+    std::fs::write(dir.path().join("note.txt"), "The lamp of Varn Point was lit in 1851.").unwrap();
+    let report = succeed(quire(&data).args(["ingest", "note.txt"]));
+    assert!(report.contains("all new") && report.contains("1 computed"), "{report}");
+    assert!(server.metric("quire:commands_total") >= 1.0, "the server did it");
+    assert!(succeed(quire(&data).args(["search", "lamp"])).contains("note.txt"));
+}
+
+/// No space and errors below the catalog alone, in its log and in its tables.
+fn catalog_fails(errno: i32, part: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    succeed(quire(&data).args(["ingest", "--lazy"]).args(&example().documents));
+    let (disk, server, _log) = server_below(dir.path(), &data, &data.join("catalog"));
+    let mut acknowledged = listed(&data);
+    for (round, after) in [0, 40, 900, 5000].into_iter().enumerate() {
+        let name = format!("round{round}.txt");
+        let text =
+            format!("The buoy {round} lies off the pier. {}", "A lamp burns on it, and a bell rings. ".repeat(200));
+        std::fs::write(dir.path().join(&name), text).unwrap();
+        // Its log: cut at various places.
+        disk.fail(op::WRITE | op::SYNC | op::CREATE, errno, after).unwrap();
+        support::fail(quire(&data).args(["ingest", "--lazy", &name]), 1, &["catalog", part]);
+        is_answered(&server);
+        assert!(acknowledged.iter().all(|name| listed(&data).contains(name)));
+        disk.mend().unwrap();
+        succeed(quire(&data).args(["ingest", "--lazy", &name]));
+        acknowledged.push(name);
+    }
+    // Its tables: they are written when space is reclaimed.
+    succeed(quire(&data).args(["rm", "round0.txt"]));
+    acknowledged.retain(|name| name != "round0.txt");
+    for after in [0, 3000] {
+        disk.fail(op::WRITE | op::SYNC | op::CREATE, errno, after).unwrap();
+        support::fail(quire(&data).arg("reclaim"), 1, &["catalog"]);
+        is_answered(&server);
+        disk.mend().unwrap();
+    }
+    succeed(quire(&data).arg("reclaim"));
+    std::fs::write(dir.path().join("after.txt"), "The last buoy.").unwrap();
+    succeed(quire(&data).args(["ingest", "--lazy", "after.txt"]));
+    acknowledged.push("after.txt".into());
+    drop(server);
+    let mut left = listed(&data);
+    [&mut left, &mut acknowledged].into_iter().for_each(|names| names.sort());
+    assert_eq!(left, acknowledged);
+}
+
+#[test]
+fn a_catalog_whose_disk_is_full_for_a_while_loses_nothing_and_goes_on() {
+    catalog_fails(28, "no storage space");
+}
+
+#[test]
+fn a_catalog_whose_disk_has_errors_for_a_while_loses_nothing_and_goes_on() {
+    catalog_fails(5, "Input/output error");
+}
+
 fn drill(case: &str, kills: usize) -> Value {
     let dir = tempfile::tempdir().unwrap();
     let kills = kills.to_string();
