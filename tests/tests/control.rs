@@ -294,6 +294,35 @@ fn a_server_that_is_killed_at_work_leaves_no_doubt_and_nothing_in_the_way() {
 }
 
 #[test]
+fn commands_write_side_by_side_and_what_has_to_wait_says_for_whom() {
+    let dir = ingested();
+    let data = dir.path().join("data");
+    documents(&dir.path().join("many"), 200, 60);
+    for name in ["note", "other"] {
+        std::fs::write(dir.path().join(format!("{name}.txt")), format!("The lamp of {name} was lit in 1851.")).unwrap();
+    }
+    let _server = Server::start(&data, &[]);
+    let (mut long, mut stdout) = begin(quire(&data).args(["ingest", "many"]));
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    // Into the same collection, and into another one.
+    assert!(succeed(quire(&data).args(["ingest", "note.txt"])).contains("all new"));
+    assert!(succeed(quire(&data).args(["ingest", "-c", "second", "other.txt"])).contains("all new"));
+    succeed(quire(&data).args(["rm", "note.txt"]));
+    assert!(long.try_wait().unwrap().is_none(), "the long ingest goes on meanwhile");
+    // The whole collection is another matter.
+    let (mut whole, mut removed) = begin(quire(&data).args(["rm", "-c", "default"]));
+    let mut said = String::new();
+    BufReader::new(whole.stderr.take().unwrap()).read_line(&mut said).unwrap();
+    assert!(said.contains("waiting for its turn") && said.contains("`ingest` (collection `default`, for "), "{said}");
+    kill("-TERM", long.id());
+    end(long);
+    removed.read_line(&mut String::new()).unwrap();
+    assert!(whole.wait().unwrap().success());
+    assert!(!succeed(quire(&data).arg("collections")).contains("default"));
+}
+
+#[test]
 fn interrupting_a_command_ends_its_work_in_the_server() {
     let dir = ingested();
     let data = dir.path().join("data");
@@ -306,7 +335,6 @@ fn interrupting_a_command_ends_its_work_in_the_server() {
     // Not SIGINT, which a test run in the background may have inherited as ignored.
     kill("-TERM", child.id());
     end(child);
-    // There is one writer at a time: it is free again.
     assert!(succeed(quire(&data).args(["ingest", "note.txt"])).contains("all new"));
     let cancelled = "quire:commands_total{command=\"ingest\",outcome=\"cancelled\"} 1";
     eventually("the ingest is given up", || server.get("/metrics").text().contains(cancelled));

@@ -182,6 +182,16 @@ pub enum DocumentsError {
         collection: String,
     },
 
+    /// A collection was removed while somebody was writing into it.
+    #[error(
+        "collection `{name}` was removed meanwhile: nothing more comes into it. What it held comes back with \
+         `quire rm --undo --collection {name}`"
+    )]
+    CollectionRemoved {
+        /// Its name.
+        name: String,
+    },
+
     /// What was removed for good is still in files of the catalog.
     #[error(
         "what was removed can no longer be restored, but its bytes could not be taken off the disk at {}: rewriting the catalog's \

@@ -17,7 +17,7 @@ use super::rows::{
 };
 use super::store::{Family, Store};
 use super::{keys, texts};
-use crate::error::Result;
+use crate::error::{DocumentsError, Result};
 use crate::split::{ChunkSpan, Format};
 
 /// A document as it comes in.
@@ -212,6 +212,19 @@ impl<'a> Transaction<'a> {
         self.write_info(&info);
         let renamed = kind == PutKind::AnotherName && !gone.is_empty();
         Ok(Some(PutOutcome { id, kind: if renamed { PutKind::Renamed } else { kind } }))
+    }
+
+    /// Refuses to go on with a collection that was removed since it was opened: nobody would see what comes into it, and nobody
+    /// would remove that.
+    ///
+    /// # Errors
+    /// [`DocumentsError::CollectionRemoved`], [`DocumentsError::Catalog`].
+    pub(crate) fn check_collection(&self, collection: &CollectionInfo) -> Result<()> {
+        let found = self.batch.get(Family::Collections, &keys::collection(&collection.name))?;
+        match found.map(|content| from_json::<CollectionInfo>(&content)).transpose().map_err(CatalogError::from)? {
+            Some(found) if found.id == collection.id => Ok(()),
+            _ => Err(DocumentsError::CollectionRemoved { name: collection.name.clone() }),
+        }
     }
 
     /// A document as it is after the changes so far, also one that was removed and can be restored.

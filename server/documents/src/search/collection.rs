@@ -387,13 +387,16 @@ impl CollectionWriter<'_> {
     /// not lost.
     ///
     /// # Errors
-    /// As [`Catalog::change`].
+    /// [`DocumentsError::CollectionRemoved`] where the collection was removed meanwhile, and as [`Catalog::change`].
     pub fn change<T>(
         &self,
         make: impl FnOnce(&mut Transaction<'_>, &CollectionInfo) -> Result<T>,
     ) -> Result<(T, Vec<Vec<u32>>)> {
         let collection = self.collection;
-        let changed = collection.catalog.change(|transaction| make(transaction, &collection.info))?;
+        let changed = collection.catalog.change(|transaction| {
+            transaction.check_collection(&collection.info)?;
+            make(transaction, &collection.info)
+        })?;
         if let Err(problem) = self.catch_up() {
             tracing::warn!(%problem, "the search index is behind the documents: it is caught up with the next change");
         }

@@ -152,6 +152,22 @@ fn no_byte_of_what_is_removed_for_good_is_left_in_the_data_folder() {
 }
 
 #[test]
+fn nothing_comes_into_a_collection_that_was_removed_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    put(&library, "/d/a", "One lamp.");
+    let open = library.collection("notes").unwrap();
+    let writer = open.writer().unwrap();
+    told(&library, remove(&[], false));
+    // Also where the name has been given again.
+    library.collection_or_new("notes").unwrap();
+    let late = writer.change(|transaction, info| transaction.remove_name(info, "/d/a"));
+    let error = late.unwrap_err().to_string();
+    assert!(error.contains("collection `notes` was removed") && error.contains("--undo"), "{error}");
+    assert_eq!(library.catalog().unwrap().unwrap().totals(open.info().id).unwrap().documents, 1);
+}
+
+#[test]
 fn a_name_is_found_as_lists_show_it() {
     let dir = tempfile::tempdir().unwrap();
     let library = Library::new(dir.path());
