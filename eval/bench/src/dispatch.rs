@@ -17,6 +17,7 @@ use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
 use super::crash::{CrashOptions, crash_drill};
 use super::http::{HttpOptions, http_bench};
 use super::library::library_bench;
+use super::library_bitflips::{LibraryFlipsOptions, library_flips};
 use super::library_drill::{self, Death, LibraryDrillOptions, library_drill};
 use super::load;
 use super::quality::{self, data_source, output, with_progress};
@@ -135,6 +136,12 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                     let report = library_drill(settings, &this_program()?, &options, &mut |news| out.note(news))?;
                     print(&report, &report.table(), out);
                     report.found.check()
+                }
+                CrashCase::LibraryFlips => {
+                    let options = LibraryFlipsOptions { flips, seed, output };
+                    let report = library_flips(settings, &options, &mut |news| out.note(news))?;
+                    print(&report, &report.table(), out);
+                    report.check()
                 }
                 CrashCase::Bitflips => drilled(with_progress(out, |p| Ok(drill_bitflips(&drill(flips), p)?))?, out),
                 CrashCase::FullDisk => drilled(with_progress(out, |p| Ok(drill_full_disk(&drill(rounds), p)?))?, out),

@@ -6,7 +6,8 @@
 //! * `args`, `store_args`: the grammar; `dispatch`: from its commands to options;
 //! * `quality`, `load`, `search`, `library`: quality, engines under load, finding passages, many small notes;
 //! * `child`, `start`, `http`: a server of its own, how soon it is ready, how it bears many clients;
-//! * `crash`, `library_drill`: processes that are killed at work, and what is left; `findings`: what both count.
+//! * `crash`, `library_drill`: processes that are killed at work, and what is left; `findings`: what both count;
+//! * `library_bitflips`: a catalog whose files are damaged.
 
 mod args;
 mod child;
@@ -16,6 +17,7 @@ mod error;
 mod findings;
 mod http;
 mod library;
+mod library_bitflips;
 mod library_drill;
 mod load;
 mod quality;

@@ -68,6 +68,9 @@ pub(crate) enum CrashCase {
     /// The power fails while a process works on a library
     #[value(name = "library/unsynced-dropped")]
     LibraryPower,
+    /// Files of a catalog of documents are damaged
+    #[value(name = "library/bitflips")]
+    LibraryFlips,
     /// Bits of a chunk store's files are flipped
     #[value(name = "store/bitflips")]
     Bitflips,

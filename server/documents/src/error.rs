@@ -140,8 +140,8 @@ pub enum DocumentsError {
 
     /// The catalog of documents failed.
     #[error(
-        "catalog of documents at {}: {action} failed: {source}. If it comes again, restore the folder from a backup, or move \
-         it away and ingest the documents again: cached chunks stay, files that were uploaded over HTTP do not", path.display()
+        "catalog of documents at {}: {action} failed: {source}. If it comes again, `quire catalog verify --repair` \
+         saves all documents that are whole", path.display()
     )]
     Catalog {
         /// The catalog's folder.
@@ -150,6 +150,57 @@ pub enum DocumentsError {
         action: &'static str,
         /// The reason.
         source: Box<rocksdb::Error>,
+    },
+
+    /// The catalog is damaged, as a whole or where something of it has to be read for others.
+    #[error(
+        "catalog of documents at {}: it is damaged: {problem}. `quire catalog verify --repair` saves all documents that are \
+         whole, and names the others", path.display()
+    )]
+    DamagedCatalog {
+        /// The catalog's folder.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+
+    /// Removed documents are gone, but not their bytes.
+    #[error(
+        "catalog of documents at {}: what was removed is gone, but words of it may still lie in {files}, which cannot be \
+         rewritten: there is damage. `quire catalog verify --repair` writes the catalog anew, without them", path.display()
+    )]
+    NotErased {
+        /// The catalog's folder.
+        path: PathBuf,
+        /// Names of files.
+        files: String,
+    },
+
+    /// Nothing of a damaged catalog can be saved.
+    #[error(
+        "catalog of documents at {}: nothing of it can be saved: {problem}. Restore the folder from a backup; or begin with an \
+         empty catalog, beside which the damaged one is kept: `quire catalog verify --repair --anew`, then ingest the documents \
+         again", path.display()
+    )]
+    NothingSaved {
+        /// The catalog's folder.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+
+    /// A repair does not find enough space. The catalog is as it was.
+    #[error(
+        "{}: the disk is full, with {free} bytes free. Writing the catalog anew beside the damaged one takes up to {needed} bytes: \
+         free so many on that disk, then repair again; nothing has changed", path.display()
+    )]
+    RepairSpace {
+        /// What could not be written.
+        path: PathBuf,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes that are needed at most, about.
+        needed: u64,
     },
 
     /// Another process writes the catalog.
@@ -164,7 +215,8 @@ pub enum DocumentsError {
 
     /// What the catalog keeps of a document is not what was written.
     #[error(
-        "{what}: what is stored is not what was written: {problem}. Ingest the document again; others are not affected"
+        "{what}: what is stored is not what was written: {problem}. Others are not affected. Ingest it again, or see \
+         `quire catalog verify --repair`"
     )]
     DamagedDocument {
         /// The document, by its name where that is known.

@@ -6,6 +6,8 @@
 
 mod catalog;
 mod collections;
+#[cfg(test)]
+mod damage_tests;
 pub mod data_dir;
 mod directory;
 mod error;
@@ -16,11 +18,11 @@ mod search;
 mod split;
 
 pub use catalog::{
-    Access, Attributes, Catalog, Changed, CollectionInfo, DocumentId, DocumentInfo, JobError, JobRecord,
-    LanguageSetting, NewDocument, NewPassage, ParseDocumentIdError, Passage, PutKind, PutOutcome, Reclaimed,
-    RecordKind, ReleasedChunk, Restored, TextHash, Totals, Transaction,
+    Access, Attributes, Catalog, CatalogReport, Changed, CollectionInfo, DamagedDocument, DamagedEntry, DocumentId,
+    DocumentInfo, JobError, JobRecord, LanguageSetting, NewDocument, NewPassage, ParseDocumentIdError, Passage,
+    PutKind, PutOutcome, Reclaimed, RecordKind, ReleasedChunk, Restored, TextHash, Totals, Transaction,
 };
-pub use collections::{Library, catalog_dir, collection_names};
+pub use collections::{Library, LibraryReport, catalog_dir, collection_names, glance};
 pub use error::{DocumentsError, Result};
 pub use ingest::{Discovered, Document, Skipped, discover, read_document};
 pub use search::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument, comparable, parse_language};

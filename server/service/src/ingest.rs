@@ -380,24 +380,53 @@ impl<'a> Run<'a> {
         self.settle_all()?;
         let waiting = std::mem::take(&mut self.waiting);
         self.bytes = 0;
-        let new = || waiting.iter().filter_map(|waiting| waiting.document.as_ref());
+        let new: Vec<&NewDocument> = waiting.iter().filter_map(|waiting| waiting.document.as_ref()).collect();
         let mut states = Vec::new();
-        if new().next().is_some() {
-            let (put, _) = self.writer.change(|transaction, collection| {
-                new().map(|document| Ok(transaction.put(collection, document)?.kind.into())).collect()
-            })?;
-            states = put;
+        if !new.is_empty() {
+            states = self.put(&new)?;
             self.service.let_chunks_go();
         }
         let mut states = states.into_iter();
         for Waiting { path, document, chunks, computed } in waiting {
-            let state = document.and_then(|_| states.next()).unwrap_or(DocumentState::Unchanged);
+            let state = match document.and_then(|_| states.next()) {
+                Some(Err(error)) => {
+                    self.failed(path, &error);
+                    continue;
+                }
+                Some(Ok(state)) => state,
+                None => DocumentState::Unchanged,
+            };
             self.report.count(state);
             let done = self.report.documents() + self.report.failed + self.report.skipped.empty;
             let total = self.total.max(done);
             (self.on_event)(&IngestEvent::Document { path, state, chunks, computed, done, total });
         }
         Ok(())
+    }
+
+    /// Puts documents into the collection, all together; each by itself where one of them meets damage.
+    fn put(&self, new: &[&NewDocument]) -> Result<Vec<documents::Result<DocumentState>>> {
+        let put = |some: &[&NewDocument]| -> documents::Result<Vec<DocumentState>> {
+            let (states, _) = self.writer.change(|transaction, collection| {
+                some.iter().map(|document| Ok(transaction.put(collection, document)?.kind.into())).collect()
+            })?;
+            Ok(states)
+        };
+        match put(new) {
+            Err(DocumentsError::DamagedDocument { .. }) if new.len() > 1 => {
+                let mut states = Vec::new();
+                for document in new {
+                    match put(&[document]) {
+                        Ok(state) => states.extend(state.into_iter().map(Ok)),
+                        Err(error @ DocumentsError::DamagedDocument { .. }) => states.push(Err(error)),
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Ok(states)
+            }
+            Err(error @ DocumentsError::DamagedDocument { .. }) => Ok(vec![Err(error)]),
+            outcome => Ok(outcome?.into_iter().map(Ok).collect()),
+        }
     }
 
     /// Removes documents whose files were below `paths` and are gone. A path that is itself gone removes nothing: it may

@@ -2,7 +2,8 @@
 //! asked for from elsewhere.
 
 use documents::{
-    Catalog, CollectionInfo, CollectionWriter, DocumentId, DocumentInfo, DocumentsError, Library, Transaction,
+    Catalog, CollectionInfo, CollectionWriter, DamagedEntry, DocumentId, DocumentInfo, DocumentsError, Library,
+    Transaction,
 };
 use serde::{Deserialize, Serialize};
 
@@ -190,6 +191,15 @@ pub struct CollectionSummary {
 pub enum DocumentsEvent {
     /// A document of a collection.
     Document(DocumentSummary),
+    /// A document of a collection that is damaged, or was lost to damage.
+    Damaged {
+        /// What it is known by.
+        name: String,
+        /// Its id.
+        id: DocumentId,
+        /// What is wrong.
+        problem: String,
+    },
     /// A collection.
     Collection(CollectionSummary),
     /// A document or a collection is removed.
@@ -240,7 +250,8 @@ pub fn manage_documents(
             let removed = remove(library, collection, names, on_event)?;
             if *now {
                 removed.purge(library)?;
-                erase(library, release)?;
+                release()?;
+                library.erase()?;
             }
             removed.check()
         }
@@ -277,33 +288,16 @@ fn known(library: &Library, catalog: Option<&Catalog>, name: &str) -> Result<Col
     found.map_or_else(unknown, Ok)
 }
 
-fn documents_of(catalog: &Catalog, collection: &CollectionInfo, take: &mut dyn FnMut(DocumentInfo)) -> Result<()> {
-    let mut seen = std::collections::HashSet::new();
-    for (name, id) in catalog.names(collection.id, None, usize::MAX)? {
-        if !seen.insert(id) {
-            continue;
-        }
-        match catalog.document(&id) {
-            Ok(Some(info)) => take(info),
-            Ok(None) => tracing::warn!(name, "the row of a document is missing: ingest it again"),
-            Err(problem @ DocumentsError::DamagedDocument { .. }) => {
-                tracing::warn!(name, %problem, "a document is damaged")
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
 fn list(library: &Library, name: &str, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
     let catalog = library.catalog()?;
     let collection = known(library, catalog.as_deref(), name)?;
-    match catalog {
-        Some(catalog) => {
-            documents_of(&catalog, &collection, &mut |info| on_event(DocumentsEvent::Document(info.into())))
-        }
-        None => Ok(()),
+    let Some(catalog) = catalog else { return Ok(()) };
+    let (whole, damaged) = catalog.listing(collection.id)?;
+    whole.into_iter().for_each(|info| on_event(DocumentsEvent::Document(info.into())));
+    for DamagedEntry { name, id, problem } in damaged {
+        on_event(DocumentsEvent::Damaged { name, id, problem });
     }
+    Ok(())
 }
 
 fn collections(library: &Library, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
@@ -377,7 +371,7 @@ fn remove(
         }
         for (name, id) in removed {
             // One with further names stays.
-            if catalog.document(&id)?.is_some_and(|info| info.removed.is_some()) {
+            if matches!(catalog.document(&id), Ok(Some(info)) if info.removed.is_some()) {
                 done.documents.push(id);
             }
             on_event(DocumentsEvent::Removed { name });
@@ -479,18 +473,13 @@ fn reclaim(
     }
     let reclaimed = library.reclaim(None)?;
     forget_removed(library)?;
-    let chunks = erase(library, release)?;
-    let collections = reclaimed.collections.len();
-    on_event(DocumentsEvent::Reclaimed { collections, documents: reclaimed.documents, chunks });
-    Ok(())
-}
-
-/// Takes what is gone for good off the disk; says how many cached chunks went.
-fn erase(library: &Library, release: &dyn Fn() -> Result<u64>) -> Result<u64> {
     // The tokens of released chunks are rows of the catalog until the chunk store was told.
     let chunks = release()?;
-    library.erase()?;
-    Ok(chunks)
+    // What is gone is gone, also where damage keeps its bytes on the disk, which is told last.
+    let erased = library.erase();
+    let collections = reclaimed.collections.len();
+    on_event(DocumentsEvent::Reclaimed { collections, documents: reclaimed.documents, chunks });
+    Ok(erased?)
 }
 
 fn check((failed, total): (usize, usize), what: &str) -> Result<()> {

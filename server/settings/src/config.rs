@@ -77,6 +77,7 @@ const ALL: &[&str] = &[
     "pull",
     "serve",
     "cache",
+    "catalog",
     "doctor",
     "eval",
     "bench",
@@ -96,6 +97,7 @@ const FOLDER: &[&str] = &[
     "chat",
     "serve",
     "cache",
+    "catalog",
     "doctor",
     "bench",
     "demo",
@@ -105,7 +107,7 @@ const COLLECTION: &[&str] = &["ingest", "ls", "rm", "search", "ask", "chat"];
 /// These read documents into a collection.
 const INGESTING: &[&str] = &["ingest", "serve"];
 /// These ask a running server.
-const ASKING: &[&str] = &["ingest", "ls", "rm", "collections", "reclaim", "search", "ask", "chat", "cache"];
+const ASKING: &[&str] = &["ingest", "ls", "rm", "collections", "reclaim", "search", "ask", "chat", "cache", "catalog"];
 /// These cut documents into chunks.
 const SPLITTING: &[&str] = &["ingest", "serve", "demo", "bench"];
 /// These decide how large the chunk store may become.

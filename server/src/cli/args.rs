@@ -123,6 +123,12 @@ pub enum Command {
         #[command(subcommand)]
         command: CacheCommand,
     },
+    /// Look into the catalog: documents, their texts and passages, and what search rests on
+    Catalog {
+        /// What to do.
+        #[command(subcommand)]
+        command: CatalogCommand,
+    },
     /// Say what was found here: device, model, store, space; and what to do
     Doctor,
     /// Settings
@@ -158,6 +164,7 @@ impl Command {
             | Command::Chat(_)
             | Command::Serve
             | Command::Cache { .. }
+            | Command::Catalog { .. }
             | Command::Doctor
             | Command::Demo { .. } => true,
             // Models and their cache are shared with others.
@@ -207,6 +214,23 @@ pub enum CacheCommand {
         /// Remove all chunks, also where the disk is full
         #[arg(long, conflicts_with = "key")]
         all: bool,
+    },
+}
+
+/// What can be done with the catalog.
+#[derive(Debug, Subcommand)]
+pub enum CatalogCommand {
+    /// Read everything and compare it with its checksums, hashes and references; exit code 1 if anything is damaged
+    Verify {
+        /// Write the catalog anew from all documents that are whole, and build the search indexes again
+        ///
+        /// Documents that cannot be saved are named; the next `quire ingest` of their files brings them in again. Takes as
+        /// much space as the catalog, until it is done.
+        #[arg(long)]
+        repair: bool,
+        /// Begin with an empty catalog where nothing can be saved; the damaged one stays beside it
+        #[arg(long, requires = "repair")]
+        anew: bool,
     },
 }
 

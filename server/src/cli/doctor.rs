@@ -5,7 +5,7 @@ use engine::{DeviceChoice, Engine, Isa, ModelSpec, Tokenizer, find_gpu, memory_l
 use serde::Serialize;
 
 use super::output::{Out, bytes, count};
-use documents::{DocumentsError, collection_names, data_dir};
+use documents::{DocumentsError, collection_names, data_dir, glance};
 use service::control;
 use service::store::store_dir;
 use settings::{QuireError, Result, Settings};
@@ -222,6 +222,10 @@ fn data(settings: &Settings) -> Vec<Check> {
         }
         Ok(names) => Check::good("documents", format!("collections: {}", names.join(", "))),
     });
+    if let Ok(Some(problem)) = glance(dir) {
+        let advice = "`quire catalog verify` tells all of it, with --repair it saves what is whole";
+        checks.push(Check::bad("catalog", problem, advice.into()));
+    }
     let store = ChunkStore::open_existing(&store_dir(dir), Access::Read, settings.store_bytes());
     let room = match &store {
         Ok(Some(store)) => store.stats().byte_budget.saturating_sub(store.stats().payload_bytes),

@@ -91,6 +91,9 @@ pub(super) fn show(event: &DocumentsEvent, out: &Out) {
             count(sum.passages as usize, "passage"),
             sum.language
         )),
+        DocumentsEvent::Damaged { name, id, problem } => {
+            out.line(format!("{id}  {:>10}  {:>7}  {}: {problem}", "damaged", "", short(name.as_ref())));
+        }
         DocumentsEvent::Removed { name } => out.line(format!("{}: removed", short(name.as_ref()))),
         DocumentsEvent::Restored { name, replaced } => out.line(match replaced {
             true => format!(

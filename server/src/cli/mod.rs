@@ -5,6 +5,7 @@ mod args;
 mod ask;
 mod asking;
 mod cache;
+mod catalog;
 mod chat;
 mod config;
 mod demo;
@@ -80,6 +81,7 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
         Command::Pull { id } => pull::run(&id, out),
         Command::Serve => serve::run(settings, out),
         Command::Cache { command } => cache::run(&config, &command, out),
+        Command::Catalog { command } => catalog::run(&config, &command, out),
         Command::Doctor => doctor::run(settings, out),
         Command::Config { command: args::ConfigCommand::Show } => {
             config::show(&config, out);

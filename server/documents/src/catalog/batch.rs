@@ -44,28 +44,30 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// The keys of a family that begin with `prefix`, in no order.
-    pub(super) fn keys(&self, family: Family, prefix: &[u8]) -> Result<Vec<Vec<u8>>, CatalogError> {
+    /// The keys of a family that begin with `prefix`, in no order, but for those that cannot be read.
+    pub(super) fn readable_keys(&self, family: Family, prefix: &[u8]) -> Result<Vec<Vec<u8>>, CatalogError> {
         let mut keys = Vec::new();
         for row in self.store.scan(family, prefix, prefix) {
-            let (key, _) = row?;
-            if !self.rows.contains_key(&(family, key.clone())) {
-                keys.push(key);
+            match row {
+                Ok((key, _)) if !self.rows.contains_key(&(family, key.clone())) => keys.push(key),
+                Ok(_) | Err(CatalogError::Row(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         keys.extend(self.put_keys(family, prefix).cloned());
         Ok(keys)
     }
 
-    /// Whether any key of a family begins with `prefix`.
+    /// Whether any key of a family begins with `prefix`, or may, as it cannot be read.
     pub(super) fn any(&self, family: Family, prefix: &[u8]) -> Result<bool, CatalogError> {
         if self.put_keys(family, prefix).next().is_some() {
             return Ok(true);
         }
         for row in self.store.scan(family, prefix, prefix) {
-            let (key, _) = row?;
-            if !self.rows.contains_key(&(family, key)) {
-                return Ok(true);
+            match row {
+                Ok((key, _)) if self.rows.contains_key(&(family, key.clone())) => {}
+                Ok(_) | Err(CatalogError::Row(_)) => return Ok(true),
+                Err(error) => return Err(error),
             }
         }
         Ok(false)

@@ -47,8 +47,8 @@ impl From<CatalogError> for DocumentsError {
 /// RocksDB's error in this crate's words. RocksDB tells a full disk and a lock apart from other failures in its text
 /// alone.
 pub(super) fn rocksdb(error: rocksdb::Error, action: &'static str, path: &Path) -> CatalogError {
-    use rocksdb::ErrorKind as K;
     let text = error.to_string();
+    let damage = is_damage(&error);
     let says = |part: &str| text.to_ascii_lowercase().contains(part);
     let system = [
         ("no space left", ErrorKind::StorageFull),
@@ -62,9 +62,21 @@ pub(super) fn rocksdb(error: rocksdb::Error, action: &'static str, path: &Path) 
     if let Some((_, kind)) = system.iter().find(|(part, _)| says(part)) {
         return DocumentsError::writing(path, (*kind).into()).into();
     }
-    match error.kind() {
-        // A block of a table: whatever row was asked for is lost, and no other.
-        K::Corruption if action == "reading" => DamagedRow(text).into(),
+    match action {
+        // A block of a table, or a table: whatever row was asked for is lost, and no other.
+        "reading" if damage => DamagedRow(text).into(),
+        _ if damage => DocumentsError::DamagedCatalog { path: path.into(), problem: text }.into(),
         _ => DocumentsError::Catalog { path: path.into(), action, source: Box::new(error) }.into(),
+    }
+}
+
+/// Whether RocksDB found bytes that it has not written, or misses a file.
+pub(super) fn is_damage(error: &rocksdb::Error) -> bool {
+    use rocksdb::ErrorKind as K;
+    let missing = || error.to_string().to_ascii_lowercase().contains("no such file");
+    match error.kind() {
+        K::Corruption => true,
+        K::IOError | K::NotFound | K::InvalidArgument => missing(),
+        _ => false,
     }
 }

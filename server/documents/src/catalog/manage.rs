@@ -3,9 +3,10 @@
 use super::batch::{Batch, read};
 use super::error::CatalogError;
 use super::rows::{
-    Attributes, CollectionInfo, DocumentInfo, LanguageSetting, ReleasedChunk, from_json, to_json, tokens_hash, unseal,
+    Attributes, CollectionInfo, DamagedRow, DocumentInfo, LanguageSetting, ReleasedChunk, from_json, to_json,
+    tokens_hash, unseal,
 };
-use super::store::Family;
+use super::store::{Family, Store};
 use super::transaction::{Transaction, now};
 use super::{Access, Catalog, Changed, DocumentId, IMPORTED, NEXT_COLLECTION, keys};
 use crate::error::{DocumentsError, Result};
@@ -20,31 +21,48 @@ pub struct Reclaimed {
 }
 
 impl Catalog {
-    /// All collections, by name.
+    /// All collections, by name. One that cannot be read is left out, with a warning.
     ///
     /// # Errors
-    /// [`DocumentsError::DamagedDocument`], [`DocumentsError::Catalog`].
+    /// [`DocumentsError::Catalog`].
     pub fn collections(&self) -> Result<Vec<CollectionInfo>> {
         self.collections_in(&[0])
     }
 
     fn collections_in(&self, prefix: &[u8]) -> Result<Vec<CollectionInfo>> {
         let rows = self.store.scan(Family::Collections, prefix, prefix);
-        let info = |row: Result<(Vec<u8>, Vec<u8>), CatalogError>| {
-            let (key, row) = row?;
-            Ok(from_json(unseal(Family::Collections, &key, &row)?)?)
-        };
-        Ok(rows.map(info).collect::<Result<_, CatalogError>>()?)
+        let mut collections = Vec::new();
+        for row in rows {
+            match row.and_then(|(key, row)| Ok(from_json(unseal(Family::Collections, &key, &row)?)?)) {
+                Ok(info) => collections.push(info),
+                Err(CatalogError::Row(DamagedRow(problem))) => {
+                    tracing::warn!(problem, "a collection cannot be read: `quire catalog verify --repair` mends it");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(collections)
     }
 
     /// A collection by its name.
     ///
     /// # Errors
-    /// As [`collections`](Self::collections).
+    /// [`DocumentsError::DamagedCatalog`] where its row is damaged, [`DocumentsError::Catalog`].
     pub fn collection(&self, name: &str) -> Result<Option<CollectionInfo>> {
         let content = read(&self.store, Family::Collections, &keys::collection(name));
         let info = content.and_then(|content| Ok(content.map(|content| from_json(&content)).transpose()?));
-        info.map_err(|error: CatalogError| error.of(|| format!("collection {name}")))
+        info.map_err(|error| self.whole(error, || format!("collection {name}")))
+    }
+
+    /// The error of a row that others depend on.
+    fn whole(&self, error: CatalogError, what: impl FnOnce() -> String) -> DocumentsError {
+        match error {
+            CatalogError::Row(DamagedRow(problem)) => {
+                let problem = format!("{}: {problem}", what());
+                DocumentsError::DamagedCatalog { path: self.store.path().into(), problem }
+            }
+            CatalogError::Whole(error) => error,
+        }
     }
 
     /// The collection of this name, made where there is none.
@@ -133,13 +151,13 @@ impl Catalog {
     }
 
     /// All documents that are there, or were removed and can be restored. One that is damaged is left out, with a warning.
-    fn all_documents(&self) -> Result<Vec<DocumentInfo>> {
+    pub(super) fn all_documents(&self) -> Result<Vec<DocumentInfo>> {
         let mut documents = Vec::new();
-        for row in self.store.scan(Family::Documents, b"", b"") {
-            let (key, row) = row?;
-            match unseal(Family::Documents, &key, &row).and_then(from_json) {
+        for info in document_rows(&self.store) {
+            match info {
                 Ok(info) => documents.push(info),
-                Err(problem) => tracing::warn!(?problem, "a document is damaged: it cannot be removed for good"),
+                Err(CatalogError::Row(problem)) => tracing::warn!(?problem, "a document is damaged"),
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(documents)
@@ -234,8 +252,13 @@ impl Catalog {
         let mut chunks = Vec::new();
         let mut wanted = Vec::new();
         for row in self.store.scan(Family::Released, b"", b"") {
-            let (key, row) = row?;
-            let needed = self.store.scan(Family::ChunkRefs, &key, &key).next().transpose()?.is_some();
+            let (key, row) = match row {
+                // They cost room in the chunk store, for a while.
+                Err(CatalogError::Row(_)) => continue,
+                row => row?,
+            };
+            // What cannot be read may need it.
+            let needed = self.store.scan(Family::ChunkRefs, &key, &key).next().is_some();
             match unseal(Family::Released, &key, &row).and_then(from_json) {
                 Ok(chunk) if !needed => chunks.push(chunk),
                 // A damaged one costs room in the chunk store, for a while.
@@ -269,10 +292,45 @@ impl Catalog {
     /// whole catalog.
     ///
     /// # Errors
-    /// [`DocumentsError::DataDir`], [`DocumentsError::Catalog`].
+    /// [`DocumentsError::NotErased`] where damage is in the way, [`DocumentsError::DataDir`], [`DocumentsError::Catalog`].
     pub fn erase(&self) -> Result<()> {
-        Ok(self.store.purge()?)
+        self.store.purge()?;
+        // A row that cannot be read may be of a document that was removed.
+        for info in document_rows(&self.store) {
+            match info {
+                Ok(_) => {}
+                Err(CatalogError::Row(_)) => {
+                    let (path, files) = (self.store.path().into(), "rows of damaged documents".into());
+                    return Err(DocumentsError::NotErased { path, files });
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
+}
+
+/// All documents, in the order of their ids.
+fn document_rows(store: &Store) -> impl Iterator<Item = Result<DocumentInfo, CatalogError>> {
+    store.scan(Family::Documents, b"", b"").map(|row| {
+        let (key, row) = row?;
+        Ok(from_json(unseal(Family::Documents, &key, &row)?)?)
+    })
+}
+
+/// Looks through all documents that can be read for one.
+pub(super) fn find_document(
+    store: &Store,
+    is_it: impl Fn(&DocumentInfo) -> bool,
+) -> Result<Option<DocumentInfo>, CatalogError> {
+    for info in document_rows(store) {
+        match info {
+            Ok(info) if is_it(&info) => return Ok(Some(info)),
+            Ok(_) | Err(CatalogError::Row(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 fn next_collection(batch: &mut Batch<'_>) -> Result<u32, CatalogError> {
@@ -284,7 +342,7 @@ fn next_collection(batch: &mut Batch<'_>) -> Result<u32, CatalogError> {
 
 /// Forgets names that could be restored, but for those whose documents were removed meanwhile.
 fn forget_removed_names(transaction: &mut Transaction<'_>) -> Result<(), CatalogError> {
-    for key in transaction.batch().keys(Family::Names, b"")? {
+    for key in transaction.batch().readable_keys(Family::Names, b"")? {
         if key.get(4) == Some(&1) {
             transaction.forget_removed_name(key)?;
         }
@@ -296,7 +354,7 @@ fn forget_removed_names(transaction: &mut Transaction<'_>) -> Result<(), Catalog
 fn forget_collection(transaction: &mut Transaction<'_>, id: u32) -> Result<(), CatalogError> {
     let batch = transaction.batch();
     for family in [Family::Names, Family::Contents, Family::Log] {
-        for key in batch.keys(family, &id.to_be_bytes())? {
+        for key in batch.readable_keys(family, &id.to_be_bytes())? {
             batch.delete(family, key);
         }
     }

@@ -14,14 +14,18 @@ mod id;
 mod keys;
 mod manage;
 mod records;
+mod repair;
 mod rows;
+mod scan;
 mod store;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod texts;
 mod totals;
 mod transaction;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -33,10 +37,12 @@ use store::Store;
 pub use id::{DocumentId, ParseDocumentIdError};
 pub use manage::Reclaimed;
 pub use records::{JobError, JobRecord, RecordKind};
+pub(crate) use repair::{finish as finish_repair, look, repair};
 pub(crate) use rows::LogEntry;
 pub use rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, Passage, ReleasedChunk, TextHash};
 pub use store::Access;
 pub(crate) use store::{Family, is_in_use};
+pub use survey::{CatalogReport, DamagedDocument};
 
 pub use totals::Totals;
 use totals::{AllTotals, TotalsChange};
@@ -51,6 +57,8 @@ const FORMAT_ROW: &[u8] = b"format";
 const NEXT_SEQUENCE: &[u8] = b"next-sequence";
 const NEXT_COLLECTION: &[u8] = b"next-collection";
 const IMPORTED: &[u8] = b"imported";
+/// Another number for each repair: what was derived from the catalog before is derived anew.
+const GENERATION: &[u8] = b"generation";
 
 /// An open catalog.
 pub struct Catalog {
@@ -81,7 +89,7 @@ impl Catalog {
     /// none; whoever may write it makes it whole.
     #[must_use]
     pub fn exists(path: &Path) -> bool {
-        path.join("CURRENT").is_file() && !store::is_half_made(path, FORMAT_ROW)
+        store::exists(path) && !store::is_half_made(path)
     }
 
     /// Opens the catalog in folder `path`, making an empty one where it may be written.
@@ -102,25 +110,35 @@ impl Catalog {
     }
 
     fn with_store(store: Store) -> Result<Catalog> {
-        let number = |key| -> Result<Option<u64>, CatalogError> {
-            let Some(content) = read(&store, Family::Meta, key)? else { return Ok(None) };
-            let bytes = content.try_into().map_err(|_| DamagedRow("a number is not as expected".into()))?;
-            Ok(Some(u64::from_be_bytes(bytes)))
-        };
-        match number(FORMAT_ROW)? {
-            Some(found) if found > u64::from(FORMAT) => {
+        match number(&store, FORMAT_ROW) {
+            Ok(Some(found)) if found > u64::from(FORMAT) => {
                 let (path, found) = (store.path().into(), u32::try_from(found).unwrap_or(u32::MAX));
                 return Err(DocumentsError::NewerDataDir { path, found, supported: FORMAT });
             }
-            None if store.access() == Access::Write => {
+            Ok(None) if store.access() == Access::Write => {
                 let mut fresh = batch::Batch::new(&store);
                 fresh.put(Family::Meta, FORMAT_ROW.to_vec(), u64::from(FORMAT).to_be_bytes().to_vec());
                 fresh.commit()?;
             }
+            Err(CatalogError::Whole(error)) => return Err(error),
             _ => {}
         }
-        let next = number(NEXT_SEQUENCE)?.unwrap_or(1);
+        let next = match number(&store, NEXT_SEQUENCE) {
+            Ok(next) => next.unwrap_or(1),
+            // An index that has come further is built again.
+            Err(CatalogError::Row(DamagedRow(problem))) => {
+                tracing::warn!(problem, "the number of the next change is lost: it follows from the log");
+                last_logged(&store) + 1
+            }
+            Err(CatalogError::Whole(error)) => return Err(error),
+        };
         Ok(Catalog { store, writing: Mutex::new(Writing { sequence: next, totals: None }) })
+    }
+
+    /// What RocksDB objected to when it opened the catalog past damage; `None` where it did not.
+    #[must_use]
+    pub fn damage(&self) -> Option<&str> {
+        self.store.damage()
     }
 
     /// What may be done with it.
@@ -151,6 +169,31 @@ impl Catalog {
         Ok(Changed { value, orphans })
     }
 
+    /// Which writing of the catalog this is: 0, or a number that its last repair has given it.
+    pub(crate) fn generation(&self) -> u64 {
+        number(&self.store, GENERATION).ok().flatten().unwrap_or(0)
+    }
+
+    /// Looks at all of the catalog while it is open; nothing changes meanwhile.
+    ///
+    /// # Errors
+    /// [`DocumentsError::Catalog`].
+    pub(crate) fn verify(&self) -> Result<CatalogReport> {
+        let _unchanged = self.writing();
+        survey::survey(&self.store, &mut |_| Ok(()))
+    }
+
+    /// Writes the catalog anew while it is open, see [`repair`]; whoever uses it waits.
+    ///
+    /// # Errors
+    /// As [`repair`].
+    pub(crate) fn rewrite(&self, anew: bool) -> Result<CatalogReport> {
+        let mut writing = self.writing();
+        let report = self.store.replaced(|| repair(self.store.path(), anew))?;
+        *writing = Writing { sequence: number(&self.store, NEXT_SEQUENCE)?.unwrap_or(1), totals: None };
+        Ok(report)
+    }
+
     fn writing(&self) -> MutexGuard<'_, Writing> {
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -160,18 +203,31 @@ impl Catalog {
         self.writing().sequence - 1
     }
 
-    /// Which documents of a collection have changed since `after`, with the numbers of the changes.
-    pub(crate) fn changes(&self, collection: u32, after: u64) -> Result<Vec<(u64, LogEntry)>> {
+    /// Which documents of a collection have changed since `after`, with the numbers of the changes; `None` where that is not
+    /// known, as the log is damaged.
+    pub(crate) fn changes(&self, collection: u32, after: u64) -> Result<Option<Vec<(u64, LogEntry)>>> {
         let prefix = collection.to_be_bytes();
         let mut entries = Vec::new();
         for row in self.store.scan(Family::Log, &prefix, &keys::log(collection, after.saturating_add(1))) {
-            let (key, row) = row?;
-            let entry = rows::unseal(Family::Log, &key, &row).and_then(from_json);
-            let sequence = key[4..].try_into().map(u64::from_be_bytes);
-            let sequence = sequence.map_err(|_| DamagedRow("a key of the log is not as expected".into()));
-            entries.push((sequence.map_err(CatalogError::from)?, entry.map_err(CatalogError::from)?));
+            let entry = row.and_then(|(key, row)| {
+                let entry = rows::unseal(Family::Log, &key, &row).and_then(from_json)?;
+                let sequence = key[4..].try_into().map(u64::from_be_bytes);
+                Ok((sequence.map_err(|_| DamagedRow("a key of the log is not as expected".into()))?, entry))
+            });
+            match entry {
+                Ok(entry) => entries.push(entry),
+                Err(CatalogError::Row(DamagedRow(problem))) => {
+                    tracing::warn!(
+                        collection,
+                        problem,
+                        "the log of changes is damaged: all documents count as changed"
+                    );
+                    return Ok(None);
+                }
+                Err(CatalogError::Whole(error)) => return Err(error),
+            }
         }
-        Ok(entries)
+        Ok(Some(entries))
     }
 
     /// Forgets changes up to `through`, which the index has.
@@ -179,11 +235,13 @@ impl Catalog {
         let prefix = collection.to_be_bytes();
         let mut old = Vec::new();
         for row in self.store.scan(Family::Log, &prefix, &prefix) {
-            let (key, _) = row?;
-            if key > keys::log(collection, through) {
-                break;
+            match row {
+                Ok((key, _)) if key > keys::log(collection, through) => break,
+                Ok((key, _)) => old.push(((Family::Log, key), None)),
+                // Whatever cannot be read is not read again: it lies before what follows.
+                Err(CatalogError::Row(_)) => {}
+                Err(error) => return Err(error.into()),
             }
-            old.push(((Family::Log, key), None));
         }
         // They are only superfluous: the next synced batch has this on disk too.
         Ok(self.store.write(old, false)?)
@@ -204,43 +262,146 @@ impl Catalog {
     /// The id of the document of a collection that has this name.
     ///
     /// # Errors
-    /// As [`document`](Self::document).
+    /// [`DocumentsError::Catalog`].
     pub fn named(&self, collection: u32, name: &str) -> Result<Option<DocumentId>> {
-        self.id_at(Family::Names, &keys::name(collection, false, name)).map_err(|e| e.of(|| format!("document {name}")))
+        let found = self.id_at(Family::Names, &keys::name(collection, false, name));
+        Ok(found.or_else(|error| self.instead(error, |info| info.is_called(collection, name)))?)
+    }
+
+    /// The id that the row of a name tells, if there is one that can be read.
+    #[must_use]
+    pub fn has_name(&self, collection: u32, name: &str) -> Option<DocumentId> {
+        self.id_at(Family::Names, &keys::name(collection, false, name)).ok().flatten()
     }
 
     /// The id of the document of a collection that has this text.
     ///
     /// # Errors
-    /// As [`document`](Self::document).
+    /// As [`named`](Self::named).
     pub fn with_content(&self, collection: u32, format: Format, content: &TextHash) -> Result<Option<DocumentId>> {
-        Ok(self.id_at(Family::Contents, &keys::content(collection, format, content))?)
+        let found = self.id_at(Family::Contents, &keys::content(collection, format, content));
+        Ok(found.or_else(|error| self.instead(error, |info| info.holds(collection, format, content)))?)
     }
 
     fn id_at(&self, family: Family, key: &[u8]) -> Result<Option<DocumentId>, CatalogError> {
         let Some(content) = read(&self.store, family, key)? else { return Ok(None) };
         let id =
-            DocumentId::from_bytes(&content).ok_or_else(|| DamagedRow("a document's id is not as expected".into()));
-        Ok(Some(id?))
+            DocumentId::from_bytes(&content).ok_or_else(|| DamagedRow("a document's id is not as expected".into()))?;
+        Ok(Some(id))
     }
 
-    /// Names of a collection's documents behind `after`, in order, each with its document's id; `limit` at most.
+    /// Where the row that would tell a document is damaged, all documents are looked through.
+    fn instead(
+        &self,
+        error: CatalogError,
+        is_it: impl Fn(&DocumentInfo) -> bool,
+    ) -> Result<Option<DocumentId>, CatalogError> {
+        let CatalogError::Row(_) = error else { return Err(error) };
+        manage::find_document(&self.store, is_it).map(|found| found.map(|info| info.id))
+    }
+
+    /// Names of a collection's documents behind `after`, in order, each with its document's id; `limit` at most. Names
+    /// that cannot be read are left out, with a warning.
     ///
     /// # Errors
-    /// As [`document`](Self::document).
+    /// [`DocumentsError::Catalog`].
     pub fn names(&self, collection: u32, after: Option<&str>, limit: usize) -> Result<Vec<(String, DocumentId)>> {
+        let mut names = Vec::new();
+        for name in self.name_rows(collection, after) {
+            if names.len() == limit {
+                break;
+            }
+            match name {
+                Ok(named) => names.push(named),
+                Err(CatalogError::Row(DamagedRow(problem))) => {
+                    tracing::warn!(
+                        collection,
+                        problem,
+                        "a name cannot be read: `quire catalog verify --repair` mends it"
+                    );
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(names)
+    }
+
+    /// Names of a collection's documents behind `after`, in order.
+    fn name_rows(
+        &self,
+        collection: u32,
+        after: Option<&str>,
+    ) -> impl Iterator<Item = Result<(String, DocumentId), CatalogError>> {
         let prefix = keys::name(collection, false, "");
         // No name ends with a NUL, and none has one: this is the first key behind.
         let from = after.map_or(prefix.clone(), |after| keys::name(collection, false, &format!("{after}\0")));
-        let rows = self.store.scan(Family::Names, &prefix, &from).take(limit);
-        let name = |row: Result<(Vec<u8>, Vec<u8>), CatalogError>| {
+        self.store.scan(Family::Names, &prefix, &from).map(move |row| {
             let (key, row) = row?;
-            let damaged = || DamagedRow("a name is not as expected".into());
-            let name = String::from_utf8(key[prefix.len()..].to_vec()).map_err(|_| damaged())?;
-            let id = DocumentId::from_bytes(rows::unseal(Family::Names, &key, &row)?).ok_or_else(damaged)?;
-            Ok((name, id))
-        };
-        Ok(rows.map(name).collect::<Result<_, CatalogError>>()?)
+            let name = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
+            let content = rows::unseal(Family::Names, &key, &row);
+            let id = content.ok().and_then(DocumentId::from_bytes);
+            Ok((name.clone(), id.ok_or_else(|| DamagedRow(format!("the row of the name {name} is not as expected")))?))
+        })
+    }
+
+    /// The documents of a collection, also those whose names cannot be read.
+    ///
+    /// # Errors
+    /// As [`names`](Self::names).
+    pub(crate) fn document_ids(&self, collection: u32) -> Result<Vec<DocumentId>> {
+        let mut ids = BTreeSet::new();
+        let mut whole = true;
+        for name in self.name_rows(collection, None) {
+            match name {
+                Ok((_, id)) => drop(ids.insert(id)),
+                Err(CatalogError::Row(_)) => whole = false,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !whole {
+            let of_it = |info: &DocumentInfo| info.collection == collection && info.removed.is_none();
+            ids.extend(self.all_documents()?.iter().filter(|info| of_it(info)).map(|info| info.id));
+        }
+        Ok(ids.into_iter().collect())
+    }
+
+    /// The documents of a collection by name, each once. What is known of those that are damaged comes last.
+    ///
+    /// # Errors
+    /// As [`names`](Self::names).
+    pub fn listing(&self, collection: u32) -> Result<(Vec<DocumentInfo>, Vec<DamagedEntry>)> {
+        let (mut whole, mut damaged) = (Vec::new(), Vec::new());
+        let mut seen = BTreeSet::new();
+        let mut unreadable = false;
+        for name in self.name_rows(collection, None) {
+            let (name, id) = match name {
+                Ok(named) => named,
+                Err(CatalogError::Row(_)) => {
+                    unreadable = true;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if !seen.insert(id) {
+                continue;
+            }
+            match self.document(&id) {
+                Ok(Some(info)) => whole.push(info),
+                Ok(None) => damaged.push(DamagedEntry { name, id, problem: LOST.into() }),
+                Err(DocumentsError::DamagedDocument { problem, .. }) => {
+                    damaged.push(DamagedEntry { name, id, problem });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if unreadable {
+            let of_it = |info: &DocumentInfo| info.collection == collection && info.removed.is_none();
+            for info in self.all_documents()?.into_iter().filter(|info| of_it(info) && !seen.contains(&info.id)) {
+                let problem = "its name cannot be read".into();
+                damaged.push(DamagedEntry { name: info.names.join("  =  "), id: info.id, problem });
+            }
+        }
+        Ok((whole, damaged))
     }
 
     /// Names of a collection's documents that lie below a folder, in order: those that are there, or those that were removed and
@@ -251,13 +412,16 @@ impl Catalog {
     pub fn names_below(&self, collection: u32, folder: &str, removed: bool) -> Result<Vec<String>> {
         let all = keys::name(collection, removed, "");
         let below = keys::name(collection, removed, &format!("{}/", folder.trim_end_matches('/')));
-        let name = |row: Result<(Vec<u8>, Vec<u8>), CatalogError>| {
-            let (key, _) = row?;
-            let name = String::from_utf8(key[all.len()..].to_vec());
-            Ok(name.map_err(|_| DamagedRow("a name is not as expected".into()))?)
-        };
-        let rows = self.store.scan(Family::Names, &below, &below);
-        Ok(rows.map(name).collect::<Result<_, CatalogError>>()?)
+        let mut names = Vec::new();
+        for row in self.store.scan(Family::Names, &below, &below) {
+            match row {
+                Ok((key, _)) => names.push(String::from_utf8_lossy(&key[all.len()..]).into_owned()),
+                // Told where documents are listed.
+                Err(CatalogError::Row(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(names)
     }
 
     /// The whole text of a document, compared with its hash.
@@ -310,6 +474,32 @@ impl Catalog {
         texts::part(&self.store, &info.content, &passage.place.bytes, &passage.hash)
             .map_err(|error| error.of(|| label(info)))
     }
+}
+
+/// What is said of a name whose document is gone.
+const LOST: &str = "its text was lost to damage: ingest it again, or remove it";
+
+/// A document that is there and cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DamagedEntry {
+    /// What it is known by.
+    pub name: String,
+    /// Its id.
+    pub id: DocumentId,
+    /// What is wrong.
+    pub problem: String,
+}
+
+fn number(store: &Store, key: &[u8]) -> Result<Option<u64>, CatalogError> {
+    let Some(content) = read(store, Family::Meta, key)? else { return Ok(None) };
+    let bytes = content.try_into().map_err(|_| DamagedRow("a number is not as expected".into()))?;
+    Ok(Some(u64::from_be_bytes(bytes)))
+}
+
+/// The highest number of a change that the log still has.
+fn last_logged(store: &Store) -> u64 {
+    let numbers = store.scan(Family::Log, b"", b"").filter_map(|row| row.ok()?.0.get(4..)?.try_into().ok());
+    numbers.map(u64::from_be_bytes).max().unwrap_or(0)
 }
 
 /// What people know a document by.

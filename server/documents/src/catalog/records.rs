@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::batch::{Batch, read};
 use super::error::CatalogError;
-use super::rows::{from_json, to_json, unseal};
+use super::rows::{DamagedRow, from_json, to_json, unseal};
 use super::store::Family;
 use super::{Catalog, Transaction};
 use crate::error::Result;
@@ -168,10 +168,16 @@ impl Catalog {
     pub fn records_under(&self, kind: RecordKind, prefix: &str) -> Result<Vec<JobRecord>> {
         let mut records = Vec::new();
         for row in self.store.scan(kind.family(), prefix.as_bytes(), prefix.as_bytes()) {
-            let (key, row) = row?;
-            match unseal(kind.family(), &key, &row).and_then(from_json) {
+            let read = |(key, row): (Vec<u8>, Vec<u8>)| {
+                let record = unseal(kind.family(), &key, &row).and_then(from_json);
+                Ok(record.map_err(|DamagedRow(problem)| {
+                    DamagedRow(format!("{}: {problem}", String::from_utf8_lossy(&key)))
+                })?)
+            };
+            match row.and_then(read) {
                 Ok(record) => records.push(record),
-                Err(problem) => tracing::warn!(?problem, id = %String::from_utf8_lossy(&key), "a record is damaged"),
+                Err(CatalogError::Row(problem)) => tracing::warn!(?problem, "a record is damaged"),
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(records)

@@ -104,6 +104,18 @@ pub struct DocumentInfo {
     pub attributes: Attributes,
 }
 
+impl DocumentInfo {
+    /// Whether it is there, in a collection, under a name.
+    pub(super) fn is_called(&self, collection: u32, name: &str) -> bool {
+        self.collection == collection && self.removed.is_none() && self.names.iter().any(|known| known == name)
+    }
+
+    /// Whether it is there, in a collection, with a text.
+    pub(super) fn holds(&self, collection: u32, format: Format, content: &TextHash) -> bool {
+        (self.collection, self.removed, self.format, &self.content) == (collection, None, format, content)
+    }
+}
+
 /// A passage of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passage {

@@ -1,6 +1,5 @@
 //! RocksDB as the catalog uses it: column families, options, and the few operations needed.
 
-use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
@@ -11,6 +10,7 @@ use rocksdb::{
 };
 
 use super::error::{self, CatalogError};
+use super::scan::Rows;
 use crate::error::DocumentsError;
 
 const MIB: usize = 1 << 20;
@@ -110,18 +110,36 @@ pub(super) struct Store {
     access: Access,
     /// Whether a write has failed since it was opened.
     failed: AtomicBool,
+    /// What RocksDB objected to, where it opened the database past damage only.
+    damage: Option<String>,
+    in_memory: bool,
 }
 
 /// A row to write, or to delete.
 pub(super) type Change = ((Family, Vec<u8>), Option<Vec<u8>>);
 
-fn db_options(access: Access) -> Options {
+/// How much damage to put up with when opening.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Only what a crash leaves behind: a torn end of the write-ahead log.
+    Strict,
+    /// Tables that cannot be read are an error of whatever is looked for in them. Nothing is compacted, as that would come upon
+    /// them again and again.
+    PastTables,
+    /// Records of the log that cannot be read are skipped as well.
+    PastLog,
+}
+
+fn db_options(access: Access, mode: Mode) -> Options {
     let mut options = Options::default();
     options.create_if_missing(access == Access::Write);
     options.create_missing_column_families(access == Access::Write);
-    options.set_paranoid_checks(true);
+    options.set_paranoid_checks(mode == Mode::Strict);
     // Every batch is synced: only one that was never acknowledged can be torn.
-    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_wal_recovery_mode(match mode {
+        Mode::Strict | Mode::PastTables => DBRecoveryMode::TolerateCorruptedTailRecords,
+        Mode::PastLog => DBRecoveryMode::SkipAnyCorruptedRecord,
+    });
     options.set_max_total_wal_size(64 * MIB as u64);
     options.set_max_background_jobs(2);
     options.set_bytes_per_sync(MIB as u64);
@@ -132,23 +150,66 @@ fn db_options(access: Access) -> Options {
 }
 
 impl Store {
-    /// Opens the database in `path`, making it where it may be written.
+    /// Opens the database in `path`, making it where it may be written. One with damaged tables is opened all the same:
+    /// [`damage`](Self::damage) says so.
     pub(super) fn open(path: &Path, access: Access) -> Result<Store, CatalogError> {
-        Store::open_with(path, access, db_options(access))
+        has_current(path)?;
+        let (db, damage) = open_or_tolerate(path, access).map_err(|e| error::rocksdb(e, "opening", path))?;
+        Ok(Store::new(db, path, access, damage))
+    }
+
+    /// Opens the database in `path` for reading, past all damage that RocksDB can be made to pass.
+    pub(super) fn open_damaged(path: &Path) -> Result<Store, CatalogError> {
+        has_current(path)?;
+        let options = db_options(Access::Read, Mode::PastLog);
+        let db = open_database(path, Access::Read, &options, Mode::PastLog);
+        let db = db.map_err(|e| error::rocksdb(e, "opening", path))?;
+        Ok(Store::new(db, path, Access::Read, None))
     }
 
     /// An empty one that lies in memory.
     pub(super) fn in_memory() -> Result<Store, CatalogError> {
         let path = PathBuf::from("/in-memory");
         let env = Env::mem_env().map_err(|e| error::rocksdb(e, "opening", &path))?;
-        let mut options = db_options(Access::Write);
+        let mut options = db_options(Access::Write, Mode::Strict);
         options.set_env(&env);
-        Store::open_with(&path, Access::Write, options)
+        let db = open_database(&path, Access::Write, &options, Mode::Strict);
+        let db = db.map_err(|e| error::rocksdb(e, "opening", &path))?;
+        Ok(Store { in_memory: true, ..Store::new(db, &path, Access::Write, None) })
     }
 
-    fn open_with(path: &Path, access: Access, options: Options) -> Result<Store, CatalogError> {
-        let db = open_database(path, access, &options)?;
-        Ok(Store { db: RwLock::new(Some(db)), path: path.into(), access, failed: AtomicBool::new(false) })
+    fn new(db: DB, path: &Path, access: Access, damage: Option<String>) -> Store {
+        Store {
+            db: RwLock::new(Some(db)),
+            path: path.into(),
+            access,
+            failed: AtomicBool::new(false),
+            damage,
+            in_memory: false,
+        }
+    }
+
+    /// What RocksDB objected to when it opened the database; `None` where it did not.
+    pub(super) fn damage(&self) -> Option<&str> {
+        self.damage.as_deref()
+    }
+
+    /// Closes the database while `work` replaces its folder, and opens it again. Whoever reads or writes waits.
+    pub(super) fn replaced<T>(&self, work: impl FnOnce() -> Result<T, DocumentsError>) -> Result<T, DocumentsError> {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        *db = None;
+        let done = work();
+        match open_or_tolerate(&self.path, self.access) {
+            Ok((opened, _)) => {
+                *db = Some(opened);
+                self.failed.store(false, Ordering::Relaxed);
+                done
+            }
+            Err(problem) => {
+                self.failed.store(true, Ordering::Relaxed);
+                done.and_then(|_| Err(error::rocksdb(problem, "opening", &self.path).into()))
+            }
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -159,12 +220,12 @@ impl Store {
         self.access
     }
 
-    fn fail(&self, action: &'static str) -> impl Fn(rocksdb::Error) -> CatalogError {
+    pub(super) fn fail(&self, action: &'static str) -> impl Fn(rocksdb::Error) -> CatalogError {
         move |error| error::rocksdb(error, action, &self.path)
     }
 
     /// Does something with the database that is open.
-    fn with<T>(&self, work: impl FnOnce(&DB) -> Result<T, CatalogError>) -> Result<T, CatalogError> {
+    pub(super) fn with<T>(&self, work: impl FnOnce(&DB) -> Result<T, CatalogError>) -> Result<T, CatalogError> {
         let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
         match db.as_ref() {
             Some(db) => work(db),
@@ -204,15 +265,15 @@ impl Store {
         }
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
         *db = None;
-        match open_database(&self.path, Access::Write, &db_options(Access::Write)) {
-            Ok(opened) => {
+        match open_or_tolerate(&self.path, Access::Write) {
+            Ok((opened, _)) => {
                 *db = Some(opened);
                 self.failed.store(false, Ordering::Relaxed);
                 Ok(())
             }
             Err(problem) => {
-                *db = open_database(&self.path, Access::Read, &db_options(Access::Read)).ok();
-                Err(problem)
+                *db = open_or_tolerate(&self.path, Access::Read).ok().map(|(opened, _)| opened);
+                Err(error::rocksdb(problem, "opening", &self.path))
             }
         }
     }
@@ -220,67 +281,123 @@ impl Store {
     /// The rows of a family whose keys begin with `prefix` and are not below `from`. They are read some at a time: what is
     /// written meanwhile may be among them or not.
     pub(super) fn scan<'a>(&'a self, family: Family, prefix: &[u8], from: &[u8]) -> Rows<'a> {
-        let next = Some(from.max(prefix).to_vec());
-        Rows { store: self, family, prefix: prefix.into(), next, read: VecDeque::new(), at_a_time: FIRST_ROWS }
+        Rows::new(self, family, prefix, from)
     }
 
-    /// Rewrites everything without what was deleted, so that no file has it any more: neither logs nor tables.
+    /// Has everything in tables.
+    pub(super) fn flush(&self) -> Result<(), CatalogError> {
+        self.with(|db| {
+            Family::ALL.iter().try_for_each(|family| db.flush_cf(column(db, *family)).map_err(self.fail("flushing")))
+        })
+    }
+
+    /// Rewrites everything without what was deleted, so that no file has it any more: neither logs nor tables. A table that
+    /// cannot be rewritten, as it is damaged, is an error, once all others are.
     pub(super) fn purge(&self) -> Result<(), CatalogError> {
         self.mend()?;
-        let purged = self.with(|db| {
-            let errors = || db.property_int_value(rocksdb::properties::BACKGROUND_ERRORS).ok().flatten();
-            let before = errors();
-            for family in Family::ALL {
-                // Once every family has left it, a log file goes.
-                db.flush_cf(column(db, family)).map_err(self.fail("flushing"))?;
-            }
+        // Once every family has left it, a log file goes.
+        self.flush()?;
+        let left = self.with(|db| {
+            let before = db.live_files().map_err(self.fail("reading"))?;
             let mut options = CompactOptions::default();
             options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
             for family in Family::ALL {
                 db.compact_range_cf_opt(column(db, family), None::<&[u8]>, None::<&[u8]>, &options);
             }
-            // Rewriting tables tells of no error itself.
-            match errors() == before {
-                true => Ok(()),
-                false => Err(DocumentsError::CatalogNotErased { path: self.path.clone() }.into()),
-            }
-        });
-        if purged.is_err() {
-            // It takes no further writes until it is opened again.
-            self.failed.store(true, Ordering::Relaxed);
+            // RocksDB tells a compaction's failure to nobody but its log, and the next write.
+            let after = db.live_files().map_err(self.fail("reading"))?;
+            let left = after.iter().filter(|file| before.iter().any(|old| old.name == file.name));
+            Ok(left.map(|file| file.name.trim_start_matches('/').to_string()).collect::<Vec<_>>())
+        })?;
+        if self.in_memory {
+            return Ok(());
         }
-        purged
+        // The list of files has their first and last keys, and so names. A new one is written when the database is opened;
+        // after a compaction that failed it takes no further writes before that.
+        self.failed.store(true, Ordering::Relaxed);
+        self.mend()?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        let is_damaged =
+            |family: Family| self.scan(family, b"", b"").any(|row| matches!(row, Err(CatalogError::Row(_))));
+        let path = self.path.clone();
+        Err(match Family::ALL.into_iter().any(is_damaged) {
+            true => DocumentsError::NotErased { path, files: left.join(", ") },
+            false => DocumentsError::CatalogNotErased { path },
+        }
+        .into())
     }
 }
 
-fn open_database(path: &Path, access: Access, options: &Options) -> Result<DB, CatalogError> {
-    let descriptors = Family::ALL.map(|family| ColumnFamilyDescriptor::new(family.name(), family.options()));
-    let db = match access {
+fn open_database(path: &Path, access: Access, options: &Options, mode: Mode) -> Result<DB, rocksdb::Error> {
+    let descriptors = Family::ALL.map(|family| {
+        let mut options = family.options();
+        options.set_disable_auto_compactions(mode != Mode::Strict);
+        ColumnFamilyDescriptor::new(family.name(), options)
+    });
+    match access {
         Access::Write => DB::open_cf_descriptors(options, path, descriptors),
         Access::Read => DB::open_cf_descriptors_read_only(options, path, descriptors, false),
-    };
-    db.map_err(|e| error::rocksdb(e, "opening", path))
+    }
 }
 
-fn column(db: &DB, family: Family) -> &ColumnFamily {
+/// Opens a database, past damaged tables where it cannot be done otherwise; then the second value says what they are.
+fn open_or_tolerate(path: &Path, access: Access) -> Result<(DB, Option<String>), rocksdb::Error> {
+    let open = |mode| open_database(path, access, &db_options(access, mode), mode);
+    let first = match open(Mode::Strict) {
+        Ok(db) => return Ok((db, None)),
+        Err(error) => error,
+    };
+    // Only a table's: with its checks off, RocksDB passes over damage of the log as well, and so over what was acknowledged.
+    if !error::is_damage(&first) || !first.to_string().contains(".sst") {
+        return Err(first);
+    }
+    match open(Mode::PastTables) {
+        Ok(db) => {
+            let problem = first.to_string();
+            tracing::warn!(
+                path = %path.display(), problem,
+                "the catalog of documents is damaged: what is whole is used, `quire catalog verify` tells what is not"
+            );
+            Ok((db, Some(problem)))
+        }
+        Err(_) => Err(first),
+    }
+}
+
+pub(super) fn column(db: &DB, family: Family) -> &ColumnFamily {
     db.cf_handle(family.name()).expect("every family is opened or created with the database")
 }
 
-/// Whether the database in `path` lacks families or the row `last`, which is written once all of them are there: its making was
-/// cut off. What cannot be looked into counts as whole: opening it says what is wrong.
-pub(super) fn is_half_made(path: &Path, last: &[u8]) -> bool {
-    let options = db_options(Access::Read);
-    let Ok(names) = DB::list_cf(&options, path) else { return false };
-    if Family::ALL.iter().all(|family| names.iter().any(|name| name == family.name())) {
-        return false;
+/// Refuses a database whose beginning is missing: RocksDB would begin a new one in its place, and remove the files of the old one.
+fn has_current(path: &Path) -> Result<(), CatalogError> {
+    if path.join("CURRENT").is_file() || !holds_rows(path) {
+        return Ok(());
     }
-    if !names.iter().any(|name| name == Family::Meta.name()) {
-        return true;
-    }
-    let meta = [ColumnFamilyDescriptor::new(Family::Meta.name(), Family::Meta.options())];
-    let Ok(db) = DB::open_cf_descriptors_read_only(&options, path, meta, false) else { return false };
-    let row = db.cf_handle(Family::Meta.name()).map(|meta| db.get_cf(meta, last));
-    matches!(row, Some(Ok(None)))
+    Err(DocumentsError::DamagedCatalog { path: path.into(), problem: "CURRENT is missing".into() }.into())
+}
+
+/// Whether there is anything of a database in `path`.
+pub(super) fn exists(path: &Path) -> bool {
+    path.join("CURRENT").is_file() || holds_rows(path)
+}
+
+/// Whether files in `path` hold rows, or did before they were damaged: tables, and logs that were written to.
+fn holds_rows(path: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(path) else { return false };
+    entries.flatten().any(|entry| {
+        let name = entry.file_name();
+        let ending = Path::new(&name).extension().and_then(|ending| ending.to_str());
+        ending == Some("sst") || ending == Some("log") && entry.metadata().is_ok_and(|found| found.len() > 0)
+    })
+}
+
+/// Whether the database in `path` lacks families, and has no row: its making was cut off. What cannot be looked into counts as
+/// whole: opening it says what is wrong.
+pub(super) fn is_half_made(path: &Path) -> bool {
+    let Ok(names) = DB::list_cf(&db_options(Access::Read, Mode::Strict), path) else { return false };
+    !holds_rows(path) && !Family::ALL.iter().all(|family| names.iter().any(|name| name == family.name()))
 }
 
 /// Whether another process has the catalog in `path` open for writing. Asking leaves no trace.
@@ -291,64 +408,10 @@ pub(crate) fn is_in_use(path: &Path) -> bool {
     holder.ok().flatten().is_some_and(|lock| lock.typ != FlockType::Unlocked)
 }
 
-fn read_options() -> ReadOptions {
+pub(super) fn read_options() -> ReadOptions {
     let mut options = ReadOptions::default();
     options.set_verify_checksums(true);
     options
-}
-
-/// Rows that are read at a time: few at first, as often one is enough.
-const FIRST_ROWS: usize = 8;
-const MOST_ROWS: usize = 1024;
-/// Bytes of rows that are read at a time, about.
-const MOST_BYTES: usize = 4 * MIB;
-
-/// Rows in the order of their keys.
-pub(super) struct Rows<'a> {
-    store: &'a Store,
-    family: Family,
-    prefix: Vec<u8>,
-    /// Where to go on; `None` at the end.
-    next: Option<Vec<u8>>,
-    read: VecDeque<(Vec<u8>, Vec<u8>)>,
-    at_a_time: usize,
-}
-
-impl Rows<'_> {
-    /// Reads some more.
-    fn fill(&mut self, from: &[u8]) -> Result<(), CatalogError> {
-        let (mut bytes, most) = (0, self.at_a_time);
-        self.at_a_time = (most * 4).min(MOST_ROWS);
-        self.store.with(|db| {
-            let mut rows = db.raw_iterator_cf_opt(column(db, self.family), read_options());
-            rows.seek(from);
-            while let Some((key, row)) = rows.item().filter(|(key, _)| key.starts_with(&self.prefix)) {
-                if self.read.len() == most || bytes > MOST_BYTES {
-                    self.next = Some(key.to_vec());
-                    return Ok(());
-                }
-                bytes += row.len();
-                self.read.push_back((key.to_vec(), row.to_vec()));
-                rows.next();
-            }
-            // The end, or a block that cannot be read.
-            rows.status().map_err(self.store.fail("reading"))
-        })
-    }
-}
-
-impl Iterator for Rows<'_> {
-    type Item = Result<(Vec<u8>, Vec<u8>), CatalogError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.read.is_empty()
-            && let Some(from) = self.next.take()
-            && let Err(error) = self.fill(&from)
-        {
-            return Some(Err(error));
-        }
-        self.read.pop_front().map(Ok)
-    }
 }
 
 #[cfg(test)]

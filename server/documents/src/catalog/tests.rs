@@ -284,7 +284,7 @@ fn a_change_that_fails_leaves_nothing() {
 fn the_log_tells_what_changed_once_each_and_is_trimmed() {
     let notes = Notes::new();
     let (outcome, _) = notes.put(&document("a", "one"));
-    let changes = |after| notes.catalog.changes(notes.info.id, after).unwrap();
+    let changes = |after| notes.catalog.changes(notes.info.id, after).unwrap().unwrap();
     assert_eq!(changes(0), [(1, LogEntry::Put(outcome.id))]);
     let both = notes.catalog.change(|transaction| {
         transaction.put(&notes.info, &document("a", "two"))?;

@@ -1,5 +1,6 @@
 //! Texts of documents: once each, in pieces, so that a passage can be cut out without reading the whole and no row is large.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::batch::{Batch, read};
@@ -21,25 +22,32 @@ pub(super) fn keep(batch: &mut Batch<'_>, hash: &TextHash, text: &str, id: &Docu
     Ok(())
 }
 
+/// The pieces of a text, with their numbers.
+pub(super) fn pieces(text: &str) -> impl Iterator<Item = (u32, &[u8])> {
+    (0u32..).zip(text.as_bytes().chunks(PIECE))
+}
+
 /// Writes the pieces of a text.
 pub(super) fn write(batch: &mut Batch<'_>, hash: &TextHash, text: &str) {
-    for (number, piece) in (0u32..).zip(text.as_bytes().chunks(PIECE)) {
+    for (number, piece) in pieces(text) {
         batch.put(Family::Texts, keys::piece(hash, number), piece.to_vec());
     }
 }
 
 /// Whether a text is on disk for some document, whole or not.
-pub(super) fn is_kept(store: &Store, hash: &TextHash) -> Result<bool, CatalogError> {
-    Ok(store.scan(Family::TextRefs, hash, hash).next().transpose()?.is_some())
+pub(super) fn is_kept(store: &Store, hash: &TextHash) -> bool {
+    store.scan(Family::TextRefs, hash, hash).next().is_some()
 }
 
-/// Lets a document's text go, and removes it if no other document has it.
-pub(super) fn release(batch: &mut Batch<'_>, hash: &TextHash, id: &DocumentId) -> Result<(), CatalogError> {
+/// Lets a document's text of so many bytes go, and removes it if no other document has it.
+pub(super) fn release(batch: &mut Batch<'_>, hash: &TextHash, bytes: u64, id: &DocumentId) -> Result<(), CatalogError> {
     batch.delete(Family::TextRefs, keys::reference(hash, id));
     if batch.any(Family::TextRefs, hash)? {
         return Ok(());
     }
-    for piece in batch.keys(Family::Texts, hash)? {
+    let known =
+        (0u32..).take(usize::try_from(bytes).unwrap_or(0).div_ceil(PIECE)).map(|number| keys::piece(hash, number));
+    for piece in known.chain(batch.readable_keys(Family::Texts, hash)?).collect::<BTreeSet<_>>() {
         batch.delete(Family::Texts, piece);
     }
     Ok(())

@@ -100,8 +100,11 @@ impl TotalsChange {
 fn sum(store: &Store) -> Result<AllTotals, CatalogError> {
     let mut totals = AllTotals::new();
     for row in store.scan(Family::Documents, b"", b"") {
-        let (key, row) = row?;
         // One that is damaged is told of by whoever reads it.
+        let (key, row) = match row {
+            Err(CatalogError::Row(_)) => continue,
+            row => row?,
+        };
         if let Ok(info) = unseal(Family::Documents, &key, &row).and_then(from_json::<DocumentInfo>) {
             totals.entry(info.collection).or_default().each(Totals::of(&info), u64::saturating_add);
         }

@@ -3,14 +3,16 @@
 
 mod removal;
 
+pub(super) use removal::ENTRY as REMOVED_ENTRY;
 pub use removal::Restored;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::SystemTime;
 
 use super::batch::Batch;
 use super::error::CatalogError;
 use super::id::DocumentId;
+use super::manage::find_document;
 use super::rows::{
     Attributes, CollectionInfo, DamagedRow, DocumentInfo, LogEntry, Passage, ReleasedChunk, TextHash, from_json,
     to_json, tokens_hash,
@@ -120,7 +122,7 @@ impl<'a> Transaction<'a> {
         if let Some(outcome) = joined {
             let mut info = self.known(&outcome.id)?;
             let whole =
-                texts::whole(self.batch.store(), &content).is_ok() || !texts::is_kept(self.batch.store(), &content)?;
+                texts::whole(self.batch.store(), &content).is_ok() || !texts::is_kept(self.batch.store(), &content);
             if !whole {
                 texts::write(&mut self.batch, &content, &new.text);
             }
@@ -136,6 +138,7 @@ impl<'a> Transaction<'a> {
             let kind = if outcome.kind == PutKind::Unchanged { PutKind::Changed } else { outcome.kind };
             return Ok(PutOutcome { kind, ..outcome });
         }
+        let known = self.id_of(collection.id, &new.name)?;
         let current = self.named(collection.id, &new.name)?;
         let kind = if current.is_some() { PutKind::Changed } else { PutKind::New };
         let mut info = match current {
@@ -143,14 +146,19 @@ impl<'a> Transaction<'a> {
             Some(mut info) if info.names.len() == 1 => {
                 self.set_aside(&mut info)?;
                 self.disown(&info);
-                texts::release(&mut self.batch, &info.content, &info.id)?;
+                texts::release(&mut self.batch, &info.content, info.bytes, &info.id)?;
                 info
             }
             current => {
                 if let Some(shared) = current {
                     self.detach(shared, &new.name)?;
                 }
-                self.fresh(collection, &new.name)
+                let mut fresh = self.fresh(collection, &new.name);
+                // One that was lost is the same document again.
+                if let Some(lost) = known.filter(|id| matches!(self.info(id), Ok(None))) {
+                    fresh.id = lost;
+                }
+                fresh
             }
         };
         (info.content, info.format, info.bytes) = (content, new.format, new.text.len() as u64);
@@ -189,11 +197,11 @@ impl<'a> Transaction<'a> {
         content: &TextHash,
         instead_of: &[String],
     ) -> Result<Option<PutOutcome>, CatalogError> {
-        let Some(id) = self.id_at(Family::Contents, &keys::content(collection.id, format, content))? else {
-            return Ok(None);
-        };
-        let Some(mut info) = self.sound(collection.id, &id)? else { return Ok(None) };
+        let Some(mut info) = self.holder(collection.id, format, content)? else { return Ok(None) };
+        let id = info.id;
+        self.mend(Family::Contents, keys::content(collection.id, format, content), &id);
         if info.names.iter().any(|known| known == name) {
+            self.mend(Family::Names, keys::name(collection.id, false, name), &id);
             return Ok(Some(PutOutcome { id, kind: PutKind::Unchanged }));
         }
         let current = self.named(collection.id, name)?;
@@ -278,10 +286,7 @@ impl<'a> Transaction<'a> {
         if new.left_by.is_empty() {
             return Ok(false);
         }
-        let Some(owner) = self.id_at(Family::Contents, &keys::content(collection.id, new.format, text))? else {
-            return Ok(false);
-        };
-        let Some(owner) = self.sound(collection.id, &owner)? else { return Ok(false) };
+        let Some(owner) = self.holder(collection.id, new.format, text)? else { return Ok(false) };
         let current = self.named(collection.id, &new.name)?;
         Ok(owner.names.iter().all(|name| *name != new.name && new.left_by.contains(name))
             && current.is_none_or(|current| current.names.len() == 1))
@@ -328,7 +333,9 @@ impl<'a> Transaction<'a> {
     /// `gone`: for good, and nothing else comes in their place.
     fn drop_passages(&mut self, info: &DocumentInfo, gone: bool) -> Result<(), CatalogError> {
         // What cannot be read is dropped all the same: this is how a damaged document is mended.
-        for key in self.batch.keys(Family::Passages, info.id.bytes())? {
+        let known = (0..info.passages).map(|number| keys::passage(&info.id, number));
+        let found = self.batch.readable_keys(Family::Passages, info.id.bytes())?;
+        for key in known.chain(found).collect::<BTreeSet<_>>() {
             let content = self.batch.get(Family::Passages, &key);
             if let Ok(Some(passage)) = content.and_then(|c| Ok(c.map(|c| Passage::decode(&c)).transpose()?)) {
                 self.release(&passage, &info.id, gone);
@@ -339,12 +346,12 @@ impl<'a> Transaction<'a> {
     }
 
     fn passages(&self, info: &DocumentInfo) -> Result<Vec<Passage>, CatalogError> {
-        let lost = |number| DamagedRow(format!("passage {number} is missing"));
-        let passage = |number| {
-            let content = self.batch.get(Family::Passages, &keys::passage(&info.id, number))?;
-            Ok(Passage::decode(&content.ok_or_else(|| lost(number))?)?)
-        };
-        (0..info.passages).map(passage).collect()
+        (0..info.passages).map(|number| self.passage(&info.id, number)).collect()
+    }
+
+    fn passage(&self, id: &DocumentId, number: u32) -> Result<Passage, CatalogError> {
+        let content = self.batch.get(Family::Passages, &keys::passage(id, number))?;
+        Ok(Passage::decode(&content.ok_or_else(|| DamagedRow(format!("passage {number} is missing")))?)?)
     }
 
     fn refer(&mut self, passage: &Passage, id: &DocumentId) {
@@ -370,6 +377,45 @@ impl<'a> Transaction<'a> {
         Ok(Some(id))
     }
 
+    /// The id that a row names; where the row is damaged, that of the document which it should name.
+    fn id_or_search(
+        &self,
+        family: Family,
+        key: &[u8],
+        is_it: impl Fn(&DocumentInfo) -> bool,
+    ) -> Result<Option<DocumentId>, CatalogError> {
+        match self.id_at(family, key) {
+            Err(CatalogError::Row(_)) => Ok(find_document(self.batch.store(), is_it)?.map(|info| info.id)),
+            outcome => outcome,
+        }
+    }
+
+    /// The id of the document that has a name, or had it before it was lost.
+    fn id_of(&self, collection: u32, name: &str) -> Result<Option<DocumentId>, CatalogError> {
+        self.id_or_search(Family::Names, &keys::name(collection, false, name), |info| info.is_called(collection, name))
+    }
+
+    /// The document of a collection that has a text.
+    fn holder(
+        &mut self,
+        collection: u32,
+        format: Format,
+        text: &TextHash,
+    ) -> Result<Option<DocumentInfo>, CatalogError> {
+        let key = keys::content(collection, format, text);
+        let id = self.id_or_search(Family::Contents, &key, |info| info.holds(collection, format, text))?;
+        let info = id.map(|id| self.sound(collection, &id)).transpose()?.flatten();
+        // The row may be of a document that was lost, whose id another one has by now.
+        Ok(info.filter(|info| info.holds(collection, format, text)))
+    }
+
+    /// Writes a row that names a document again unless it is whole.
+    fn mend(&mut self, family: Family, key: Vec<u8>, id: &DocumentId) {
+        if !matches!(self.batch.get(family, &key), Ok(Some(content)) if content == id.bytes()) {
+            self.batch.put(family, key, id.bytes().to_vec());
+        }
+    }
+
     fn info(&self, id: &DocumentId) -> Result<Option<DocumentInfo>, CatalogError> {
         let content = self.batch.get(Family::Documents, id.bytes())?;
         Ok(content.map(|content| from_json(&content)).transpose()?)
@@ -381,8 +427,10 @@ impl<'a> Transaction<'a> {
     }
 
     fn named(&mut self, collection: u32, name: &str) -> Result<Option<DocumentInfo>, CatalogError> {
-        let id = self.id_at(Family::Names, &keys::name(collection, false, name))?;
-        Ok(id.map(|id| self.sound(collection, &id)).transpose()?.flatten())
+        let id = self.id_of(collection, name)?;
+        let info = id.map(|id| self.sound(collection, &id)).transpose()?.flatten();
+        // The name of a lost document stands for nothing, whatever has its id by now.
+        Ok(info.filter(|info| info.is_called(collection, name)))
     }
 
     /// A document that another row names; one whose own row is lost is cleared away, so that it can come in again.
@@ -390,7 +438,7 @@ impl<'a> Transaction<'a> {
         match self.known(id) {
             Err(CatalogError::Row(DamagedRow(problem))) => {
                 tracing::warn!(%id, problem, "a document is lost: it is taken in anew");
-                for key in self.batch.keys(Family::Passages, id.bytes())? {
+                for key in self.batch.readable_keys(Family::Passages, id.bytes())? {
                     self.batch.delete(Family::Passages, key);
                 }
                 self.batch.delete(Family::Documents, id.bytes().to_vec());

@@ -4,13 +4,14 @@
 //! before it is given out. What is acknowledged is in the catalog, synced; the index follows in the same call, and is
 //! caught up when the collection is opened where it could not.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 use tantivy::{IndexWriter, Searcher};
 
-use super::index::{Derivation, Fields, OpenIndex, guarded};
+use super::index::{Derivation, Fields, OpenIndex, guarded, passage_digest};
 use super::query;
 use crate::catalog::{Access, Catalog, CollectionInfo, DocumentId, DocumentInfo, LogEntry, Passage, Transaction};
 use crate::collections::remove_folder;
@@ -102,10 +103,10 @@ impl Collection {
         info: &CollectionInfo,
         data_dir: &Path,
     ) -> Result<Option<Collection>> {
-        let wanted = Derivation::new(&info.language, catalog.sequence());
+        let wanted = Derivation::of(catalog, &info.language);
         let on_disk = catalog.access() == Access::Write;
         let Some(index) = found(&index_dir(data_dir, info.id), &wanted, on_disk)? else { return Ok(None) };
-        if !catalog.changes(info.id, index.derivation.sequence)?.is_empty() {
+        if catalog.changes(info.id, index.derivation.sequence)?.is_none_or(|changes| !changes.is_empty()) {
             return Ok(None);
         }
         Ok(Some(Collection::with_index(catalog, info, index, on_disk)))
@@ -122,7 +123,7 @@ impl Collection {
         data_dir: Option<&Path>,
         lags: bool,
     ) -> Result<Collection> {
-        let wanted = Derivation::new(&info.language, catalog.sequence());
+        let wanted = Derivation::of(catalog, &info.language);
         let on_disk = data_dir.is_some() && catalog.access() == Access::Write;
         let dir = data_dir.map(|data_dir| index_dir(data_dir, info.id));
         let there = match dir.as_ref().filter(|_| on_disk || lags) {
@@ -191,11 +192,14 @@ impl Collection {
         let reached = self.index.read().unwrap_or_else(PoisonError::into_inner).derivation.sequence;
         // In this order: what changes in between is brought in, and brought in again.
         let sequence = self.catalog.sequence();
-        let changes = self.catalog.changes(self.info.id, reached)?;
-        if changes.is_empty() {
+        let entries: Vec<LogEntry> = match self.catalog.changes(self.info.id, reached)? {
+            Some(changes) => changes.into_iter().map(|(_, entry)| entry).collect(),
+            // Passages of documents that are gone are left out of every search.
+            None => self.catalog.document_ids(self.info.id)?.into_iter().map(LogEntry::Put).collect(),
+        };
+        if entries.is_empty() {
             return Ok(());
         }
-        let entries: Vec<LogEntry> = changes.into_iter().map(|(_, entry)| entry).collect();
         if writing.writer.is_none() {
             writing.writer = Some(self.index.read().unwrap_or_else(PoisonError::into_inner).writer()?);
         }
@@ -272,7 +276,8 @@ impl Collection {
     /// As [`document`](Self::document).
     pub fn document_info(&self, name: &str) -> Result<Option<DocumentInfo>> {
         let Some(id) = self.catalog.named(self.info.id, name)? else { return Ok(None) };
-        let info = self.catalog.document(&id)?;
+        // Of a document that was lost, the name is left; another one may have its id by now.
+        let info = self.catalog.document(&id)?.filter(|info| info.names.iter().any(|known| known == name));
         Ok(Some(info.ok_or_else(|| DocumentsError::DamagedDocument {
             what: format!("document {name}"),
             problem: format!("the row of {id} is missing"),
@@ -300,6 +305,51 @@ fn found(dir: &Path, wanted: &Derivation, writable: bool) -> Result<Option<OpenI
         }
         outcome => outcome,
     }
+}
+
+/// Compares the index of a collection with the catalog; says what is wrong with it. One that is not there, or lags, is no
+/// damage: it is built or caught up when the collection is opened.
+///
+/// # Errors
+/// Those of the catalog.
+pub(crate) fn check_index(catalog: &Catalog, info: &CollectionInfo, data_dir: &Path) -> Result<Option<String>> {
+    let dir = index_dir(data_dir, info.id);
+    let index = match OpenIndex::open(&dir, &Derivation::of(catalog, &info.language)) {
+        Err(DocumentsError::Index { source, .. }) => return Ok(Some(source.to_string())),
+        outcome => outcome?,
+    };
+    let Some(index) = index else { return Ok(None) };
+    if catalog.changes(info.id, index.derivation.sequence)?.is_none_or(|changes| !changes.is_empty()) {
+        return Ok(None);
+    }
+    let mut indexed = match index.passages() {
+        Err(DocumentsError::Index { source, .. }) => return Ok(Some(source.to_string())),
+        outcome => outcome?,
+    };
+    let mut different = 0;
+    for id in catalog.document_ids(info.id)? {
+        let found = indexed.remove(&id).unwrap_or_default();
+        let read = || -> Result<Option<BTreeMap<u64, u64>>> {
+            let Some(info) = catalog.document(&id)? else { return Ok(None) };
+            let (text, passages) = (catalog.text(&info)?, catalog.passages(&info)?);
+            let parts = passages.iter().map(|passage| text.get(passage.place.bytes.clone()));
+            let digest = |(number, part): (usize, Option<&str>)| Some((number as u64, passage_digest(part?)));
+            Ok(Some(parts.enumerate().filter_map(digest).collect()))
+        };
+        match read() {
+            Ok(Some(wanted)) => different += usize::from(wanted != found),
+            // Told of as such.
+            Ok(None) | Err(DocumentsError::DamagedDocument { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if different + indexed.len() == 0 {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "expected the passages of the catalog, found others of {different} documents, and {} documents that are not there",
+        indexed.len()
+    )))
 }
 
 /// The place of an index that is being built, and of one that is whole and takes the place of another.
@@ -341,10 +391,7 @@ fn build_in_memory(catalog: &Catalog, info: &CollectionInfo, wanted: &Derivation
 
 /// Brings all documents of a collection into an empty index.
 fn fill(mut index: OpenIndex, catalog: &Catalog, info: &CollectionInfo, wanted: &Derivation) -> Result<OpenIndex> {
-    let mut ids: Vec<DocumentId> = catalog.names(info.id, None, usize::MAX)?.into_iter().map(|(_, id)| id).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    let entries: Vec<LogEntry> = ids.into_iter().map(LogEntry::Put).collect();
+    let entries: Vec<LogEntry> = catalog.document_ids(info.id)?.into_iter().map(LogEntry::Put).collect();
     let mut writer = index.writer()?;
     index.add(&writer, catalog, &entries)?;
     index.commit(&mut writer, wanted.sequence)?;

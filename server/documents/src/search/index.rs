@@ -5,6 +5,7 @@
 //! setting. An index that is behind is caught up from the catalog's log; one that is damaged, or was derived otherwise, is
 //! built again in a folder beside it, which takes its place once it is whole.
 
+use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -88,19 +89,41 @@ pub(super) struct Derivation {
     analyzer: u32,
     /// The collection's language setting.
     language: LanguageSetting,
+    /// Which writing of the catalog it is of; 0 for one that was never repaired.
+    #[serde(default)]
+    generation: u64,
     /// The last change of the catalog that is in it.
     pub(super) sequence: u64,
 }
 
 impl Derivation {
-    pub(super) fn new(language: &LanguageSetting, sequence: u64) -> Derivation {
-        Derivation { fields: FIELDS_VERSION, analyzer: VERSION, language: language.clone(), sequence }
+    /// Of an index as it should be now.
+    pub(super) fn of(catalog: &Catalog, language: &LanguageSetting) -> Derivation {
+        let (language, generation, sequence) = (language.clone(), catalog.generation(), catalog.sequence());
+        Derivation { fields: FIELDS_VERSION, analyzer: VERSION, language, generation, sequence }
     }
 
     /// Whether only changes of the catalog lie between the two.
     fn differs_in_sequence_alone(&self, other: &Derivation) -> bool {
         Derivation { sequence: 0, ..self.clone() } == Derivation { sequence: 0, ..other.clone() }
     }
+}
+
+/// The last change that an index of this catalog has, of those below `data_dir`: an index has no change that the catalog has
+/// not. What cannot be read tells nothing.
+pub(crate) fn furthest(data_dir: &Path, generation: u64) -> u64 {
+    #[derive(Deserialize)]
+    struct Meta {
+        payload: Option<String>,
+    }
+    let reached = |entry: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(entry.path().join("meta.json")).ok()?;
+        let meta: Meta = serde_json::from_str(&text).ok()?;
+        let derivation: Derivation = serde_json::from_str(&meta.payload?).ok()?;
+        (derivation.generation == generation).then_some(derivation.sequence)
+    };
+    let indexes = std::fs::read_dir(data_dir.join("index")).into_iter().flatten().flatten();
+    indexes.filter_map(reached).max().unwrap_or(0)
 }
 
 /// An index that is open.
@@ -161,6 +184,28 @@ impl OpenIndex {
     pub(super) fn in_memory(derivation: Derivation) -> Result<OpenIndex> {
         let dir = Path::new("(in memory)");
         guarded(dir, || OpenIndex::new(Index::create_in_ram(Fields::schema()), dir, derivation))
+    }
+
+    /// The passages that it holds: document, number and digest of each.
+    pub(super) fn passages(&self) -> Result<HashMap<DocumentId, BTreeMap<u64, u64>>> {
+        guarded(&self.dir, || {
+            let mut found: HashMap<DocumentId, BTreeMap<u64, u64>> = HashMap::new();
+            for segment in self.reader.searcher().segment_readers() {
+                let columns = segment.fast_fields();
+                let (numbers, digests) = (columns.u64(NUMBER)?, columns.u64(DIGEST)?);
+                let Some(documents) = columns.bytes(DOCUMENT)? else { continue };
+                for row in segment.doc_ids_alive() {
+                    let mut id = Vec::new();
+                    if let Some(ordinal) = documents.term_ords(row).next() {
+                        documents.ord_to_bytes(ordinal, &mut id)?;
+                    }
+                    let id = DocumentId::from_bytes(&id).ok_or_else(|| damaged("a passage is of no document"))?;
+                    let number = numbers.first(row).unwrap_or(u64::MAX);
+                    found.entry(id).or_default().insert(number, digests.first(row).unwrap_or_default());
+                }
+            }
+            Ok(found)
+        })
     }
 
     pub(super) fn writer(&self) -> Result<IndexWriter> {

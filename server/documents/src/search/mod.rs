@@ -13,6 +13,7 @@ mod query;
 mod tests;
 
 pub use analyzer::comparable;
-pub(crate) use collection::index_dir;
 pub use collection::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument};
+pub(crate) use collection::{check_index, index_dir};
+pub(crate) use index::furthest;
 pub use language::parse_language;

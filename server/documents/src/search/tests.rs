@@ -499,9 +499,9 @@ fn an_index_that_is_damaged_missing_or_of_another_analyzer_is_built_again() {
             std::fs::write(&meta, text.replace("analyzer\\\":2", "analyzer\\\":1")).unwrap();
         },
         &|| {
-            // From another life of the folder: further than the catalog is.
+            // Of a catalog that was written anew since.
             let text = std::fs::read_to_string(&meta).unwrap();
-            std::fs::write(&meta, text.replace("sequence\\\":", "sequence\\\":9")).unwrap();
+            std::fs::write(&meta, text.replace("generation\\\":0", "generation\\\":7")).unwrap();
         },
         // Killed in the middle of a swap.
         &|| std::fs::rename(&index, index.with_extension("whole")).unwrap(),
@@ -572,6 +572,7 @@ fn check_citations(collection: Result<&Collection, &DocumentsError>, texts: &[(S
                     DocumentsError::Index { .. }
                         | DocumentsError::DamagedDocument { .. }
                         | DocumentsError::Catalog { .. }
+                        | DocumentsError::DamagedCatalog { .. }
                 );
                 assert!(known, "{error}");
                 failed = true;

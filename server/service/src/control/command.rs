@@ -66,6 +66,8 @@ pub enum Command {
     Documents(DocumentsCommand),
     /// Look into the chunk store, or remove chunks from it.
     Cache(CacheCommand),
+    /// Compare the catalog with its checksums, or write it anew.
+    Catalog(CatalogCommand),
 }
 
 /// Which passages a question is answered from.
@@ -111,6 +113,19 @@ pub enum CacheCommand {
     },
     /// Remove all chunks.
     Clear,
+}
+
+/// What can be done with the catalog as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum CatalogCommand {
+    /// Compare everything with its checksums, hashes and references.
+    Verify,
+    /// Write it anew from what is whole.
+    Repair {
+        /// With an empty one where nothing can be saved.
+        anew: bool,
+    },
 }
 
 /// How answers are made, as far as whoever asks decides it.
@@ -223,7 +238,7 @@ impl Command {
             Command::Documents(DocumentsCommand::Remove { now: true, .. } | DocumentsCommand::Reclaim) => Need::Purge,
             Command::Documents(_) => Need::Write,
             Command::Cache(CacheCommand::Stats | CacheCommand::List) => Need::Look,
-            Command::Cache(_) => Need::Write,
+            Command::Cache(_) | Command::Catalog(_) => Need::Write,
         }
     }
 
@@ -243,6 +258,7 @@ impl Command {
             Command::Cache(CacheCommand::List) => "cache ls",
             Command::Cache(CacheCommand::Verify { .. }) => "cache verify",
             Command::Cache(_) => "cache evict",
+            Command::Catalog(_) => "catalog verify",
         }
     }
 
@@ -274,6 +290,9 @@ impl Command {
             },
             Command::Documents(DocumentsCommand::Reclaim) => {
                 WriteAccess { collection: None, alone: false, removed: true, ingests: false }
+            }
+            Command::Catalog(CatalogCommand::Repair { .. }) => {
+                WriteAccess { collection: None, alone: true, removed: true, ingests: false }
             }
             _ => return Ok(None),
         }))
@@ -356,6 +375,8 @@ mod tests {
             Command::Documents(DocumentsCommand::Remove { collection: "c".into(), names: Vec::new(), now: true }),
             Command::Cache(CacheCommand::Verify { repair: true }),
             Command::Cache(CacheCommand::Clear),
+            Command::Catalog(CatalogCommand::Verify),
+            Command::Catalog(CatalogCommand::Repair { anew: true }),
         ];
         for command in commands {
             let text = serde_json::to_string(&command).unwrap();

@@ -38,6 +38,8 @@ pub enum Event {
     Documents(DocumentsEvent),
     /// Of the chunk store.
     Cache(CacheEvent),
+    /// Of the catalog as a whole.
+    Catalog(CatalogEvent),
 }
 
 /// Progress of an ingest. What it names is on disk, but for what failed.
@@ -182,6 +184,67 @@ pub enum CacheEvent {
         /// How many.
         removed: u64,
     },
+}
+
+/// What is told of the catalog.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CatalogEvent {
+    /// There is no catalog yet.
+    Absent {
+        /// Where it would be.
+        dir: String,
+    },
+    /// Something of a document is damaged.
+    Damaged {
+        /// The names that it is known by.
+        name: String,
+        /// Its id.
+        id: String,
+        /// What is wrong.
+        problem: String,
+        /// Whether it can be saved.
+        is_saved: bool,
+    },
+    /// A document was lost before, and has not come in again.
+    Missing {
+        /// What it was known by.
+        name: String,
+        /// Its id.
+        id: String,
+    },
+    /// Something else is damaged.
+    Problem {
+        /// What.
+        what: String,
+    },
+    /// Everything was read.
+    Verified(CatalogTotals),
+}
+
+/// What was found of the catalog, all told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CatalogTotals {
+    /// Documents that are whole or can be made whole.
+    pub documents: u64,
+    /// Their passages.
+    pub passages: u64,
+    /// Bytes of their texts.
+    pub bytes: u64,
+    /// Documents of which something is damaged.
+    pub damaged: usize,
+    /// Of these, those that cannot be saved.
+    pub lost: usize,
+    /// Documents that were lost before.
+    pub missing: usize,
+    /// What else is damaged, indexes included.
+    pub problems: usize,
+    /// References that are missing or superfluous.
+    pub references: u64,
+    /// Whether nothing is damaged.
+    pub clean: bool,
+    /// Whether the catalog was written anew.
+    pub repaired: bool,
 }
 
 /// Totals over the chunk store.

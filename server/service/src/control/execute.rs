@@ -2,6 +2,7 @@
 
 mod answer;
 mod cache;
+mod catalog;
 
 use std::path::PathBuf;
 
@@ -38,6 +39,7 @@ pub fn execute(host: &Host, command: &Command, cancel: &Cancel, on_event: &mut d
         }
         Command::Documents(command) => host.manage_documents(command, &mut |event| on_event(Event::Documents(event))),
         Command::Cache(command) => cache::execute(host, command, on_event),
+        Command::Catalog(command) => catalog::execute(host, *command, on_event),
     }
 }
 

@@ -145,6 +145,22 @@ impl Host {
         }
     }
 
+    /// Does something with the library that commands work on.
+    pub(super) fn with_library<T>(&self, work: impl FnOnce(&Library) -> documents::Result<T>) -> Result<T> {
+        match &self.open {
+            Open::Service(service) => {
+                let done = work(service.library())?;
+                service.release_chunks()?;
+                Ok(done)
+            }
+            _ => Ok(work(&Library::new(self.data_dir()))?),
+        }
+    }
+
+    pub(super) fn data_dir(&self) -> &Path {
+        &self.settings.data_dir
+    }
+
     /// The chunk store; `None` where there is none.
     pub(super) fn chunks(&self, access: Access) -> Result<Option<Chunks>> {
         if let Open::Service(service) = &self.open {

@@ -22,8 +22,10 @@ mod remote;
 mod wire;
 
 pub use cancel::{Cancel, Canceller};
-pub use command::{AnswerSettings, CacheCommand, Command, ExactPath, Need, Retrieval, WriteAccess};
-pub use event::{CacheEvent, CacheTotals, Event, Failure, IngestProgress, ListedChunk, ModelShare};
+pub use command::{AnswerSettings, CacheCommand, CatalogCommand, Command, ExactPath, Need, Retrieval, WriteAccess};
+pub use event::{
+    CacheEvent, CacheTotals, CatalogEvent, CatalogTotals, Event, Failure, IngestProgress, ListedChunk, ModelShare,
+};
 pub use execute::execute;
 pub use holder::{Claim, Holder, Unspoken};
 pub use host::Host;

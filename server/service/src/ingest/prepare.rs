@@ -73,7 +73,11 @@ impl Preparation<'_> {
             if info.fingerprint == fingerprint && info.tokenizer == tokenizer {
                 passages = self.passages(&info);
             }
-            if let Some(passages) = passages.take_if(|_| info.names.iter().any(|known| known == name)) {
+            let is_known = || {
+                let id = self.collection.catalog().has_name(self.collection.info().id, name);
+                id.is_some_and(|id| id == info.id) && info.names.iter().any(|known| known == name)
+            };
+            if let Some(passages) = passages.take_if(|_| is_known()) {
                 return Ok(Prepared::Unchanged(passages));
             }
             // The text stays with whoever still has it.
@@ -92,12 +96,13 @@ impl Preparation<'_> {
     /// The document of the collection that has this text.
     fn same_text(&self, document: &Document) -> Result<Option<DocumentInfo>> {
         let (catalog, collection) = (self.collection.catalog(), self.collection.info().id);
-        let content = blake3::hash(document.text.as_bytes()).into();
+        let content: documents::TextHash = blake3::hash(document.text.as_bytes()).into();
         let Some(id) = catalog.with_content(collection, document.format, &content)? else { return Ok(None) };
         match catalog.document(&id) {
             // It comes in again.
             Err(DocumentsError::DamagedDocument { .. }) => Ok(None),
-            outcome => Ok(outcome?),
+            // The row that names it may be that of a document which was lost.
+            outcome => Ok(outcome?.filter(|info| info.content == content)),
         }
     }
 

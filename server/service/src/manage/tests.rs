@@ -32,6 +32,7 @@ fn told(library: &Library, command: DocumentsCommand) -> (Vec<String>, bool) {
             DocumentsEvent::Collection(sum) => format!("{} {}", sum.name, sum.documents),
             DocumentsEvent::Removed { name } => format!("-{name}"),
             DocumentsEvent::Restored { name, replaced } => format!("+{name}{}", if replaced { "!" } else { "" }),
+            DocumentsEvent::Damaged { name, .. } => format!("!{name}"),
             DocumentsEvent::Failed { name, .. } => format!("?{name}"),
             DocumentsEvent::Reclaimed { collections, documents, .. } => format!("{collections} {documents}"),
         });
@@ -113,21 +114,22 @@ fn no_byte_of_what_is_removed_for_good_is_left_in_the_data_folder() {
     // Words that nothing compresses (lz4 keeps what does not repeat as it is), as the index has them too: in lower case.
     let marker = "kq7zv9x1mw4tj8rb2nd6hp3y";
     let other = "u5gs0fqe8zk4vx9bn1wj7mtc";
+    let name = "/d/a-wr6cj2ue0ot9";
     type Remove = fn(&Library);
     let ways: [(&str, Remove); 4] = [
-        ("rm --now", |library| drop(told(library, remove(&["a"], true)))),
+        ("rm --now", |library| drop(told(library, remove(&["a-wr6cj2ue0ot9"], true)))),
         ("reclaim", |library| {
-            told(library, remove(&["a"], false));
+            told(library, remove(&["a-wr6cj2ue0ot9"], false));
             told(library, DocumentsCommand::Reclaim);
         }),
         ("rm --now of a collection", |library| {
-            put(library, "/d/a", "something else");
+            put(library, "/d/a-wr6cj2ue0ot9", "something else");
             library.collection_or_new("kept").unwrap();
             told(library, remove(&["b"], false));
             told(library, remove(&[], true));
         }),
         ("another text, then reclaim", |library| {
-            put(library, "/d/a", "Another text.");
+            put(library, "/d/a-wr6cj2ue0ot9", "Another text.");
             told(library, DocumentsCommand::Reclaim);
         }),
     ];
@@ -135,13 +137,16 @@ fn no_byte_of_what_is_removed_for_good_is_left_in_the_data_folder() {
         let dir = tempfile::tempdir().unwrap();
         let library = Library::new(dir.path());
         put(&library, "/d/b", &format!("A harbour. {other}"));
-        put(&library, "/d/a", &format!("A lighthouse. {marker}"));
+        put(&library, name, &format!("A lighthouse. {marker}"));
         library.erase().unwrap();
         put(&library, "/d/c", "A pier.");
         assert!(is_anywhere(dir.path(), marker.as_bytes()).is_some(), "the search finds what is there");
         assert_eq!(found(&library, marker), 1);
         remove(&library);
         assert_eq!(is_anywhere(dir.path(), marker.as_bytes()), None, "{way}");
+        if !way.starts_with("another text") {
+            assert_eq!(is_anywhere(dir.path(), &name.as_bytes()[3..]), None, "{way}: its name");
+        }
         let whole = way.ends_with("collection");
         assert!(whole || is_anywhere(dir.path(), other.as_bytes()).is_some(), "{way}");
         drop(library);

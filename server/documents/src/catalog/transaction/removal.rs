@@ -15,7 +15,7 @@ use super::Transaction;
 use crate::error::Result;
 
 /// Bytes of an entry of a removed name.
-const ENTRY: usize = DocumentId::LENGTH + size_of::<TextHash>();
+pub(in super::super) const ENTRY: usize = DocumentId::LENGTH + size_of::<TextHash>();
 
 /// A document that is back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,8 +78,12 @@ impl Transaction<'_> {
     }
 
     fn try_remove_name(&mut self, collection: &CollectionInfo, name: &str) -> Result<Option<DocumentId>, CatalogError> {
-        let Some(id) = self.id_at(Family::Names, &keys::name(collection.id, false, name))? else { return Ok(None) };
-        let mut info = self.known(&id)?;
+        let Some(id) = self.id_of(collection.id, name)? else { return Ok(None) };
+        let Some(mut info) = self.named(collection.id, name)? else {
+            // Of a document that is lost.
+            self.batch.delete(Family::Names, keys::name(collection.id, false, name));
+            return Ok(Some(id));
+        };
         if info.names.len() < 2 {
             self.hide(info)?;
             return Ok(Some(id));
@@ -169,7 +173,7 @@ impl Transaction<'_> {
     pub(in super::super) fn purge(&mut self, id: &DocumentId) -> Result<(), CatalogError> {
         let Some(info) = self.info(id)? else { return Ok(()) };
         self.drop_passages(&info, true)?;
-        texts::release(&mut self.batch, &info.content, id)?;
+        texts::release(&mut self.batch, &info.content, info.bytes, id)?;
         for name in info.names.iter().chain(&info.removed_names) {
             let mut entries = self.removed_entries(info.collection, name)?;
             let before = entries.len();
@@ -200,8 +204,11 @@ impl Transaction<'_> {
             self.remember_name(&info, name)?;
         }
         self.disown(&info);
-        for passage in self.passages(&info)? {
-            self.release(&passage, &info.id, false);
+        // What cannot be read keeps nobody from removing the rest.
+        for number in 0..info.passages {
+            if let Ok(passage) = self.passage(&info.id, number) {
+                self.release(&passage, &info.id, false);
+            }
         }
         info.removed = Some(self.now);
         self.write_info(&info);
@@ -250,12 +257,17 @@ impl Transaction<'_> {
 
     /// Forgets what the removed name with this key stood for, as far as that is gone.
     pub(in super::super) fn forget_removed_name(&mut self, key: Vec<u8>) -> Result<(), CatalogError> {
-        let row = self.batch.get(Family::Names, &key)?.unwrap_or_default();
+        let row = match self.batch.get(Family::Names, &key) {
+            Err(CatalogError::Row(_)) => Vec::new(),
+            row => row?.unwrap_or_default(),
+        };
         let mut kept = Vec::new();
         // A row that is damaged stands for nothing.
         for entry in RemovedEntry::decode(&row).unwrap_or_default() {
-            if self.info(&entry.id)?.is_some_and(|info| info.removed.is_some() && info.content == entry.text) {
-                kept.push(entry);
+            match self.info(&entry.id) {
+                Ok(Some(info)) if info.removed.is_some() && info.content == entry.text => kept.push(entry),
+                Ok(_) | Err(CatalogError::Row(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         match &kept[..] {
