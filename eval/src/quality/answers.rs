@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Judged;
+use super::config::Config;
 use crate::error::{EvalError, Result};
 use crate::tasks::{Context, Question};
 
@@ -43,9 +44,10 @@ impl Answers {
         Ok(Answers { file: Some((path.to_owned(), file)), known })
     }
 
-    /// The answer of an earlier run.
-    pub(super) fn known(&self, key: &str, config: &str) -> Option<&Judged> {
-        self.known.get(&(key.to_owned(), config.to_owned()))
+    /// The answer of an earlier run under the same configuration.
+    pub(super) fn known(&self, key: &str, config: &Config) -> Option<&Judged> {
+        let answer = self.known.get(&(key.to_owned(), config.name.clone()));
+        answer.filter(|answer| answer.blend == config.blend)
     }
 
     /// # Errors
@@ -102,7 +104,19 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::quality::QualityOptions;
+    use crate::quality::config::chosen;
     use crate::quality::tests::judged;
+
+    fn config(name: &str) -> Config {
+        let configs = vec![name.to_owned()];
+        chosen(&QualityOptions { configs, ..QualityOptions::default() }).unwrap().remove(0)
+    }
+
+    /// An answer to the question of a context.
+    fn answer(id: &str, config: &Config, output: &str) -> Judged {
+        Judged { blend: config.blend.clone(), ..judged(id, &config.name, output, 1.0) }
+    }
 
     #[test]
     fn answers_come_back_and_what_was_cut_off_does_not() {
@@ -110,14 +124,18 @@ mod tests {
         let path = dir.path().join("answers.jsonl");
         let settings = json!({"k": 1});
         let mut answers = Answers::open(Some(&path), &settings).unwrap();
-        let (one, two) = (judged("a", "full", "x", 1.0), judged("b", "full", "y", 0.5));
+        let (full, reuse) = (config("full"), config("reuse"));
+        let (one, two) = (answer("a", &full, "x"), answer("b", &full, "y"));
         answers.write(&one).unwrap();
         answers.write(&two).unwrap();
         let text = std::fs::read(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 9]).unwrap();
         let mut again = Answers::open(Some(&path), &settings).unwrap();
-        assert_eq!(again.known(&one.key, "full"), Some(&one));
-        assert_eq!((again.known(&two.key, "full"), again.known(&one.key, "reuse")), (None, None));
+        assert_eq!(again.known(&one.key, &full), Some(&one));
+        assert_eq!((again.known(&two.key, &full), again.known(&one.key, &reuse)), (None, None));
+        // A name that has come to mean something else.
+        let other = Config { blend: config("cacheblend-7").blend, ..full.clone() };
+        assert_eq!(again.known(&one.key, &other), None);
         again.write(&two).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), text);
     }

@@ -1,5 +1,7 @@
 //! The ways of serving a context that are compared.
 
+use std::collections::HashSet;
+
 use ann_index::IndexKind;
 use engine::{AttentionConfig, BlendConfig, BlendMode, Correction, Strategy};
 
@@ -27,8 +29,8 @@ const NAMES: [&str; 14] = [
 /// The configuration that all others are compared with.
 pub(crate) const FULL: &str = "full";
 
-/// Left out unless named: `default` is one of the others by another name. The answers of `retrieval-hnsw` are those of `retrieval-flat` up to the recall of the graph, which is
-/// slow to build for contexts that are asked once.
+/// Left out unless named: `default` is one of the others by another name. The answers of `retrieval-hnsw` are those of
+/// `retrieval-flat` up to the recall of the graph, which is slow to build for contexts that are asked once.
 const ON_DEMAND: [&str; 5] = ["retrieval-hnsw", "default", "random-15", "epic", "question-15"];
 
 /// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a rule and the share of the cached
@@ -73,7 +75,8 @@ pub(super) fn chosen(options: &QualityOptions) -> Result<Vec<Config>> {
     let all = || NAMES.iter().filter(|name| !ON_DEMAND.contains(name)).map(ToString::to_string).collect();
     let mut names: Vec<String> = if options.configs.is_empty() { all() } else { options.configs.clone() };
     names.sort_by_key(|name| place(name));
-    names.dedup();
+    let mut seen = HashSet::new();
+    names.retain(|name| seen.insert(name.clone()));
     names.into_iter().map(|name| config(name, options)).collect()
 }
 
@@ -135,8 +138,8 @@ mod tests {
         let all = names(named(&[]).unwrap());
         assert_eq!(all.len(), NAMES.len() - ON_DEMAND.len());
         assert!(ON_DEMAND.iter().all(|name| !all.contains(&name.to_string())));
-        let some = named(&["cacheblend-10", "retrieval-hnsw", "full", "reuse", "reuse"]).unwrap();
-        assert_eq!(names(some), ["full", "retrieval-hnsw", "reuse", "cacheblend-10"]);
+        let some = named(&["cacheblend-10", "retrieval-hnsw", "full", "reuse", "answer-5", "cacheblend-10"]).unwrap();
+        assert_eq!(names(some), ["full", "retrieval-hnsw", "reuse", "cacheblend-10", "answer-5"]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use engine::Engine;
+use engine::{BlendConfig, Engine};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -40,8 +40,8 @@ pub struct QualityOptions {
     /// Lengths in tokens; empty: all up to `max_length` (generated: 1024 and 4096). Contexts measured in passages
     /// instead are asked only when this is empty.
     pub lengths: Vec<usize>,
-    /// As [`config_names`] says; empty: all of these but `retrieval-hnsw` and `default`. Where `full` is one of them, all others are
-    /// compared with it question by question.
+    /// As [`config_names`] says; empty: those of them that are neither slow nor there for comparisons of rules. Where `full` is one of
+    /// them, all others are compared with it question by question.
     pub configs: Vec<String>,
     /// Questions at most for each task and length.
     pub limit: Option<usize>,
@@ -104,6 +104,8 @@ pub(crate) struct Judged {
     #[serde(with = "size_text")]
     pub(crate) size: Size,
     pub(crate) config: String,
+    /// What the configuration was: a name such as `default` may come to mean something else.
+    pub(crate) blend: BlendConfig,
     pub(crate) output: String,
     pub(crate) answers: Vec<String>,
     pub(crate) exact: bool,
@@ -270,6 +272,7 @@ mod tests {
             task: "kv".into(),
             size: Size::Tokens(1024),
             config: config.into(),
+            blend: BlendConfig::default(),
             output: output.into(),
             answers: vec!["1".into()],
             exact: part == 1.0,

@@ -48,11 +48,14 @@ pub struct Paired {
     pub charged_share: Option<f64>,
 }
 
+/// The answers of `full` and of another configuration to the same question.
+type Pair<'a> = (&'a Judged, &'a Judged);
+
 /// Every configuration that was asked beside `full`, in the order of tables: over all tasks, and over each where there are several.
 pub(super) fn paired(judged: &[Judged]) -> Vec<Paired> {
     let full: HashMap<&str, &Judged> =
         judged.iter().filter(|answer| answer.config == FULL).map(|answer| (answer.key.as_str(), answer)).collect();
-    let mut groups: BTreeMap<(Option<&str>, usize, &str), Vec<(&Judged, &Judged)>> = BTreeMap::new();
+    let mut groups: BTreeMap<(Option<&str>, usize, &str), Vec<Pair<'_>>> = BTreeMap::new();
     for answer in judged.iter().filter(|answer| answer.beside.is_some()) {
         let Some(full) = full.get(answer.key.as_str()) else { continue };
         for task in [None, Some(answer.task.as_str())] {
@@ -64,7 +67,7 @@ pub(super) fn paired(judged: &[Judged]) -> Vec<Paired> {
     kept.map(|((task, _, config), pairs)| one(task, config, &pairs)).collect()
 }
 
-fn one(task: Option<&str>, config: &str, pairs: &[(&Judged, &Judged)]) -> Paired {
+fn one(task: Option<&str>, config: &str, pairs: &[Pair<'_>]) -> Paired {
     let mean_of = |value: &dyn Fn(&Judged) -> Option<f64>| {
         let values: Vec<f64> = pairs.iter().filter_map(|(_, answer)| value(answer)).collect();
         (!values.is_empty()).then(|| mean(&values))

@@ -86,23 +86,27 @@ impl Runner<'_> {
         judged: &mut Vec<Judged>,
     ) -> Result<()> {
         let keys: Vec<String> = context.questions.iter().map(|question| key(context, question)).collect();
+        let beside_full = configs.len() > 1 && configs.iter().any(|config| config.name == FULL);
+        let known = |answers: &Answers, config: &Config, at: usize| -> Option<Judged> {
+            let lacks = |answer: &Judged| beside_full && config.name != FULL && answer.beside.is_none();
+            answers.known(&keys[at], config).filter(|answer| !lacks(answer)).cloned()
+        };
         // What others are compared with is needed for these questions, known or not.
         let open: Vec<bool> =
-            keys.iter().map(|key| configs.iter().any(|config| answers.known(key, &config.name).is_none())).collect();
+            (0..keys.len()).map(|at| configs.iter().any(|config| known(answers, config, at).is_none())).collect();
         let mut full: Vec<Option<FullAnswer>> = keys.iter().map(|_| None).collect();
         for group in groups(configs) {
-            let compared = |config: &Config| config.name == FULL && configs.len() > 1;
-            let is_known =
-                |answers: &Answers, config: &Config, at: usize| answers.known(&keys[at], &config.name).is_some();
-            let wanted = |known: bool, config: &Config, at: usize| !known || (compared(config) && open[at]);
-            let any =
-                group.iter().any(|config| (0..keys.len()).any(|at| wanted(is_known(answers, config, at), config, at)));
+            let compared = |config: &Config| beside_full && config.name == FULL;
+            let wanted = |config: &Config, at: usize, known: bool| !known || (compared(config) && open[at]);
+            let any = group
+                .iter()
+                .any(|config| (0..keys.len()).any(|at| wanted(config, at, known(answers, config, at).is_some())));
             let prepared = if any && group[0].is_shared() { Some(self.prepare(context, &group[0])?) } else { None };
             for config in group {
                 for (at, question) in context.questions.iter().enumerate() {
-                    let known = is_known(answers, config, at);
-                    if !wanted(known, config, at) {
-                        judged.extend(answers.known(&keys[at], &config.name).cloned());
+                    let before = known(answers, config, at);
+                    if !wanted(config, at, before.is_some()) {
+                        judged.extend(before);
                         continue;
                     }
                     let request = self.request(context, question, config, prepared.as_ref())?;
@@ -115,7 +119,7 @@ impl Runner<'_> {
                         self.beside(&asked, full[at].as_ref())?
                     };
                     let new = asked.judge(context, question, keys[at].clone(), &answer, beside);
-                    if !known {
+                    if before.is_none() {
                         answers.write(&new)?;
                     }
                     judged.push(new);
@@ -224,6 +228,7 @@ impl Asked<'_> {
             task: question.task.clone(),
             size: context.size,
             config: self.config.name.clone(),
+            blend: self.config.blend.clone(),
             output,
             answers: question.answers.clone(),
             exact: score.exact,
