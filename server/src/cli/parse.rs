@@ -105,10 +105,14 @@ fn show_used(command: Command, path: &str, setting_name: fn(&str) -> String, set
             let group = sub.has_subcommands();
             let shown =
                 |arg: &Arg| !group && of_setting(arg).is_some_and(|setting| setting.is_used_by(&setting_name(&path)));
-            // A flag of its own comes before a setting of the same name.
+            // A flag of its own comes before a setting of the same name, which keeps a place of its own: else the root's would be
+            // handed down beside it.
             let taken: Vec<String> = sub.get_arguments().filter_map(|own| own.get_long()).map(str::to_string).collect();
-            let free = |arg: &&Arg| arg.get_long().is_none_or(|long| !taken.iter().any(|own| own == long));
-            let own: Vec<Arg> = settings.iter().filter(free).map(|arg| arg.clone().hide(!shown(arg))).collect();
+            let beside = |arg: &Arg| match arg.get_long().filter(|long| taken.iter().any(|own| own == long)) {
+                Some(long) => arg.clone().long(format!("{long}-setting")).hide(true),
+                None => arg.clone().hide(!shown(arg)),
+            };
+            let own: Vec<Arg> = settings.iter().map(beside).collect();
             show_used(sub.args(own), &path, setting_name, settings)
         })
     })
