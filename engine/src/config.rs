@@ -127,6 +127,8 @@ named_values! {
         Question = "question",
         /// The tokens whose values deviate most on an early layer (CacheBlend, arXiv 2405.16444).
         CacheBlend = "cacheblend",
+        /// The first tokens of each chunk, as many of each as the ratio pays for.
+        Heads = "heads",
         /// The first 32 tokens of each chunk (EPIC, arXiv 2410.15332), whatever the ratio.
         Epic = "epic",
         /// Tokens drawn at random, to compare with.

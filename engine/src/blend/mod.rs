@@ -1,7 +1,7 @@
 //! Blending: a context's KV from cached chunks and selective recompute (CacheBlend, arXiv 2405.16444, section 4).
 //!
 //! `plan` says which parts of a context are exact, cached or to be computed; a rule chooses which cached tokens are recomputed,
-//! one file each (`answer`, `question`, `cacheblend`, `epic`, `random`); `run` goes over the layers. What rules share stands
+//! one file each (`answer`, `question`, `cacheblend`, `heads`, `epic`, `random`); `run` goes over the layers. What rules share stands
 //! apart: `paid` sees what the question attends, `select` takes the best within the budget, `correct` shifts what stays cached,
 //! and `stream` has the rows that are computed.
 
@@ -11,6 +11,7 @@ mod correct;
 #[cfg(test)]
 mod emulator;
 mod epic;
+mod heads;
 mod paid;
 mod plan;
 mod question;

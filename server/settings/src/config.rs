@@ -269,7 +269,7 @@ settings! {
         index: Named<IndexKind> = Named(IndexKind::Flat), "flat";
     }
     "Blending", ANSWERING, ANYONE {
-        /// What becomes of cached chunks: answer, question, cacheblend, epic, random, reuse or full-recompute
+        /// What becomes of cached chunks: answer, question, cacheblend, heads, epic, random, reuse or full-recompute
         blend: Named<BlendMode> = Named(BlendMode::Answer), "answer";
         /// Share of cached tokens that is recomputed, 0 to 1
         ratio: f32 = 0.15, "0.15";

@@ -145,11 +145,12 @@ impl Workspace {
 }
 
 /// Bytes to leave beside the KV of `left` bytes for blending, which goes over a whole context at a time: residual streams of
-/// all its tokens and of those that are recomputed, and their numbers. No context is longer than the pages reach.
+/// all its tokens and of those that are recomputed, and their numbers; what a question pays to each, and which of them are
+/// corrected. No context is longer than the pages reach.
 fn blend_bytes(spec: &ModelSpec, shape: KvShape, context: usize, left: u64) -> u64 {
     /// The driver rounds allocations up.
     const SLACK: u64 = 4 << 20;
-    let token = (2 * (spec.hidden * 4 + 4)) as u64;
+    let token = (2 * (spec.hidden * 4 + 4) + 2 * spec.kv_heads * 4 + 16) as u64;
     let tokens = (left.saturating_sub(SLACK) / (token + shape.token_bytes() as u64)).min(context as u64);
     (tokens * token + SLACK).min(left)
 }

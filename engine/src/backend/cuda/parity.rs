@@ -325,9 +325,13 @@ fn a_context_is_blended_beside_pages_of_all_memory() {
             PromptChunk { tokens: text.as_slice().into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
         })
         .collect();
-    for mode in [BlendMode::FullRecompute, BlendMode::Reuse, BlendMode::CacheBlend] {
-        let config = BlendConfig { mode, ratio: 1.0, ..BlendConfig::default() };
-        assert_eq!(blend(&model, &Context::unasked(&[1], &chunks), &config, &|| false).unwrap().kv.len(), 7501);
+    let question = tokens(&mut rng, 100);
+    for mode in [BlendMode::FullRecompute, BlendMode::Reuse, BlendMode::CacheBlend, BlendMode::Answer] {
+        for ratio in [0.5, 1.0] {
+            let config = BlendConfig { mode, ratio, ..BlendConfig::default() };
+            let context = Context { prefix: &[1], chunks: &chunks, suffix: &question };
+            assert_eq!(blend(&model, &context, &config, &|| false).unwrap().kv.len(), 7501);
+        }
     }
 }
 
