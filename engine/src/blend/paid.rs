@@ -9,7 +9,7 @@ use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::Transformer;
 
 /// Tokens at the end of the prompt that are looked at: a question may be long, and its end asks.
-const WATCHED: usize = 64;
+pub(super) const WATCHED: usize = 64;
 
 /// Attention weights by position in the context, heads and layers summed.
 pub(super) struct Paid {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 
 use super::correct::Corrector;
-use super::paid::{Paid, Watch};
+use super::paid::{Paid, WATCHED, Watch};
 use super::plan::{BlendPlan, Span, Treatment};
 use super::select::{Budget, highest};
 use super::stream::{Stream, write_cached};
@@ -396,10 +396,12 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The rows in blocks that are about equal: a small last one would be computed at the cost of a larger one.
+/// The rows in blocks that are about equal: a small last one would be computed at the cost of a larger one. And the last, where
+/// there are several, has all tokens of a question that are looked at, so that what they pay is added up in the same order
+/// whatever comes before them.
 fn blocks(model: &Transformer, rows: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
     // On the CPU, tests have several of them in small contexts.
-    let most = if cfg!(test) && model.device().is_none() { 48 } else { ROWS };
+    let most = if cfg!(test) && model.device().is_none() { 2 * WATCHED } else { ROWS };
     let count = rows.div_ceil(most.min(model.most_rows()));
     (0..count).map(move |i| rows * i / count..rows * (i + 1) / count)
 }
