@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
+use service::control::PROTOCOL;
 use support::{Server, eventually, example, fail, ingested, quire, root, send, succeed, texts};
 
 /// A folder of documents, each of some chunks.
@@ -485,12 +486,12 @@ fn a_server_of_another_version_is_named_with_what_to_do() {
         json!({"pid": 4711, "version": version, "protocol": protocol, "model": "m", "model_dir": support::model(),
                "phase": "ready", "settings": {}})
     };
-    let (newer, newer_protocol) = (ok(&info("9.9.9", 1)), ok(&info(version, 77)));
+    let (newer, newer_protocol) = (ok(&info("9.9.9", PROTOCOL)), ok(&info(version, 77)));
     let cases = [
-        (about("9.9.9", 1), ""),
+        (about("9.9.9", PROTOCOL), ""),
         (about(version, 77), ""),
-        (about(version, 1), newer.as_str()),
-        (about(version, 1), &newer_protocol),
+        (about(version, PROTOCOL), newer.as_str()),
+        (about(version, PROTOCOL), &newer_protocol),
     ];
     for (number, (about, answer)) in cases.into_iter().enumerate() {
         let data = dir.path().join(number.to_string());
@@ -499,14 +500,14 @@ fn a_server_of_another_version_is_named_with_what_to_do() {
     }
     // One that speaks no such thing, and one that breaks off within an answer.
     let data = dir.path().join("garbage");
-    let _held = pretend(&data, &about(version, 1), "SSH-2.0-quire\r\n");
+    let _held = pretend(&data, &about(version, PROTOCOL), "SSH-2.0-quire\r\n");
     fail(quire(&data).args(["ask", "Who?"]), 1, &["process id 4711", "cannot be asked"]);
     // Who only looks goes on without it.
     assert!(succeed(quire(&data).args(["cache", "stats"])).contains("no chunk store yet"));
     let data = dir.path().join("broken");
     let lines = "{\"event\":{\"begun\":{\"notes\":[]}}}\n{\"event\":{\"text\":\"The keeper\"}}\n";
     let begun = format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{lines}\r\n", lines.len());
-    let _held = pretend(&data, &about(version, 1), &format!("{}\n---\n{begun}", ok(&info(version, 1))));
+    let _held = pretend(&data, &about(version, PROTOCOL), &format!("{}\n---\n{begun}", ok(&info(version, PROTOCOL))));
     let output = quire(&data).args(["ask", "Who?"]).output().unwrap();
     let (stdout, stderr) = texts(&output);
     assert_eq!((output.status.code(), stdout.as_str()), (Some(1), "The keeper"));

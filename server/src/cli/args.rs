@@ -75,7 +75,7 @@ pub enum Command {
     /// What is removed can be restored with --undo until `quire reclaim`; with --now it is gone for good, down to the bytes
     /// on disk, which takes as long as reading and writing all documents.
     Rm {
-        /// Documents: paths or other names as `quire ls` shows them, or ids
+        /// Documents: paths (of a folder: all below it), other names as `quire ls` shows them, or ids
         names: Vec<String>,
         /// Remove for good
         #[arg(long, conflicts_with = "undo")]
