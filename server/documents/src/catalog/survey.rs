@@ -5,22 +5,19 @@
 //! tells any more which text it has. A row that contradicts others is an old one, which came to light as the table with its
 //! successor is gone.
 
+mod reading;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::batch::read;
 use super::error::CatalogError;
 use super::id::DocumentId;
-use super::rows::{
-    CollectionInfo, DamagedRow, DocumentInfo, Passage, RowResult, TextHash, from_json, tokens_hash, unseal,
-};
+use super::rows::{CollectionInfo, DamagedRow, DocumentInfo, Passage, TextHash, from_json, tokens_hash, unseal};
 use super::store::{Family, Store};
-use super::transaction::REMOVED_ENTRY;
 use super::{Attributes, keys, texts};
-use crate::error::{DocumentsError, Result};
-use crate::split::{Format, Limits, split};
-
-/// Tokens of a passage that is cut anew, of about four characters each.
-const TOKENS: usize = 256;
+use crate::error::Result;
+use crate::split::Format;
+use reading::{cut_anew, entries, format_number, readable, rows, shown, unexpected};
 
 /// A document that is whole, as it should lie in the catalog.
 pub(super) struct WholeDocument {
@@ -124,58 +121,6 @@ struct Survey<'s> {
     text_refs: BTreeSet<Vec<u8>>,
     chunk_refs: HashSet<Vec<u8>>,
     kept: HashMap<DocumentId, u32>,
-}
-
-/// Rows of a family; what cannot be read is told to `problems`.
-fn rows<T>(
-    source: &Store,
-    family: Family,
-    problems: &mut Vec<String>,
-    mut take: impl FnMut(&[u8], &[u8]) -> RowResult<T>,
-) -> Result<Vec<T>> {
-    let mut found = Vec::new();
-    for row in source.scan(family, b"", b"") {
-        let taken = row.and_then(|(key, row)| {
-            let content = unseal(family, &key, &row).and_then(|content| take(&key, content));
-            Ok(content.map_err(|DamagedRow(problem)| DamagedRow(format!("{}: {problem}", shown(family, &key))))?)
-        });
-        match taken {
-            Ok(row) => found.push(row),
-            Err(CatalogError::Row(DamagedRow(problem))) => problems.push(problem),
-            Err(CatalogError::Whole(error)) => return Err(error),
-        }
-    }
-    Ok(found)
-}
-
-/// Of a removed name: the documents that it stood for, each with its entry.
-fn entries(content: &[u8]) -> impl Iterator<Item = (DocumentId, &[u8])> {
-    content.chunks(REMOVED_ENTRY).filter_map(|entry| {
-        let id = DocumentId::from_bytes(entry.get(..DocumentId::LENGTH)?)?;
-        Some((id, entry))
-    })
-}
-
-/// A key as people can tell it from others.
-fn shown(family: Family, key: &[u8]) -> String {
-    let id = |bytes: &[u8]| DocumentId::from_bytes(bytes).map(|id| id.to_string());
-    let text = match family {
-        Family::Documents => id(key),
-        Family::Passages => key.get(..DocumentId::LENGTH).and_then(id),
-        Family::Names => key.get(5..).map(|name| String::from_utf8_lossy(name).into_owned()),
-        Family::Collections => key.get(1..).map(|name| format!("collection {}", String::from_utf8_lossy(name))),
-        Family::Files | Family::Jobs | Family::Meta => Some(String::from_utf8_lossy(key).into_owned()),
-        _ => None,
-    };
-    text.unwrap_or_else(|| format!("a row of `{}`", family.name()))
-}
-
-fn unexpected(what: &str) -> DamagedRow {
-    DamagedRow(format!("{what} is not as expected"))
-}
-
-fn format_number(format: Format) -> u8 {
-    keys::content(0, format, &[0; 32])[4]
 }
 
 impl<'s> Survey<'s> {
@@ -567,34 +512,4 @@ impl<'s> Survey<'s> {
         self.report.references += wrong as u64;
         Ok(())
     }
-}
-
-/// What was read; or what is wrong with it, where that concerns no other row.
-fn readable<T>(read: Result<T, CatalogError>) -> Result<Result<T, String>> {
-    match read {
-        Ok(found) => Ok(Ok(found)),
-        Err(CatalogError::Row(DamagedRow(problem))) => Ok(Err(problem)),
-        Err(CatalogError::Whole(error)) => Err(error),
-    }
-}
-
-/// Passages of a text whose own are lost: without tokens, which are made when they are needed.
-fn cut_anew(text: &str, format: Format) -> Vec<Passage> {
-    let count = |part: &str| Ok::<_, DocumentsError>(part.chars().count().div_ceil(4));
-    let places = split(text, format, Limits { tokens: TOKENS, overlap: 0 }, &count).unwrap_or_default();
-    let mut line = 1;
-    let mut at = 0;
-    let passage = |place: crate::split::ChunkSpan| {
-        line += text
-            .as_bytes()
-            .get(at..place.bytes.start)
-            .unwrap_or_default()
-            .iter()
-            .filter(|byte| **byte == b'\n')
-            .count();
-        at = place.bytes.start;
-        let hash = blake3::hash(text[place.bytes.clone()].as_bytes()).into();
-        Passage { place, line, page: None, hash, tokens: Vec::new() }
-    };
-    places.into_iter().map(passage).collect()
 }
