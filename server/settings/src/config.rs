@@ -272,7 +272,7 @@ settings! {
         /// What becomes of cached chunks: answer, question, cacheblend, heads, epic, random, reuse or full-recompute
         blend: Named<BlendMode> = Named(BlendMode::Answer), "answer";
         /// Share of cached tokens that is recomputed, 0 to 1
-        ratio: f32 = 0.15, "0.15";
+        ratio: f32 = 0.13, "0.13";
         /// Instead of the ratio: recompute tokens until this share of the attention is covered (answer and question)
         blend_mass: Option<f32> = None, "none";
         /// How tokens that stay cached are corrected: none, prompt or chunk
