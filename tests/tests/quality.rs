@@ -84,7 +84,7 @@ fn configurations_are_compared_with_full_recompute_and_an_interrupted_run_goes_o
     let value = |config: &str, metric: &str| -> f64 {
         let case = format!("ref/xquad10/{config}");
         let lines = records.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let last = lines.filter(|r| r["case"] == case.as_str() && r["metric"] == metric).last();
+        let last = lines.filter(|r| r["case"] == case.as_str() && r["metric"] == metric).next_back();
         last.unwrap_or_else(|| panic!("no {metric} of {case} in:\n{records}"))["value"].as_f64().unwrap()
     };
     // All tokens recomputed is full recompute.
