@@ -83,8 +83,8 @@ fn configurations_are_compared_with_full_recompute_and_an_interrupted_run_goes_o
     let records = std::fs::read_to_string(path("results/quality.jsonl")).unwrap();
     let value = |config: &str, metric: &str| -> f64 {
         let case = format!("ref/xquad10/{config}");
-        let lines = records.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let last = lines.filter(|r| r["case"] == case.as_str() && r["metric"] == metric).next_back();
+        let mut lines = records.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let last = lines.rfind(|r| r["case"] == case.as_str() && r["metric"] == metric);
         last.unwrap_or_else(|| panic!("no {metric} of {case} in:\n{records}"))["value"].as_f64().unwrap()
     };
     // All tokens recomputed is full recompute.
