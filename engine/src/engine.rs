@@ -432,6 +432,15 @@ impl Engine {
     pub fn shutdown(&self) {
         self.inner.stop();
     }
+
+    /// Takes no more requests, and ends those it has with [`EngineError::Stopped`] behind the step at hand, without waiting for
+    /// that. Idempotent.
+    pub fn cut_off(&self) {
+        self.inner.load.stopping.store(true, Ordering::Release);
+        self.inner.load.cut_off.store(true, Ordering::Release);
+        // Where all that run wait for something, the thread looks again at once. It may have ended already.
+        let _ = self.inner.commands.send(Command::Shutdown);
+    }
 }
 
 impl Inner {

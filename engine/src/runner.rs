@@ -68,6 +68,8 @@ pub(crate) struct Load {
     pub(crate) prefix_queries: AtomicU64,
     pub(crate) prefix_hits: AtomicU64,
     pub(crate) stopping: AtomicBool,
+    /// What runs and waits is to end without being completed.
+    pub(crate) cut_off: AtomicBool,
     /// The GPU answers nothing any more: after some errors all that follows fails.
     pub(crate) lost: AtomicBool,
 }
@@ -93,6 +95,11 @@ impl Queue {
             computations: VecDeque::new(),
             full_at: None,
         }
+    }
+
+    /// Ends all that runs and waits, saying why.
+    fn fail_all(&mut self, why: &str) {
+        self.sequences.iter_mut().for_each(|sequence| sequence.fail(EngineError::Stopped(why.into())));
     }
 
     fn is_empty(&self) -> bool {
@@ -135,8 +142,10 @@ impl Runner {
             if self.load.lost.load(Ordering::Relaxed) {
                 tracing::error!("the GPU does not work any more: the engine stops, start the program again");
                 self.load.stopping.store(true, Ordering::Release);
-                let lost = || EngineError::Stopped("the GPU does not work any more: start the program again".into());
-                return queue.sequences.iter_mut().for_each(|sequence| sequence.fail(lost()));
+                return queue.fail_all("the GPU does not work any more: start the program again");
+            }
+            if self.load.cut_off.load(Ordering::Acquire) {
+                return queue.fail_all("it is shutting down, and the answer was not complete");
             }
         }
     }

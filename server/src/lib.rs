@@ -14,7 +14,7 @@
 //! use quire::cli::parse;
 //!
 //! let cli = parse(["quire", "ask", "--top-chunks", "3", "Who keeps the spare key?"].map(Into::into)).expect("a question");
-//! assert_eq!(cli.settings.top_chunks, Some(3));
+//! assert_eq!(cli.common.settings.top_chunks, Some(3));
 //! ```
 
 pub mod cli;

@@ -59,6 +59,10 @@ fn a_moved_file_keeps_its_document_and_sync_removes_what_is_gone() {
     let restored = succeed(quire(&data).args(["rm", "--undo", "notes/moved.txt"]));
     assert!(restored.contains("back"), "{restored}");
     assert!(succeed(quire(&data).args(["search", "lamp"])).contains("1851"));
+    // By its id as well as by its name.
+    succeed(quire(&data).args(["rm", &before[0].0]));
+    assert!(succeed(quire(&data).args(["rm", "--undo", &before[0].0])).contains("moved.txt"));
+    assert!(succeed(quire(&data).args(["search", "lamp"])).contains("1851"));
     // A path that is itself gone may be a disk that is not there.
     std::fs::remove_dir_all(dir.path().join("other")).unwrap();
     fail(quire(&data).args(["ingest", "--sync", "other"]), 1, &["other"]);

@@ -100,6 +100,10 @@ pub async fn serve(
         _ = terminate.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
         _ = interrupt.recv() => tracing::warn!("asked to stop again: running requests are cut off"),
     }
+    if let Some(service) = app.loaded() {
+        // Whoever still waits for an answer is told how it ended.
+        service.engine().cut_off();
+    }
     let _ = stop.send(true);
     let ended = async {
         let _ = server.await;

@@ -37,6 +37,22 @@ pub(super) fn text(param: &str, value: &Value) -> Result<String> {
     text.ok_or_else(|| invalid(param, format!("expected a text, found {}", brief(value))))
 }
 
+/// Bytes of a text to search for. Analysing one costs by its length, whatever it finds, and a character may stand for many.
+const MAX_QUERY_BYTES: usize = 256 << 10;
+
+/// Words to search for.
+pub(super) fn query(param: &str, value: &Value) -> Result<String> {
+    let query = text(param, value)?;
+    if query.len() > MAX_QUERY_BYTES {
+        let found = query.len();
+        return Err(invalid(param, format!("expected at most {MAX_QUERY_BYTES} bytes to search for, found {found}")));
+    }
+    if query.trim_start_matches('\u{feff}').trim().is_empty() {
+        return Err(invalid(param, "expected words to search for, found none".into()));
+    }
+    Ok(query)
+}
+
 pub(super) fn boolean(param: &str, value: &Value) -> Result<bool> {
     value.as_bool().ok_or_else(|| invalid(param, format!("expected true or false, found {}", brief(value))))
 }

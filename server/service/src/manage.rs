@@ -95,8 +95,15 @@ impl DocumentName {
     }
 
     /// Names of documents below the folder that this may be, or of the uploaded file: those that are there, or those that were
-    /// removed.
+    /// removed. Of a document whose id this is, those that it was removed with.
     fn below(&self, catalog: &Catalog, collection: &CollectionInfo, removed: bool) -> Result<Vec<String>> {
+        if removed && let Ok(id) = self.given.parse::<DocumentId>() {
+            let known = catalog.document(&id)?.filter(|info| info.collection == collection.id);
+            return Ok(known.map_or_else(Vec::new, |info| match info.removed {
+                Some(_) => info.names,
+                None => info.removed_names,
+            }));
+        }
         for folder in self.candidates() {
             let names = catalog.names_below(collection.id, folder, removed)?;
             if !names.is_empty() {

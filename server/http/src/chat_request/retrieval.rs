@@ -5,7 +5,7 @@ use std::sync::Arc;
 use engine::ChatMessage;
 use serde_json::{Map, Value};
 
-use super::super::values::{brief, cut, invalid, share, size, text};
+use super::super::values::{brief, cut, invalid, query, share, size, text};
 use service::{GivenPassage, Passages, Search};
 use settings::{MAX_TOP_CHUNKS, QuireError, Result};
 
@@ -87,14 +87,6 @@ fn last_question(messages: &[ChatMessage]) -> Result<String> {
         return Err(invalid("messages", "expected the last message of role `user` to have a text".into()));
     }
     asked.ok_or_else(|| invalid("messages", "expected a message of role `user` to search with, found none".into()))
-}
-
-fn query(name: &str, value: &Value) -> Result<String> {
-    let query = text(name, value)?;
-    if is_blank(&query) {
-        return Err(invalid(name, "expected words to search for, found none".into()));
-    }
-    Ok(query)
 }
 
 fn top_chunks(name: &str, value: &Value) -> Result<usize> {

@@ -10,7 +10,7 @@ use super::super::admission::Received;
 use super::super::fields::Fields;
 use super::super::files::{Answer, blocking};
 use super::super::state::App;
-use super::super::values::{boolean, cut, invalid, share, size, text};
+use super::super::values::{boolean, cut, invalid, query, share, size};
 use super::filters;
 use service::{StoreHit, StoreSearch};
 use settings::{QuireError, Result};
@@ -73,23 +73,16 @@ fn read(body: &[u8]) -> Result<StoreSearch> {
     Ok(StoreSearch { queries, filter, limit, score_threshold })
 }
 
-fn queries(query: &Value) -> Result<Vec<String>> {
-    let worded = |name: &str, value: &Value| {
-        let query = text(name, value)?;
-        match query.trim().is_empty() {
-            true => Err(invalid(name, "expected words to search for, found none".into())),
-            false => Ok(query),
-        }
-    };
-    match query {
+fn queries(given: &Value) -> Result<Vec<String>> {
+    match given {
         Value::Array(items) if (1..=MOST_QUERIES).contains(&items.len()) => {
-            items.iter().enumerate().map(|(index, item)| worded(&format!("query[{index}]"), item)).collect()
+            items.iter().enumerate().map(|(index, item)| query(&format!("query[{index}]"), item)).collect()
         }
         Value::Array(items) => {
             Err(invalid("query", format!("expected 1 to {MOST_QUERIES} queries, found {}", items.len())))
         }
         Value::Null => Err(invalid("query", "expected it to be given, found nothing".into())),
-        other => Ok(vec![worded("query", other)?]),
+        other => Ok(vec![query("query", other)?]),
     }
 }
 
@@ -130,6 +123,7 @@ mod tests {
         for (body, place) in [
             (json!({}), "query"),
             (json!({"query": " "}), "query"),
+            (json!({"query": "\u{fdfa}".repeat(100_000)}), "query"),
             (json!({"query": []}), "query"),
             (json!({"query": ["a", ""]}), "query[1]"),
             (json!({"query": 3}), "query"),
