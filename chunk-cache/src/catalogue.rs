@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::eviction::{self, Candidate, Plan, SegmentBytes, Space};
 use crate::key::ChunkKey;
 use crate::pending::PendingPut;
+use crate::policy::{EvictionPolicy, Worth};
 use crate::records::{ModelInfo, Usage};
 use crate::shape::KvShape;
 
@@ -24,10 +25,25 @@ pub(crate) struct Entry {
     /// Bytes of keys and values as stored.
     pub(crate) bytes: u64,
     pub(crate) created_unix: u64,
+    /// What computing it took; 0: not known.
+    pub(crate) compute_micros: u64,
     /// Index of its model.
     pub(crate) model: u32,
     pub(crate) codec: u16,
     pub(crate) usage: Usage,
+}
+
+impl Entry {
+    pub(crate) fn worth(&self) -> Worth {
+        Worth {
+            bytes: self.bytes,
+            last_used: self.usage.last_used_micros,
+            hits: self.usage.hits,
+            saved: self.usage.saved_micros,
+            cost: self.compute_micros,
+            age: self.usage.age,
+        }
+    }
 }
 
 /// What is wrong with a chunk.
@@ -55,7 +71,8 @@ pub(crate) struct Segment {
 
 #[derive(Debug, Default)]
 pub(crate) struct State {
-    pub(crate) entries: HashMap<ChunkKey, Entry>,
+    /// By key, so that the variants of a chunk are neighbours.
+    pub(crate) entries: BTreeMap<ChunkKey, Entry>,
     /// The visible chunks by where they lie.
     numbers: BTreeMap<u64, ChunkKey>,
     /// Payload files by their first chunk number.
@@ -68,6 +85,10 @@ pub(crate) struct State {
     pub(crate) models: Vec<ModelInfo>,
     /// Most bytes of visible chunks.
     pub(crate) budget: u64,
+    /// In which order chunks make way.
+    pub(crate) policy: EvictionPolicy,
+    /// The age of uses from now on; the policy's.
+    pub(crate) age: f64,
     /// Bytes of the visible chunks.
     pub(crate) used: u64,
     /// Chunks evicted since the store was opened.
@@ -112,6 +133,7 @@ impl State {
         self.take(&key);
         self.damaged.remove(&key);
         self.clock = self.clock.max(entry.usage.last_used_micros);
+        self.age = self.age.max(entry.usage.age);
         self.next_number = self.next_number.max(entry.number + 1);
         self.used += entry.bytes;
         self.numbers.insert(entry.number, key);
@@ -161,10 +183,9 @@ impl State {
     pub(crate) fn candidates(&self) -> impl Iterator<Item = Candidate> {
         self.entries.iter().map(|(key, entry)| Candidate {
             key: *key,
-            bytes: entry.bytes,
             segment: self.segment_of(entry.number).unwrap_or(u64::MAX),
             demoted: entry.usage.demoted,
-            last_used: entry.usage.last_used_micros,
+            worth: entry.worth(),
             pinned: self.pins.contains_key(key),
         })
     }
@@ -176,7 +197,7 @@ impl State {
             return Plan::Evict(Vec::new());
         }
         let segments = self.segments.iter().map(|(first, segment)| (*first, segment.bytes)).collect();
-        eviction::plan(self.candidates(), Space { budget: self.budget, needed, segments })
+        eviction::plan(self.candidates(), Space { policy: self.policy, budget: self.budget, needed, segments })
     }
 }
 

@@ -15,8 +15,8 @@
 //!   dropped at the next opening.
 //! * **Payloads are written once**, into files of ascending chunk numbers that RocksDB takes over as they are. A file goes
 //!   when its last chunk has gone, and is rewritten when few are left.
-//! * **The byte budget holds**, on the disk too, and the store keeps it. Demoted and least recently used chunks make way,
-//!   except pinned ones, and only for a chunk that is stored or a smaller budget that is set: opening and looking change
+//! * **The byte budget holds**, on the disk too, and the store keeps it. Chunks make way, demoted ones first, then
+//!   in the order of an [`EvictionPolicy`], except pinned ones, and only for a chunk that is stored or a smaller budget that is set: opening and looking change
 //!   nothing.
 //! * **A full or failing disk is survived**: what does not fit is refused, and once there is space again the same handle
 //!   goes on.
@@ -62,6 +62,7 @@ mod key;
 mod legacy;
 mod open;
 mod pending;
+mod policy;
 mod reading;
 mod records;
 mod recovery;
@@ -72,6 +73,7 @@ mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
+mod variants;
 mod verify;
 mod writer;
 
@@ -79,12 +81,15 @@ pub use backend::Access;
 pub use catalogue::{DamagedChunk, PinGuard};
 pub use compute::{ComputeError, Found, InMemory};
 pub use error::StoreError;
+pub use eviction::plan_eviction;
 pub use key::{ChunkId, ChunkKey, KeyInputs, ParseKeyError, RAW_CODEC, VariantId};
 pub use open::OpenReport;
 pub use pending::{NewChunk, PutTicket};
+pub use policy::{EvictionPolicy, ParsePolicyError, Worth};
 pub use records::{ModelInfo, Section};
 pub use shape::{KvDtype, KvShape, LayerKv};
 pub use single_flight::{Fetched, SingleFlight};
 pub use stats::{ChunkMeta, PutOutcome, StoreStats};
 pub use store::{ChunkStore, ModelHandle, StoreOptions};
+pub use variants::{Before, Provenance, Variant, cheapest};
 pub use verify::VerifyReport;

@@ -179,11 +179,15 @@ impl ChunkRow {
 }
 
 /// When a chunk was last used, and how often. Losing it costs only a worse choice of victims.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Usage {
     /// Microseconds since the Unix epoch.
     pub(crate) last_used_micros: u64,
     pub(crate) hits: u64,
+    /// Compute that its uses saved.
+    pub(crate) saved_micros: u64,
+    /// The policy's age when it was last used.
+    pub(crate) age: f64,
     /// No document refers to it any more: it makes way before all others.
     pub(crate) demoted: bool,
 }
@@ -191,14 +195,22 @@ pub(crate) struct Usage {
 impl Usage {
     pub(crate) fn encode(&self, key: &ChunkKey) -> Vec<u8> {
         let (last, hits) = (self.last_used_micros.to_le_bytes(), self.hits.to_le_bytes());
-        format::encode(&usage_header(key), &[&last, &hits, &[u8::from(self.demoted)]])
+        let (saved, age) = (self.saved_micros.to_le_bytes(), self.age.to_le_bytes());
+        format::encode(&usage_header(key), &[&last, &hits, &[u8::from(self.demoted)], &saved, &age])
     }
 
+    /// Rows of builds that did not count what uses save end before it: then it is 0, and the age.
     pub(crate) fn decode(bytes: &[u8], key: &ChunkKey) -> Result<Usage, FormatError> {
         let value = format::decode_as(bytes, &usage_header(key))?;
         let mut fields = Reader { rest: value.payload };
         let (last_used_micros, hits) = (fields.u64()?, fields.u64()?);
-        Ok(Usage { last_used_micros, hits, demoted: fields.take::<1>()? != [0] })
+        let demoted = fields.take::<1>()? != [0];
+        let (saved_micros, age) = match fields.rest {
+            [] => (0, 0.0),
+            _ => (fields.u64()?, f64::from_le_bytes(fields.take()?)),
+        };
+        let age = if age.is_finite() { age.max(0.0) } else { 0.0 };
+        Ok(Usage { last_used_micros, hits, saved_micros, age, demoted })
     }
 }
 
@@ -271,7 +283,7 @@ mod tests {
             prop_assert_eq!(ChunkRow::decode(&chunk.encode(&KEY), &KEY).unwrap(), chunk);
             let model = ModelInfo { fingerprint, name, shape: SHAPE };
             prop_assert_eq!(ModelInfo::decode(&model.encode()).unwrap(), model);
-            let usage = Usage { last_used_micros: last, hits, demoted };
+            let usage = Usage { last_used_micros: last, hits, saved_micros: last / 3, age: last as f64, demoted };
             prop_assert_eq!(Usage::decode(&usage.encode(&KEY), &KEY).unwrap(), usage);
             prop_assert_eq!(Budget::decode(&Budget(hits).encode()).unwrap(), Budget(hits));
             let segment = SegmentRow { last, payload_bytes: hits };
@@ -293,6 +305,13 @@ mod tests {
             let _ = Budget::decode(&bytes);
             let _ = SegmentRow::decode(&bytes);
         }
+    }
+
+    #[test]
+    fn a_row_of_use_from_before_savings_were_counted_is_read() {
+        let parts: [&[u8]; 3] = [&7u64.to_le_bytes(), &3u64.to_le_bytes(), &[1]];
+        let read = Usage::decode(&format::encode(&usage_header(&KEY), &parts), &KEY).unwrap();
+        assert_eq!(read, Usage { last_used_micros: 7, hits: 3, saved_micros: 0, age: 0.0, demoted: true });
     }
 
     #[test]

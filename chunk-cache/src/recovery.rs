@@ -168,14 +168,20 @@ fn entry(state: &mut State, row: &ChunkRow, usage: Option<Usage>) -> Entry {
         state.enter_model(&ModelInfo { fingerprint: row.model, name: "unknown".to_owned(), shape: row.shape })
     });
     let stored = Usage { last_used_micros: row.created_unix.saturating_mul(1_000_000), ..Usage::default() };
+    let mut usage = usage.unwrap_or(stored);
+    if usage.saved_micros == 0 {
+        // Noted by a build that did not count it.
+        usage.saved_micros = usage.hits.saturating_mul(row.compute_micros);
+    }
     Entry {
         number: row.number,
         offset: row.offset,
         tokens: row.tokens,
         bytes: row.payload_bytes(),
         created_unix: row.created_unix,
+        compute_micros: row.compute_micros,
         model,
         codec: row.codec,
-        usage: usage.unwrap_or(stored),
+        usage,
     }
 }

@@ -41,8 +41,17 @@ impl Core {
     }
 
     fn evict(&self, victims: &[ChunkKey]) -> Result<u64, StoreError> {
+        let gone: Vec<_> = {
+            let state = self.catalogue.lock();
+            let entries = victims.iter().filter_map(|key| state.entries.get(key));
+            // What nobody refers to says nothing of what the others are worth.
+            entries.filter(|entry| !entry.usage.demoted).map(Entry::worth).collect()
+        };
         let removed = self.remove_chunks(victims)?;
-        self.catalogue.lock().evicted += removed;
+        let mut state = self.catalogue.lock();
+        state.evicted += removed;
+        state.age = gone.iter().fold(state.age, |age, worth| state.policy.age_behind(age, worth));
+        drop(state);
         Ok(removed)
     }
 
@@ -285,10 +294,10 @@ impl Core {
         let victims = {
             let state = self.catalogue.lock();
             let mut left = state.used;
-            let ordered = eviction::in_order(state.candidates());
+            let ordered = eviction::in_order(state.policy, state.candidates());
             let victims = ordered.into_iter().take_while(|candidate| {
                 let above = left > bytes;
-                left -= if above { candidate.bytes } else { 0 };
+                left -= if above { candidate.worth.bytes } else { 0 };
                 above
             });
             victims.map(|candidate| candidate.key).collect::<Vec<_>>()

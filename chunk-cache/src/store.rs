@@ -11,6 +11,7 @@ use crate::error::StoreError;
 use crate::key::{ChunkKey, RAW_CODEC};
 use crate::open::OpenReport;
 use crate::pending::{NewChunk, PendingPut, PutTicket, Task, Thoroughness, Work};
+use crate::policy::EvictionPolicy;
 use crate::reading::{ReadError, corrupt, damage};
 use crate::records::{ModelInfo, Usage};
 use crate::shape::{KvShape, LayerKv};
@@ -25,7 +26,8 @@ const MOST_PENDING: u64 = 256 << 20;
 /// What a store is for.
 #[derive(Debug, Clone, Copy)]
 pub struct StoreOptions {
-    /// Most bytes of keys and values that a new store may hold; demoted, then least recently used chunks make way. The disk
+    /// Most bytes of keys and values that a new store may hold; demoted chunks make way, then others in the order of the
+    /// [policy](EvictionPolicy). The disk
     /// holds up to a twentieth more: headers, and space of removed chunks that is not free yet. A store that exists
     /// keeps the budget that it has, until [`set_budget`](ChunkStore::set_budget) changes it.
     pub byte_budget: u64,
@@ -43,6 +45,17 @@ impl ModelHandle {
     pub fn shape(&self) -> KvShape {
         self.shape
     }
+}
+
+/// What a note of use is made from.
+#[derive(Clone, Copy)]
+struct Note {
+    /// Microseconds since the Unix epoch, later than every note before.
+    now: u64,
+    /// The policy's age.
+    age: f64,
+    /// Microseconds that computing the chunk took.
+    cost: u64,
 }
 
 /// Chunks of attention state on disk. All methods take `&self` and are safe from many threads.
@@ -97,6 +110,11 @@ impl ChunkStore {
         self.ask(Task::SetBudget(bytes)).map(drop)
     }
 
+    /// In which order chunks make way from now on; a store is opened with [`EvictionPolicy::CacheCraft`].
+    pub fn set_policy(&self, policy: EvictionPolicy) {
+        self.core.catalogue.lock().policy = policy;
+    }
+
     fn ask(&self, task: Task) -> Result<u64, StoreError> {
         self.check_writable()?;
         ask(&self.core, task)
@@ -131,10 +149,7 @@ impl ChunkStore {
     /// Every stored chunk, ordered by key.
     pub fn list(&self) -> Vec<(ChunkKey, ChunkMeta)> {
         let state = self.core.catalogue.lock();
-        let mut list: Vec<_> = state.entries.iter().map(|(key, entry)| (*key, ChunkMeta::from(entry))).collect();
-        drop(state);
-        list.sort_unstable_by_key(|(key, _)| *key);
-        list
+        state.entries.iter().map(|(key, entry)| (*key, ChunkMeta::from(entry))).collect()
     }
 
     /// Totals over the store.
@@ -158,7 +173,7 @@ impl ChunkStore {
 
     /// Stores a chunk. When this returns, the chunk is on disk and survives a crash. Storing it again does nothing, unless
     /// the stored one is known to be damaged: then it is replaced. Chunks that are not pinned make way, demoted ones first,
-    /// then the least recently used.
+    /// then in the order of the [policy](EvictionPolicy).
     ///
     /// # Errors
     /// [`StoreError::ShapeMismatch`], [`TooLarge`](StoreError::TooLarge),
@@ -263,8 +278,24 @@ impl ChunkStore {
     /// # Errors
     /// Those of a failed write.
     pub fn touch(&self, key: &ChunkKey) -> Result<(), StoreError> {
-        self.note(&[*key], &|usage, now| {
-            *usage = Usage { last_used_micros: now, hits: usage.hits + 1, demoted: false };
+        self.touch_saving(key, 1.0)
+    }
+
+    /// As [`touch`](Self::touch), for a use that saved only this share, 0 to 1, of what computing the chunk takes, because the
+    /// rest of it was recomputed.
+    ///
+    /// # Errors
+    /// Those of a failed write.
+    pub fn touch_saving(&self, key: &ChunkKey, share: f32) -> Result<(), StoreError> {
+        self.note(&[*key], &|usage, Note { now, age, cost }| {
+            let saved = (cost as f64 * f64::from(share.clamp(0.0, 1.0))).round() as u64;
+            *usage = Usage {
+                last_used_micros: now,
+                hits: usage.hits + 1,
+                saved_micros: usage.saved_micros.saturating_add(saved),
+                age,
+                demoted: false,
+            };
         })
     }
 
@@ -274,8 +305,8 @@ impl ChunkStore {
     /// # Errors
     /// Those of a failed write.
     pub fn note_presence(&self, key: &ChunkKey) -> Result<(), StoreError> {
-        self.note(&[*key], &|usage, now| {
-            *usage = Usage { last_used_micros: now, demoted: false, ..*usage };
+        self.note(&[*key], &|usage, Note { now, age, .. }| {
+            *usage = Usage { last_used_micros: now, age, demoted: false, ..*usage };
         })
     }
 
@@ -287,14 +318,14 @@ impl ChunkStore {
         self.note(keys, &|usage, _| usage.demoted = true)
     }
 
-    fn note(&self, keys: &[ChunkKey], change: &dyn Fn(&mut Usage, u64)) -> Result<(), StoreError> {
+    fn note(&self, keys: &[ChunkKey], change: &dyn Fn(&mut Usage, Note)) -> Result<(), StoreError> {
         let changes: Vec<_> = {
             let mut state = self.core.catalogue.lock();
             let changed = keys.iter().filter_map(|key| {
-                let now = state.tick(now_micros());
-                let usage = &mut state.entries.get_mut(key)?.usage;
-                change(usage, now);
-                Some((Family::Usage, key.to_bytes().to_vec(), Some(usage.encode(key))))
+                let (now, age) = (state.tick(now_micros()), state.age);
+                let entry = state.entries.get_mut(key)?;
+                change(&mut entry.usage, Note { now, age, cost: entry.compute_micros });
+                Some((Family::Usage, key.to_bytes().to_vec(), Some(entry.usage.encode(key))))
             });
             changed.collect()
         };

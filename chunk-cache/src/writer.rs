@@ -183,7 +183,7 @@ impl Core {
         let path = self.take_over(&file, first, last)?;
         let used: Vec<Usage> = {
             let mut state = self.catalogue.lock();
-            let tick = |_| Usage { last_used_micros: state.tick(now_micros()), hits: 0, demoted: false };
+            let tick = |_| Usage { last_used_micros: state.tick(now_micros()), age: state.age, ..Usage::default() };
             group.iter().map(tick).collect()
         };
         let mut changes = vec![segment_change(first, Some(SegmentRow { last, payload_bytes: bytes }))];
@@ -206,6 +206,7 @@ impl Core {
                 tokens: row.tokens,
                 bytes: put.bytes,
                 created_unix: row.created_unix,
+                compute_micros: row.compute_micros,
                 model: put.model,
                 codec: row.codec,
                 usage,

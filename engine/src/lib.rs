@@ -51,6 +51,7 @@ pub use memory::limit as memory_limit;
 pub use model::generation::GenerationConfig;
 pub use model::rope::{Rope, RopeScaling, RopeTable};
 pub use model::spec::{Family, ModelSpec};
+pub use prefix_cache::{PageKey, PrefixCache};
 pub use request::{
     Alternative, AttentionInputs, DecodeStats, Event, EventStream, FinishReason, Finished, MAX_TOP_LOGPROBS,
     PrefillStats, PreparedContext, Prompt, Request, TokenEvent, TokenLogprob, Usage,

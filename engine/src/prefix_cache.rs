@@ -13,16 +13,18 @@ use std::collections::{BTreeMap, HashMap};
 
 /// What a page's KV depends on, hashed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct PageKey([u8; 32]);
+pub struct PageKey([u8; 32]);
 
 impl PageKey {
     /// The key before the first page. `identity`: everything but the tokens that KV depends on.
-    pub(crate) fn root(identity: &[u8]) -> PageKey {
+    #[must_use]
+    pub fn root(identity: &[u8]) -> PageKey {
         PageKey(blake3::derive_key("quire prefix cache 1: root", identity))
     }
 
     /// The key of the page that holds `tokens`, behind the page of this key.
-    pub(crate) fn then(&self, tokens: &[u32]) -> PageKey {
+    #[must_use]
+    pub fn then(&self, tokens: &[u32]) -> PageKey {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         for token in tokens {
             hasher.update(&token.to_le_bytes());
@@ -43,40 +45,58 @@ struct Entry<P> {
 ///
 /// A chain's first pages are held whenever its last are, and let go after them: what is evicted first is therefore always
 /// the end of a chain, and no page is kept that cannot be found.
-pub(crate) struct PrefixCache<P> {
+pub struct PrefixCache<P> {
     entries: HashMap<PageKey, Entry<P>>,
     /// Pages that nobody holds, least recently used first.
     unused: BTreeMap<u64, PageKey>,
     ticks: u64,
 }
 
+impl<P: Clone> Default for PrefixCache<P> {
+    fn default() -> Self {
+        PrefixCache::new()
+    }
+}
+
 impl<P: Clone> PrefixCache<P> {
-    pub(crate) fn new() -> PrefixCache<P> {
+    /// A cache without pages.
+    #[must_use]
+    pub fn new() -> PrefixCache<P> {
         PrefixCache { entries: HashMap::new(), unused: BTreeMap::new(), ticks: 0 }
     }
 
     /// Pages, used or not.
-    pub(crate) fn len(&self) -> usize {
+    #[must_use]
+    pub fn len(&self) -> usize {
         self.entries.len()
     }
 
+    /// Whether there is no page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// Pages that are held by sequences.
-    pub(crate) fn in_use(&self) -> usize {
+    #[must_use]
+    pub fn in_use(&self) -> usize {
         self.entries.len() - self.unused.len()
     }
 
     /// How many of a chain's first pages are there.
-    pub(crate) fn found(&self, chain: &[PageKey]) -> usize {
+    #[must_use]
+    pub fn found(&self, chain: &[PageKey]) -> usize {
         chain.partition_point(|key| self.entries.contains_key(key))
     }
 
     /// How many of a chain's first pages are held by so many sequences at least. Who holds a page holds all before it.
-    pub(crate) fn held_by(&self, chain: &[PageKey], users: usize) -> usize {
+    #[must_use]
+    pub fn held_by(&self, chain: &[PageKey], users: usize) -> usize {
         chain.partition_point(|key| self.entries.get(key).is_some_and(|entry| entry.users >= users))
     }
 
     /// Holds the page; `None` when it is not there.
-    pub(crate) fn take(&mut self, key: &PageKey) -> Option<P> {
+    pub fn take(&mut self, key: &PageKey) -> Option<P> {
         let entry = self.entries.get_mut(key)?;
         if entry.users == 0 {
             self.unused.remove(&entry.tick);
@@ -87,7 +107,7 @@ impl<P: Clone> PrefixCache<P> {
 
     /// Offers a page and holds it. Where the same page is there already, it is given back and the offered one is not
     /// kept.
-    pub(crate) fn share(&mut self, key: PageKey, page: P) -> P {
+    pub fn share(&mut self, key: PageKey, page: P) -> P {
         if let Some(there) = self.take(&key) {
             return there;
         }
@@ -96,7 +116,7 @@ impl<P: Clone> PrefixCache<P> {
     }
 
     /// Lets the pages of a chain go, which were taken or shared once each.
-    pub(crate) fn release(&mut self, chain: &[PageKey]) {
+    pub fn release(&mut self, chain: &[PageKey]) {
         for key in chain.iter().rev() {
             let Some(entry) = self.entries.get_mut(key) else { continue };
             entry.users = entry.users.saturating_sub(1);
@@ -109,13 +129,14 @@ impl<P: Clone> PrefixCache<P> {
     }
 
     /// How many unused pages there are of those that `counts` says; `most` if there are more.
-    pub(crate) fn unused(&self, most: usize, counts: &dyn Fn(&P) -> bool) -> usize {
+    #[must_use]
+    pub fn unused(&self, most: usize, counts: &dyn Fn(&P) -> bool) -> usize {
         let counted = |key: &&PageKey| self.entries.get(key).is_some_and(|entry| counts(&entry.page));
         self.unused.values().filter(counted).take(most).count()
     }
 
     /// Forgets unused pages, the least recently used first, until so many of those that `counts` says are gone, or all.
-    pub(crate) fn evict(&mut self, pages: usize, counts: &dyn Fn(&P) -> bool) {
+    pub fn evict(&mut self, pages: usize, counts: &dyn Fn(&P) -> bool) {
         let mut left = pages;
         while left > 0 {
             let Some((_, key)) = self.unused.pop_first() else { return };

@@ -12,6 +12,7 @@
 //!   answers while long prompts arrive, [`bench_attention_decode`] a device's attention beside cuDNN's;
 //!   [`write_checkpoint`] writes a model of random weights for them.
 //! * [`bench_index`] measures indexes beside hnswlib, faiss and usearch, on made-up keys and on those of a model's heads.
+//! * [`bench_cache`] simulates what caches of chunks save by their policy of eviction, beside a prefix cache.
 //! * [`bench_templates`] renders chat templates of public models here and by transformers, and shows where they differ.
 //! * [`bench_faults`] says which faults of a list are shown to be mended by what tests printed.
 //! * [`Record`] is one measured figure, [`RecordLog`] a folder of JSON lines files that only grow; a later record
@@ -32,6 +33,7 @@
 //! ```
 
 mod ask;
+mod cache;
 mod drill;
 mod error;
 mod faults;
@@ -45,6 +47,7 @@ mod stats;
 mod tasks;
 mod templates;
 
+pub use cache::{CacheBenchOptions, CacheBenchReport, bench_cache};
 pub use drill::failing_disk::{self, FailingDisk};
 pub use drill::{DrillOptions, DrillReport, drill_bitflips, drill_full_disk};
 pub use error::{EvalError, Result};

@@ -8,6 +8,7 @@ mod damage;
 mod full_disk;
 mod model;
 mod old_layout;
+mod policies;
 pub(crate) mod power;
 mod reading;
 mod refusals;

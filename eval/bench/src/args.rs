@@ -9,6 +9,7 @@ use eval::CheckpointShape;
 use quire::cli::CommonArgs;
 use settings::Named;
 
+use super::cache::CacheArgs;
 use super::library::LibraryArgs;
 use super::quality::{EvalArgs, QuestionsArgs};
 use super::store_args::{CrashArgs, StoreArgs};
@@ -164,6 +165,8 @@ pub(crate) enum BenchCommand {
     },
     /// The chunk store: bytes written and freed, rates of reading, time to open
     Store(StoreArgs),
+    /// What caches of chunks save by their policy of eviction, beside the prefix cache: simulated
+    Cache(CacheArgs),
     /// Chat templates of public models, rendered here and by Hugging Face transformers
     Templates {
         /// Python interpreter that imports transformers and jinja2

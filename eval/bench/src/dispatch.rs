@@ -113,6 +113,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             print(&report, &report.table(), out);
             Ok(())
         }
+        BenchCommand::Cache(args) => super::cache::run(args, out),
         BenchCommand::Templates { python, packages, records } => {
             let options = TemplateOptions { python, packages, output: output(&records)? };
             let report = with_progress(out, |progress| Ok(bench_templates(&options, progress)?))?;

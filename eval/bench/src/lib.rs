@@ -3,13 +3,14 @@
 //! Whoever runs Quire does not need it, and `quire` contains none of it. Options become those of the library `eval`, which
 //! measures and records; what needs whole programs, servers and data folders is measured here:
 //!
-//! * `args`, `store_args`: the grammar; `dispatch`: from its commands to options;
+//! * `args`, `store_args`: the grammar; `dispatch`: from its commands to options; `cache`: caches simulated;
 //! * `quality`, `load`, `search`, `library`: quality, engines under load, finding passages, many small notes;
 //! * `child`, `start`, `http`: a server of its own, how soon it is ready, how it bears many clients;
 //! * `crash`, `library_drill`: processes that are killed at work, and what is left; `findings`: what both count;
 //! * `library_bitflips`: a catalog whose files are damaged.
 
 mod args;
+mod cache;
 mod child;
 mod crash;
 mod dispatch;

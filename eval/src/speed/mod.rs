@@ -172,7 +172,7 @@ fn fastest_ms(peers: &[Side]) -> Option<f64> {
 }
 
 /// Five digits: more is noise.
-fn round(value: f64) -> f64 {
+pub(crate) fn round(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return value;
     }

@@ -350,6 +350,7 @@ fn open_store(settings: &Settings, purpose: Purpose, engine: &Engine, model: &st
         Purpose::Serve | Purpose::Ask => KvStore::open_if_possible,
     };
     let store = open(engine, &settings.data_dir, model, settings.store_bytes(), &settings.tenant)?;
+    store.set_policy(settings.cache_policy.0);
     let budget = settings.cache_bytes.filter(|_| purpose != Purpose::Ask);
     match budget.map(|bytes| store.set_budget(bytes.0)) {
         Some(Err(error)) if purpose == Purpose::Serve => {

@@ -12,8 +12,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use chunk_cache::{
-    Access, ChunkKey, ChunkStore, ComputeError, Fetched, Found, KeyInputs, LayerKv, ModelHandle, ModelInfo, NewChunk,
-    PinGuard, PutTicket, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
+    Access, ChunkKey, ChunkStore, ComputeError, EvictionPolicy, Fetched, Found, KeyInputs, LayerKv, ModelHandle,
+    ModelInfo, NewChunk, PinGuard, PutTicket, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
 };
 use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
 
@@ -107,6 +107,7 @@ struct Unopened {
     new_budget: u64,
     /// The budget that it is to have, whatever it had.
     budget: Option<u64>,
+    policy: EvictionPolicy,
 }
 
 /// The store, and what its chunks of this engine are entered under.
@@ -168,6 +169,7 @@ impl KvStore {
             model_name: name.into(),
             new_budget,
             budget: None,
+            policy: EvictionPolicy::default(),
         });
         Ok(KvStore { unopened: RwLock::new(unopened), ..KvStore::with_store(engine, store, name, salt)? })
     }
@@ -181,6 +183,7 @@ impl KvStore {
             return self.kept().is_some_and(|kept| kept.store.access() == Access::Write);
         };
         let opened = open_chunks(&wanted.data_dir, wanted.new_budget).and_then(|store| {
+            store.set_policy(wanted.policy);
             if let Some(bytes) = wanted.budget {
                 store.set_budget(bytes)?;
             }
@@ -237,6 +240,16 @@ impl KvStore {
         match self.kept() {
             Some(kept) => Ok(kept.store.set_budget(bytes)?),
             None => Ok(()),
+        }
+    }
+
+    /// Chunks make way in this order from now on.
+    pub fn set_policy(&self, policy: EvictionPolicy) {
+        if let Some(unopened) = self.unopened.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            unopened.policy = policy;
+        }
+        if let Some(kept) = self.kept() {
+            kept.store.set_policy(policy);
         }
     }
 

@@ -18,6 +18,7 @@ mod values;
 use std::path::{Path, PathBuf};
 
 use ann_index::IndexKind;
+use chunk_cache::EvictionPolicy;
 use engine::{
     AttentionConfig, BlendConfig, BlendMode, Correction, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig,
     KvDtype, SamplingParams, Strategy,
@@ -112,6 +113,8 @@ const ASKING: &[&str] = &["ingest", "ls", "rm", "collections", "reclaim", "searc
 const SPLITTING: &[&str] = &["ingest", "serve", "demo", "bench"];
 /// These decide how large the chunk store may become.
 const STORING: &[&str] = &["ingest", "serve", "doctor", "demo", "bench"];
+/// Chunks make way under these.
+const EVICTING: &[&str] = &["ingest", "ask", "chat", "serve", "cache evict", "demo", "bench"];
 /// These look for chunks in the store.
 const CHUNKS: &[&str] = &["ingest", "rm", "reclaim", "ask", "chat", "serve", "demo", "bench"];
 /// These search.
@@ -235,8 +238,13 @@ settings! {
         chunk_overlap: usize = 32, "32";
     }
     "Documents", STORING, PERSONAL {
-        /// Bytes of cached chunks on disk; the least recently used make way. The store keeps what it is given
+        /// Bytes of cached chunks on disk; others make way. The store keeps what it is given
         cache_bytes: Option<Bytes> = None, "what the store was given last; 8G for a new one";
+    }
+    "Documents", EVICTING, PERSONAL {
+        /// Which cached chunks make way first: cachecraft (those that save the least compute for their bytes, of late), lru (the
+        /// least recently used) or lfu (the least often used)
+        cache_policy: Named<EvictionPolicy> = Named(EvictionPolicy::CacheCraft), "cachecraft";
     }
     "Documents", CHUNKS, PERSONAL {
         /// Salt of cached chunks: tenants with different salts never share one

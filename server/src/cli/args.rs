@@ -208,7 +208,7 @@ pub enum CacheCommand {
         /// Remove this chunk
         #[arg(long, value_name = "KEY", required_unless_present_any = ["all", "to_bytes"])]
         key: Vec<ChunkKey>,
-        /// Remove the least recently used chunks until so many bytes are left
+        /// Remove chunks, in the order of --cache-policy, until so many bytes are left
         #[arg(long, value_name = "BYTES", conflicts_with_all = ["key", "all"])]
         to_bytes: Option<Bytes>,
         /// Remove all chunks, also where the disk is full

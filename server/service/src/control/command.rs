@@ -106,7 +106,7 @@ pub enum CacheCommand {
         /// Their keys, as text.
         keys: Vec<String>,
     },
-    /// Remove the least recently used chunks until so many bytes are left.
+    /// Remove chunks, in the order of --cache-policy, until so many bytes are left.
     Shrink {
         /// Bytes of payload that may stay.
         to_bytes: u64,

@@ -170,6 +170,9 @@ impl Host {
             return Ok(service.store().chunks().map(Chunks::Shared));
         }
         let opened = ChunkStore::open_existing(&self.chunks_dir(), access, self.settings.store_bytes())?;
+        if let Some(store) = &opened {
+            store.set_policy(self.settings.cache_policy.0);
+        }
         Ok(opened.map(|store| Chunks::Own(Box::new(store))))
     }
 
