@@ -4,20 +4,32 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::backend::cpu::Isa;
 use crate::backend::cpu::pool::Shards;
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
+use crate::kv::codec::{CodecError, KvCodec};
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::unwind::guarded;
 
-/// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`,
-/// little-endian, in the engine's KV format. The bytes may lie in memory that whoever read them owns; cloning shares them.
+/// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`, as their codec has them: with
+/// [`KvCodec::Raw`] little-endian, in the engine's KV format. The bytes may lie in memory that whoever read them owns; cloning shares them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkLayer {
+    /// How they are coded.
+    pub codec: KvCodec,
     /// Keys before rotary embedding.
     pub keys: Bytes,
     /// Values.
     pub values: Bytes,
+}
+
+impl ChunkLayer {
+    /// Keys and values as they were computed.
+    #[must_use]
+    pub fn raw(keys: Bytes, values: Bytes) -> ChunkLayer {
+        ChunkLayer { codec: KvCodec::Raw, keys, values }
+    }
 }
 
 /// Where the KV of a chunk comes from: memory, disk, another machine. Called from several threads, layer
@@ -64,7 +76,7 @@ impl ChunkKv {
                     shape.dtype.encode(&side[skip..], &mut bytes);
                     Bytes::from(bytes)
                 };
-                let encoded = ChunkLayer { keys: encoded(keys), values: encoded(values) };
+                let encoded = ChunkLayer::raw(encoded(keys), encoded(values));
                 // SAFETY: one part a layer.
                 let part = unsafe { parts.part(layer..layer + 1) };
                 part[0] = Some(encoded);
@@ -74,6 +86,24 @@ impl ChunkKv {
             return Err(EngineError::NotFinite { layer });
         }
         Ok(ChunkKv { tokens: tokens.len(), layers: layers.into_iter().flatten().collect() })
+    }
+
+    /// The chunk as `codec` stores it. Layers that are coded already stay as they are.
+    ///
+    /// # Errors
+    /// [`CodecError`]: layers that do not have the size that `shape` gives them, or numbers that have no code.
+    pub fn coded(&self, codec: KvCodec, shape: &KvShape) -> std::result::Result<ChunkKv, CodecError> {
+        let coded = |layer: &ChunkLayer| match layer.codec {
+            KvCodec::Raw => {
+                let (keys, values) = codec.encode(shape, self.tokens, &layer.keys, &layer.values)?;
+                Ok(ChunkLayer { codec, keys, values })
+            }
+            _ => Ok(layer.clone()),
+        };
+        Ok(ChunkKv {
+            tokens: self.tokens,
+            layers: self.layers.iter().map(coded).collect::<std::result::Result<_, _>>()?,
+        })
     }
 }
 
@@ -100,17 +130,15 @@ pub struct PromptChunk {
     pub source: Option<Arc<dyn ChunkSource>>,
 }
 
-/// Reads one layer of a chunk and checks that it has the expected size. A source that panics has failed.
-pub(crate) fn read_layer(source: &dyn ChunkSource, shape: &KvShape, tokens: usize, layer: usize) -> Result<ChunkLayer> {
+/// Reads one layer of a chunk, checks that it has the expected size, and decodes it. A source that panics has failed.
+pub(crate) fn read_layer(
+    source: &dyn ChunkSource,
+    isa: Isa,
+    shape: &KvShape,
+    tokens: usize,
+    layer: usize,
+) -> Result<ChunkLayer> {
     let found = guarded("reading a cached chunk", || source.layer(layer))?;
-    let expected = tokens * shape.width() * shape.dtype.size();
-    for (what, bytes) in [("keys", &found.keys), ("values", &found.values)] {
-        if bytes.len() != expected {
-            return Err(EngineError::InvalidRequest(format!(
-                "chunk layer {layer}, {what}: expected {expected} bytes for {tokens} tokens, found {}",
-                bytes.len()
-            )));
-        }
-    }
-    Ok(found)
+    let (keys, values) = found.codec.decode(isa, shape, tokens, &found.keys, &found.values)?;
+    Ok(ChunkLayer::raw(keys, values))
 }

@@ -46,6 +46,7 @@ pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
 pub use config::{AttentionConfig, BlendConfig, BlendMode, Correction, DeviceChoice, EngineConfig, Strategy};
 pub use engine::{Engine, EngineLoad, Model};
 pub use error::{EngineError, Result};
+pub use kv::codec::{CodecError, KvCodec};
 pub use kv::{KvDtype, KvShape};
 pub use memory::limit as memory_limit;
 pub use model::generation::GenerationConfig;

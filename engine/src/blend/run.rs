@@ -149,7 +149,7 @@ fn load_layer(model: &Transformer, spans: &[Span], chunks: &[PromptChunk], layer
     });
     let sources: Vec<_> = sources.collect();
     let read = |&(chunk, source, tokens): &(usize, &Arc<dyn ChunkSource>, usize)| {
-        read_layer(source.as_ref(), &model.shape, tokens, layer).map_err(|error| (chunk, error))
+        read_layer(source.as_ref(), model.cpu.isa, &model.shape, tokens, layer).map_err(|error| (chunk, error))
     };
     model.cpu.cores.read(|| sources.par_iter().map(read).collect())
 }

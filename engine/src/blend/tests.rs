@@ -94,8 +94,7 @@ fn case(model: &Transformer, sizes: &[usize], rng: &mut ChaCha8Rng) -> Case {
         let text = tokens[start..start + size].into();
         start += size;
         let side = |side: &[f32]| encoded(&side[rows.clone()], dtype).into();
-        let layers =
-            cached.iter().map(|(keys, values)| ChunkLayer { keys: side(keys), values: side(values) }).collect();
+        let layers = cached.iter().map(|(keys, values)| ChunkLayer::raw(side(keys), side(values))).collect();
         // Computed behind another token than the bos, so that not even the first one is exact.
         PromptChunk { tokens: text, prefix: [2].into(), source: Some(Arc::new(ChunkKv { tokens: size, layers })) }
     });

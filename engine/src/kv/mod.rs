@@ -1,6 +1,7 @@
 //! Who owns a sequence's KV, and in what form.
 
 pub(crate) mod building;
+pub(crate) mod codec;
 pub(crate) mod dense;
 pub(crate) mod device;
 pub(crate) mod page;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use ann_index::IndexKind;
-use engine::{AttentionConfig, BlendConfig, BlendMode, Correction, Strategy};
+use engine::{AttentionConfig, BlendConfig, BlendMode, Correction, KvCodec, Strategy};
 
 use super::QualityOptions;
 use crate::error::{EvalError, Result};
@@ -35,7 +35,8 @@ const ON_DEMAND: [&str; 5] = ["retrieval-hnsw", "answer-15", "random-15", "epic"
 
 /// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a rule and the share of the cached
 /// tokens that it recomputes, such as `cacheblend-10`. `+none`, `+prompt` or `+chunk` behind it is the correction of tokens that stay
-/// cached, where another than the rule's own is wanted: `answer-15+none`.
+/// cached, where another than the rule's own is wanted: `answer-15+none`. Last, `-int8` or `-kivi4` is how chunks are stored:
+/// `default-kivi4`.
 #[must_use]
 pub fn config_names() -> Vec<&'static str> {
     NAMES.to_vec()
@@ -52,6 +53,8 @@ pub(super) struct Config {
     pub(super) name: String,
     /// How the KV of a context is made.
     pub(super) blend: BlendConfig,
+    /// How the chunks' own KV is stored.
+    pub(super) codec: KvCodec,
     pub(super) attention: AttentionConfig,
 }
 
@@ -82,17 +85,27 @@ pub(super) fn chosen(options: &QualityOptions) -> Result<Vec<Config>> {
 
 fn config(name: String, options: &QualityOptions) -> Result<Config> {
     let full = BlendConfig { mode: BlendMode::FullRecompute, ..BlendConfig::default() };
-    let (blend, strategy, index) = match name.as_str() {
+    let (served, codec) = coded(&name);
+    let (blend, strategy, index) = match served {
         FULL => (full, Strategy::Full, IndexKind::Flat),
         "window" => (full, Strategy::Window, IndexKind::Flat),
         "retrieval-flat" => (full, Strategy::Retrieval, IndexKind::Flat),
         "retrieval-hnsw" => (full, Strategy::Retrieval, IndexKind::Hnsw),
         "default" => (BlendConfig::default(), Strategy::Full, IndexKind::Flat),
-        other => (blending(other).ok_or_else(|| unknown(other))?, Strategy::Full, IndexKind::Flat),
+        other => (blending(other).ok_or_else(|| unknown(&name))?, Strategy::Full, IndexKind::Flat),
     };
+    if codec != KvCodec::Raw && blend.mode == BlendMode::FullRecompute {
+        return Err(unknown(&name));
+    }
     let attention =
         AttentionConfig { strategy, sinks: options.sinks, window: options.window, k: options.k, ef: options.ef, index };
-    Ok(Config { name, blend, attention })
+    Ok(Config { name, blend, codec, attention })
+}
+
+/// What stands before the codec, where one is named, and the codec.
+fn coded(name: &str) -> (&str, KvCodec) {
+    let parts = name.rsplit_once('-').and_then(|(served, codec)| Some((served, codec.parse().ok()?)));
+    parts.unwrap_or((name, KvCodec::Raw))
 }
 
 /// A rule that knows how much it recomputes, or a rule and a percentage; then perhaps a correction.
@@ -116,7 +129,7 @@ fn blending(name: &str) -> Option<BlendConfig> {
 
 fn unknown(name: &str) -> EvalError {
     let known = format!(
-        "{}, and MODE-PERCENT for any rule that recomputes a share, each with +none, +prompt or +chunk for another correction",
+        "{}, and MODE-PERCENT for any rule that recomputes a share, each with +none, +prompt or +chunk for another correction; behind it -int8 or -kivi4 for chunks that are stored so",
         NAMES.join(", ")
     );
     EvalError::UnknownName { what: "configuration", name: name.into(), known }
@@ -158,6 +171,23 @@ mod tests {
     }
 
     #[test]
+    fn a_codec_stands_behind_what_it_is_used_with() {
+        for (name, codec) in
+            [("default", KvCodec::Raw), ("default-int8", KvCodec::Int8), ("default-kivi4", KvCodec::Kivi4)]
+        {
+            let config = &named(&[name]).unwrap()[0];
+            assert_eq!((&config.blend, config.codec, &*config.name), (&BlendConfig::default(), codec, name));
+        }
+        let config = &named(&["cacheblend-15+none-kivi4"]).unwrap()[0];
+        assert_eq!(
+            (config.blend.mode, config.blend.ratio, config.codec),
+            (BlendMode::CacheBlend, 0.15, KvCodec::Kivi4)
+        );
+        assert_eq!(config.blend.correction, Some(Correction::None));
+        assert_eq!(named(&["reuse-int8"]).unwrap()[0].blend.mode, BlendMode::Reuse);
+    }
+
+    #[test]
     fn other_names_are_refused_with_what_is_known() {
         for name in [
             "fast",
@@ -168,6 +198,9 @@ mod tests {
             "full-recompute-5",
             "answer",
             "answer-15+x",
+            "default-kivi2",
+            "full-kivi4",
+            "window-int8",
         ] {
             let error = named(&["full", name]).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("MODE-PERCENT"), "{error}");

@@ -4,7 +4,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::{ChunkKv, ChunkSource, DecodeStats, Engine, PrefillStats, PreparedContext, Prompt, PromptChunk, Request};
+use engine::{
+    ChunkKv, ChunkSource, DecodeStats, Engine, EngineError, KvCodec, PrefillStats, PreparedContext, Prompt,
+    PromptChunk, Request,
+};
 
 use super::answers::{Answers, key};
 use super::beside::{BesideFull, FullAnswer};
@@ -27,7 +30,7 @@ pub(super) fn cost(contexts: &[Context], configs: &[Config]) -> f64 {
 
 /// Configurations side by side that share a context's KV.
 fn groups(configs: &[Config]) -> impl Iterator<Item = &[Config]> {
-    configs.chunk_by(|a, b| a.blend == b.blend)
+    configs.chunk_by(|a, b| (&a.blend, a.codec) == (&b.blend, b.codec))
 }
 
 fn group_cost(context: &Context, group: &[Config]) -> f64 {
@@ -64,7 +67,7 @@ pub(super) fn run(
 struct Runner<'a> {
     engine: &'a Engine,
     material: Material<'a>,
-    chunks: HashMap<Arc<[u32]>, Arc<ChunkKv>>,
+    chunks: HashMap<(Arc<[u32]>, KvCodec), Arc<ChunkKv>>,
 }
 
 /// How a question is put to a configuration.
@@ -185,19 +188,27 @@ impl Runner<'_> {
         let mut chunks: Vec<PromptChunk> = Vec::new();
         for text in &context.chunks {
             let tokens = self.material.chunk(text)?;
-            let source = if config.uses_chunks() { Some(self.source(&tokens)?) } else { None };
+            let source = if config.uses_chunks() { Some(self.source(&tokens, config.codec)?) } else { None };
+            let source = source.map(|kv| kv as Arc<dyn ChunkSource>);
             chunks.push(self.material.prompt_chunk(&tokens, source));
         }
         Ok(chunks)
     }
 
-    /// The KV of a chunk behind nothing but the prefix.
-    fn source(&mut self, tokens: &Arc<[u32]>) -> Result<Arc<dyn ChunkSource>> {
-        if let Some(known) = self.chunks.get(tokens) {
+    /// The KV of a chunk behind nothing but the prefix, as the codec stores it.
+    fn source(&mut self, tokens: &Arc<[u32]>, codec: KvCodec) -> Result<Arc<ChunkKv>> {
+        let name = (tokens.clone(), codec);
+        if let Some(known) = self.chunks.get(&name) {
             return Ok(known.clone());
         }
-        let made = Arc::new(self.engine.chunk_kv(self.material.prefix(), tokens)?);
-        self.chunks.insert(tokens.clone(), made.clone());
+        let made = Arc::new(match codec {
+            KvCodec::Raw => self.engine.chunk_kv(self.material.prefix(), tokens)?,
+            _ => {
+                let raw = self.source(tokens, KvCodec::Raw)?;
+                raw.coded(codec, &self.engine.kv_shape()).map_err(EngineError::from)?
+            }
+        });
+        self.chunks.insert(name, made.clone());
         Ok(made)
     }
 

@@ -481,7 +481,7 @@ impl ChunkSource for MemoryChunk {
     fn layer(&self, layer: usize) -> engine::Result<ChunkLayer> {
         let missing = || EngineError::ChunkSource(format!("a chunk in memory has no layer {layer}").into());
         let LayerKv { keys, values } = self.layers.get(layer).cloned().ok_or_else(missing)?;
-        Ok(ChunkLayer { keys, values })
+        Ok(ChunkLayer::raw(keys, values))
     }
 }
 
@@ -502,7 +502,7 @@ impl ChunkSource for StoredChunk {
     fn layer(&self, layer: usize) -> engine::Result<ChunkLayer> {
         let index = u32::try_from(layer).unwrap_or(u32::MAX);
         match self.store.layer(&self.key, index) {
-            Ok(Some(kv)) => Ok(ChunkLayer { keys: kv.keys, values: kv.values }),
+            Ok(Some(kv)) => Ok(ChunkLayer::raw(kv.keys, kv.values)),
             Ok(None) => Err(EngineError::ChunkSource(format!("chunk {} is no longer stored", self.key).into())),
             Err(error) => {
                 tracing::warn!(%error, "a cached chunk could not be read; it is computed instead");
