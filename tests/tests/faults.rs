@@ -312,6 +312,60 @@ fn a_catalog_whose_disk_has_errors_for_a_while_loses_nothing_and_goes_on() {
     catalog_fails(5, "Input/output error");
 }
 
+/// The table of texts is damaged under a server: documents come in and are found, and a repair on a full disk takes nothing away.
+#[test]
+fn a_damaged_catalog_is_repaired_through_a_server_once_there_is_space_and_serves_until_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    succeed(quire(&data).args(["ingest", "--lazy"]).args(&example().documents));
+    // Everything goes into tables.
+    succeed(quire(&data).arg("reclaim"));
+    let tables = std::fs::read_dir(data.join("catalog")).unwrap().map(|entry| entry.unwrap().path());
+    let tables = tables.filter(|path| path.extension().is_some_and(|ending| ending == "sst"));
+    let texts = tables.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    std::fs::remove_file(&texts).unwrap();
+    let doctor = succeed_or_not(quire(&data).arg("doctor"));
+    assert!(doctor.contains("catalog") && doctor.contains("quire catalog verify"), "{doctor}");
+    let (disk, server, _log) = server_below(dir.path(), &data, &data);
+    let note = dir.path().join("note.txt");
+    std::fs::write(&note, "The lamp of Varn Point was lit in 1851.").unwrap();
+    succeed(quire(&data).args(["ingest", "--lazy"]).arg(&note));
+    let finds = || assert!(succeed(quire(&data).args(["search", "Varn"])).contains("note.txt"));
+    finds();
+    let verified = quire(&data).args(["catalog", "verify"]).output().unwrap();
+    let (stdout, stderr) = support::texts(&verified);
+    assert!(
+        !verified.status.success() && stdout.contains("--repair") | stderr.contains("--repair"),
+        "{stdout}{stderr}"
+    );
+    assert!(!stdout.contains("note.txt") && !stderr.contains("note.txt"), "{stdout}{stderr}");
+    for after in [0, 20_000] {
+        disk.fail(op::SPACE, 28, after).unwrap();
+        support::fail(quire(&data).args(["catalog", "verify", "--repair"]), 1, &["space"]);
+        finds();
+        disk.mend().unwrap();
+        finds();
+    }
+    let names = listed(&data);
+    let repaired = quire(&data).args(["catalog", "verify", "--repair"]).output().unwrap();
+    let (stdout, stderr) = support::texts(&repaired);
+    assert!(stdout.contains("written anew"), "{stdout}{stderr}");
+    finds();
+    succeed(quire(&data).args(["ingest", "--lazy"]).args(&example().documents));
+    is_answered(&server);
+    assert_eq!(listed(&data).len(), names.len());
+    succeed(quire(&data).args(["catalog", "verify"]));
+    drop(server);
+    succeed(quire(&data).args(["catalog", "verify"]));
+    assert!(!succeed(quire(&data).arg("doctor")).contains("catalog verify"));
+}
+
+/// Everything that a program has said, however it ended.
+fn succeed_or_not(command: &mut Command) -> String {
+    let (stdout, stderr) = support::texts(&command.output().unwrap());
+    stdout + &stderr
+}
+
 fn drill(case: &str, kills: usize) -> Value {
     let dir = tempfile::tempdir().unwrap();
     let kills = kills.to_string();

@@ -149,7 +149,14 @@ fn a_store_that_cannot_be_opened_any_more_is_done_without_until_it_is_cleared() 
     assert!(output.status.success() && stderr.contains("no cache is used"), "{stderr}");
     let answer: Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!(answer["answer"]["text"].as_str().unwrap().trim(), example().answer);
-    fail(quire(&data).arg("ingest").args(example().documents), 1, &["chunks is corrupt", "quire cache evict --all"]);
+    // Documents come in without it, and it is said how it is had again.
+    let note = dir.path().join("note.md");
+    std::fs::write(&note, "The lamp of Varn Point was lit in 1851.\n").unwrap();
+    let output = quire(&data).arg("ingest").arg(&note).output().unwrap();
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success(), "{stdout}\n{stderr}");
+    assert!(stderr.contains("chunks is corrupt") && stderr.contains("quire cache evict --all"), "{stderr}");
+    assert!(succeed(quire(&data).args(["search", "Varn"])).contains("note.md"));
     succeed(quire(&data).args(["cache", "evict", "--all"]));
     succeed(quire(&data).arg("ingest").args(example().documents));
 }
@@ -237,4 +244,33 @@ fn a_full_disk_is_freed_and_answers_are_made_without_the_cache() {
     let acknowledged = lines("acknowledged").into_iter().filter(|line| line["event"] == "chunk");
     let lost = acknowledged.filter(|line| !listed.contains(&line["key"])).count();
     assert_eq!((lost, listed.is_empty()), (0, false));
+}
+
+/// With nothing in reserve, not even the rows fit that say which chunks are gone.
+#[test]
+fn all_chunks_are_evicted_through_a_server_whose_disk_is_full_to_the_last_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = r#"
+        disk="$1/disk"; mkdir "$disk"; mount -t tmpfs -o size=64m none "$disk"
+        run() { QUIRE_DATA_DIR="$disk/data" QUIRE_MODEL="$MODEL" "$QUIRE" "${@}"; }
+        run ingest "$EXAMPLES/12-gazetteer.txt"
+        "$QUIRE" --data-dir "$disk/data" --model "$MODEL" serve --port 0 --json > "$1/served" & server=$!
+        trap 'kill "$server" 2> /dev/null || true' EXIT
+        for _ in $(seq 600); do grep -q ready "$1/served" && break; sleep 0.1; done
+        rm -f "$disk/data/chunks/reserve"
+        cat /dev/zero > "$disk/rest" 2>/dev/null || true
+        run cache evict --all
+        run cache stats --json > "$1/stats"
+        kill -0 "$server"
+        rm "$disk/rest"
+        run search river > /dev/null
+        run ingest "$EXAMPLES"
+    "#;
+    let Some(mut command) = mounting(script, dir.path()) else { return };
+    let output = command.arg(dir.path()).output().unwrap();
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
+    let stats = std::fs::read_to_string(dir.path().join("stats")).unwrap();
+    let stats: Value = serde_json::from_str(stats.lines().last().unwrap()).unwrap();
+    assert_eq!(stats["chunks"], 0, "{stats}");
 }

@@ -1,5 +1,5 @@
-//! The drill of the whole library: a process that adds, replaces, renames and removes documents, syncs folders, evicts chunks and
-//! removes for good is killed again and again, and each time what it left is looked at.
+//! The drill of the whole library: a process that adds, replaces, renames and removes documents, brings them back, syncs folders,
+//! lets files expire, evicts chunks, writes the catalog anew and removes for good is killed again and again, and each time what it left is looked at.
 //!
 //! After every kill the library must hold exactly what was acknowledged; of the one step that was being made, each document is
 //! as before or as after it. Every text, every passage and every chunk is whole; what search finds, what the catalog lists and
@@ -227,7 +227,8 @@ impl Drill<'_> {
         let found = check::check(&self.place.data, &self.place.documents, &mut self.known, &after, &mut self.report)?;
         // Numbers of contents that may have been used are not used again.
         let next = self.known.world.next.max(after.next) + 3;
-        self.known.world = World { next, ..found };
+        let removed = self.known.world.surely_removed(&after, &found);
+        self.known.world = World { next, removed, ..found };
         Ok(())
     }
 

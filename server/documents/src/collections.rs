@@ -1,14 +1,16 @@
 //! The collections of one data folder: its catalog, and the indexes that are derived from it, opened once and shared.
 
+mod damage;
+
+pub use damage::{LibraryReport, glance};
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::check_collection_name;
-use super::search::{Collection, Found, check_index, furthest, index_dir, legacy};
-use crate::catalog::{
-    Access, Catalog, CatalogReport, CollectionInfo, LanguageSetting, Reclaimed, finish_repair, is_in_use, look, repair,
-};
+use super::search::{Collection, Found, furthest, index_dir, legacy};
+use crate::catalog::{Access, Catalog, CollectionInfo, LanguageSetting, Reclaimed, finish_repair, is_in_use};
 use crate::data_dir;
 use crate::error::{DocumentsError, Result};
 
@@ -45,27 +47,6 @@ pub fn collection_names(data_dir: &Path) -> Result<Vec<String>> {
     Ok(catalog.collections()?.into_iter().map(|info| info.name).collect())
 }
 
-/// Looks at a catalog without reading texts: whether it can be opened, and which documents have damaged rows. Says what is
-/// wrong; `None` where nothing was found, or there is no catalog. Changes nothing.
-///
-/// # Errors
-/// As [`Library::catalog`].
-pub fn glance(data_dir: &Path) -> Result<Option<String>> {
-    if !Catalog::exists(&catalog_dir(data_dir)) {
-        return Ok(None);
-    }
-    let catalog = opened_whole(data_dir, Access::Read)?;
-    if let Some(problem) = catalog.damage() {
-        return Ok(Some(problem.into()));
-    }
-    let mut damaged = Vec::new();
-    for info in catalog.collections()? {
-        damaged.extend(catalog.listing(info.id)?.1);
-    }
-    let count = damaged.len();
-    Ok(damaged.first().map(|first| format!("{count} documents are damaged or lost; {}: {}", first.name, first.problem)))
-}
-
 /// Opens the catalog, unless it has lost changes that it had acknowledged: the end of its log may be cut off as a crash
 /// would, and RocksDB cannot tell; but an index has only what the catalog had before.
 fn opened_whole(data_dir: &Path, access: Access) -> Result<Catalog> {
@@ -82,23 +63,6 @@ fn opened_whole(data_dir: &Path, access: Access) -> Result<Catalog> {
             Err(DocumentsError::DamagedCatalog { path, problem })
         }
         _ => Ok(catalog),
-    }
-}
-
-/// What was found of a library.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LibraryReport {
-    /// Of the catalog.
-    pub catalog: CatalogReport,
-    /// Search indexes that are damaged or tell other passages than the catalog: the collection's name, and what is wrong.
-    pub indexes: Vec<(String, String)>,
-}
-
-impl LibraryReport {
-    /// Whether nothing is damaged.
-    #[must_use]
-    pub fn is_clean(&self) -> bool {
-        self.catalog.is_clean() && self.indexes.is_empty()
     }
 }
 
@@ -298,82 +262,6 @@ impl Library {
         Ok(reclaimed)
     }
 
-    /// Reads everything that the catalog has and compares it with its checksums, hashes and references, and the indexes with
-    /// it. `None` where there is no catalog. Nothing changes.
-    ///
-    /// # Errors
-    /// [`DocumentsError::DamagedCatalog`] where nothing can be read, [`DocumentsError::CatalogInUse`] where another process
-    /// writes, [`DocumentsError::DataDir`] where there is damage and no space to look into it.
-    pub fn verify(&self) -> Result<Option<LibraryReport>> {
-        let mut open = self.lock();
-        let dir = catalog_dir(&self.data_dir);
-        finish_repair(&dir)?;
-        if let Some(library) = open.as_mut().filter(|open| open.catalog.access() == Access::Write) {
-            let catalog = library.catalog.verify()?;
-            let indexes = library.check_indexes(&self.data_dir)?;
-            return Ok(Some(LibraryReport { catalog, indexes }));
-        }
-        if !Catalog::exists(&dir) {
-            return Ok(None);
-        }
-        if is_in_use(&dir) {
-            return Err(DocumentsError::CatalogInUse { path: dir });
-        }
-        let mut catalog = look(&dir)?;
-        let indexes = match opened_whole(&self.data_dir, Access::Read) {
-            Ok(catalog) => OpenLibrary::new(catalog, None).check_indexes(&self.data_dir)?,
-            Err(DocumentsError::DamagedCatalog { problem, .. }) => {
-                if !catalog.problems.contains(&problem) {
-                    catalog.problems.push(problem);
-                }
-                Vec::new()
-            }
-            Err(error) => return Err(error),
-        };
-        Ok(Some(LibraryReport { catalog, indexes }))
-    }
-
-    /// Writes the catalog anew from what of it is whole, and builds all indexes again. Says what was found before. Whoever uses
-    /// the library waits. With `anew`, an empty catalog takes the place of one of which nothing can be saved.
-    ///
-    /// # Errors
-    /// [`DocumentsError::NothingSaved`], [`DocumentsError::RepairSpace`], [`DocumentsError::CatalogInUse`],
-    /// [`DocumentsError::DataDir`]: the catalog is as it was.
-    pub fn repair(&self, anew: bool) -> Result<Option<LibraryReport>> {
-        let Some(mut report) = self.verify_for_repair()? else { return Ok(None) };
-        let found = std::mem::take(&mut report.catalog.problems);
-        let mut open = self.lock();
-        let dir = catalog_dir(&self.data_dir);
-        match open.as_mut().filter(|open| open.catalog.access() == Access::Write) {
-            Some(library) => {
-                report.catalog = library.catalog.rewrite(anew)?;
-                library.collections.clear();
-            }
-            None => {
-                *open = None;
-                report.catalog = repair(&dir, anew)?;
-            }
-        }
-        let also = found.into_iter().filter(|problem| !report.catalog.problems.contains(problem)).collect::<Vec<_>>();
-        report.catalog.problems.extend(also);
-        for (collection, _) in &report.indexes {
-            tracing::warn!(collection, "the search index is built again");
-        }
-        let library = self.opened_for_writing(&mut open)?;
-        for info in library.catalog.collections()? {
-            library.collection(&info, false)?;
-        }
-        Ok(Some(report))
-    }
-
-    /// As [`verify`](Self::verify); where nothing can be read, the repair says so.
-    fn verify_for_repair(&self) -> Result<Option<LibraryReport>> {
-        match self.verify() {
-            Err(DocumentsError::DamagedCatalog { .. }) => Ok(Some(LibraryReport::default())),
-            outcome => outcome,
-        }
-    }
-
     /// Takes the bytes of everything that was removed for good off the disk, from the catalog and from all indexes.
     ///
     /// # Errors
@@ -391,15 +279,6 @@ impl Library {
 impl OpenLibrary {
     fn new(catalog: Catalog, data_dir: Option<PathBuf>) -> OpenLibrary {
         OpenLibrary { catalog: Arc::new(catalog), data_dir, collections: HashMap::new() }
-    }
-
-    /// Compares the indexes of all collections with the catalog.
-    fn check_indexes(&self, data_dir: &Path) -> Result<Vec<(String, String)>> {
-        let mut damaged = Vec::new();
-        for info in self.catalog.collections()? {
-            damaged.extend(check_index(&self.catalog, &info, data_dir)?.map(|problem| (info.name, problem)));
-        }
-        Ok(damaged)
     }
 
     /// A collection that needs no work: one that is open, or whose index on disk is as it should be.

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use crate::catalog::{NewDocument, NewPassage};
 use crate::{ChunkSpan, DocumentsError, Format, Library, LibraryReport, Span, catalog_dir};
 
-const COLLECTION: &str = "notes";
-const DOCUMENTS: usize = 36;
+pub(crate) const COLLECTION: &str = "notes";
+pub(crate) const DOCUMENTS: usize = 36;
 
-fn name(number: usize) -> String {
+pub(crate) fn name(number: usize) -> String {
     format!("/shelf/of/notes/note-{number:03}.md")
 }
 
 /// A text with a word that no other has. Some are longer than a piece.
-fn text(number: usize) -> String {
+pub(crate) fn text(number: usize) -> String {
     let lines = if number % 30 == 7 { 700 } else { 3 + number % 5 };
     let line = |line: usize| {
         let noise = blake3::hash(format!("{number} {line}").as_bytes()).to_hex();
@@ -26,7 +26,7 @@ fn text(number: usize) -> String {
     (0..lines).map(line).collect()
 }
 
-fn document(number: usize) -> NewDocument {
+pub(crate) fn document(number: usize) -> NewDocument {
     let text = text(number);
     let mut start = 0;
     let mut passages = Vec::new();
@@ -50,7 +50,7 @@ fn document(number: usize) -> NewDocument {
 }
 
 /// The collection; its name may have been lost.
-fn collection_name(library: &Library) -> Result<String, DocumentsError> {
+pub(crate) fn collection_name(library: &Library) -> Result<String, DocumentsError> {
     let mut names: Vec<String> = library.collections()?.into_iter().map(|info| info.name).collect();
     assert!(names.len() < 2, "{names:?}");
     Ok(names.pop().unwrap_or_else(|| COLLECTION.into()))
@@ -66,7 +66,7 @@ fn put(library: &Library, numbers: impl Iterator<Item = usize>) {
 }
 
 /// A closed library: a third of it in tables of the last level, a third in tables above, a third in the log.
-fn fill(dir: &Path) {
+pub(crate) fn fill(dir: &Path) {
     let library = Library::new(dir);
     put(&library, 0..DOCUMENTS / 3);
     library.erase().unwrap();
@@ -76,7 +76,7 @@ fn fill(dir: &Path) {
     put(&Library::new(dir), 2 * DOCUMENTS / 3..DOCUMENTS);
 }
 
-fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap().flatten() {
         match entry.path().is_dir() {
@@ -87,7 +87,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// Files of the catalog that hold something that is read.
-fn files(dir: &Path) -> Vec<PathBuf> {
+pub(crate) fn files(dir: &Path) -> Vec<PathBuf> {
     let told = |name: &str| !["LOCK", "LOG", "OPTIONS", "IDENTITY"].iter().any(|start| name.starts_with(start));
     let entries = fs::read_dir(catalog_dir(dir)).unwrap().flatten();
     let mut names: Vec<PathBuf> = entries
@@ -99,14 +99,14 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Damage {
+pub(crate) enum Damage {
     /// A bit, at a share of the file's length in thousandths.
     Flip(usize),
     Cut,
     Remove,
 }
 
-fn damage(path: &Path, damage: Damage) {
+pub(crate) fn damage(path: &Path, damage: Damage) {
     let mut bytes = fs::read(path).unwrap();
     match damage {
         Damage::Flip(share) => {

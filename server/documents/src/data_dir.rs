@@ -71,7 +71,8 @@ pub fn check(dir: &Path) -> Result<()> {
 pub fn prepare(dir: &Path) -> Result<()> {
     create_private_dir(dir).map_err(|e| DocumentsError::writing(dir, e))?;
     check(dir)?;
-    let probe = dir.join(format!(".writable-{}", std::process::id()));
+    remove_old_probes(dir);
+    let probe = probe(dir);
     std::fs::write(&probe, b"").map_err(|e| DocumentsError::writing(dir, e))?;
     let path = marker(dir);
     if path.exists() {
@@ -80,13 +81,33 @@ pub fn prepare(dir: &Path) -> Result<()> {
     write_marker(dir, &probe)
 }
 
+/// What the name begins with of the file by which a process finds out whether it may write; its id follows.
+const PROBE: &str = ".writable-";
+/// How old a file must be to be none that a process is just using.
+const OLD_PROBE: std::time::Duration = std::time::Duration::from_secs(60);
+
+fn probe(dir: &Path) -> PathBuf {
+    dir.join(format!("{PROBE}{}", std::process::id()))
+}
+
+/// Removes the probes of processes that were killed: a probe is there for milliseconds. What cannot be removed is in nobody's way.
+fn remove_old_probes(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let is_probe = entry.file_name().to_string_lossy().starts_with(PROBE);
+        let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
+        if is_probe && age().is_some_and(|age| age > OLD_PROBE) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Says that the folder has the layout of this build, once it has.
 pub(crate) fn raise(dir: &Path) -> Result<()> {
     let text = std::fs::read_to_string(marker(dir)).unwrap_or_default();
     if serde_json::from_str::<Marker>(&text).is_ok_and(|found| found.format >= FORMAT) {
         return Ok(());
     }
-    write_marker(dir, &dir.join(format!(".writable-{}", std::process::id())))
+    write_marker(dir, &probe(dir))
 }
 
 /// Writes the marker, whole or not at all, by way of the file `scratch`.
@@ -147,6 +168,19 @@ mod tests {
         std::fs::write(marker(dir.path()), "torn").unwrap();
         let text = check(dir.path()).unwrap_err().to_string();
         assert!(text.contains("quire-data.json") && text.contains("Remove"), "{text}");
+    }
+
+    #[test]
+    fn probes_of_processes_that_were_killed_are_removed_and_those_of_others_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join(".writable-1"), dir.path().join(".writable-2"));
+        for path in [&old, &new] {
+            std::fs::write(path, b"").unwrap();
+        }
+        let hour = std::time::Duration::from_secs(3600);
+        std::fs::File::open(&old).unwrap().set_modified(std::time::SystemTime::now() - hour).unwrap();
+        prepare(dir.path()).unwrap();
+        assert!(!old.exists() && new.exists());
     }
 
     #[test]

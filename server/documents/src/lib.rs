@@ -4,6 +4,8 @@
 //! `search` answers queries from indexes that are derived from the catalog. None of this knows a model: tokens are counted
 //! by a function that is passed in, and come in as numbers.
 
+#[cfg(test)]
+mod beside_damage_tests;
 mod catalog;
 mod collections;
 #[cfg(test)]
@@ -15,6 +17,7 @@ mod ingest;
 #[cfg(test)]
 mod properties;
 mod search;
+mod seldom;
 mod split;
 
 pub use catalog::{
@@ -26,6 +29,7 @@ pub use collections::{Library, LibraryReport, catalog_dir, collection_names, gla
 pub use error::{DocumentsError, Result};
 pub use ingest::{Discovered, Document, Skipped, discover, read_document};
 pub use search::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument, comparable, parse_language};
+pub use seldom::Seldom;
 pub use split::{ChunkSpan, Format, Limits, Span, split};
 
 /// What an id of an uploaded file begins with.

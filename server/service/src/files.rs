@@ -314,6 +314,8 @@ impl Service {
             return self.remove_plain(&info, &document);
         }
         if !self.detach_everywhere(id)? {
+            // Its name lies in the catalog's log until that is rewritten.
+            self.jobs.erase_soon();
             return self.forget_file(id);
         }
         let catalog = self.library.writable()?;
@@ -331,6 +333,7 @@ impl Service {
         files.retain(UploadedFile::is_expired);
         for file in &files {
             let _changing = self.attaching();
+            self.jobs.erase_soon();
             self.purge_everywhere(&file.id)?;
             self.forget_file(&file.id)?;
         }

@@ -249,7 +249,7 @@ impl Service {
         let mut run = Run {
             service: self,
             writer: collection.writer()?,
-            lazy: options.lazy,
+            lazy: options.lazy || !self.keeps_chunks(),
             total: found.documents.len(),
             waiting: Vec::new(),
             chunks: VecDeque::new(),
@@ -280,6 +280,18 @@ impl Service {
         Ok(report)
     }
 
+    /// Whether the state of chunks can be kept; documents come in all the same where it cannot, and that is said.
+    fn keeps_chunks(&self) -> bool {
+        let keeps = self.store.mend();
+        if !keeps {
+            tracing::warn!(
+                "documents are kept; the state of their chunks is left to its first use, as there is no chunk store that can be \
+                 written: `quire doctor` says why"
+            );
+        }
+        keeps
+    }
+
     /// Identifies everything that decides how a text of this format is split.
     pub(super) fn split_fingerprint(&self, format: Format, limits: Limits) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("quire split 2");
@@ -301,6 +313,47 @@ impl Service {
             Ok(NewPassage { place, page: None, tokens })
         };
         places.into_iter().map(passage).collect()
+    }
+}
+
+impl Service {
+    /// Cuts and tokenises documents again, as ingest does, whose passages were lost to damage and cut without a tokenizer by a
+    /// repair; says how many there were.
+    ///
+    /// # Errors
+    /// A failing catalog, those of a failed write.
+    pub fn cut_again(&self) -> Result<usize> {
+        let Some(catalog) = self.library.catalog()? else { return Ok(0) };
+        let mut count = 0;
+        for info in catalog.collections()? {
+            let (documents, _) = catalog.listing(info.id)?;
+            let collection = self.library.collection(&info.name)?;
+            for known in documents.into_iter().filter(|known| known.fingerprint.is_empty()) {
+                let Some(name) = known.names.first().cloned() else { continue };
+                let text = catalog.text(&known)?;
+                let limits = self.limits_of_name(&info, &name)?;
+                let document = Document { path: PathBuf::from(&name), text, format: known.format };
+                let passages = self.passages_of(&document, limits)?;
+                let fingerprint = self.split_fingerprint(document.format, limits);
+                let tokenizer = Some(self.engine.tokenizer_fingerprint());
+                let Document { text, format, .. } = document;
+                let (attributes, instead_of, left_by) = (None, Vec::new(), Vec::new());
+                let new = NewDocument {
+                    name,
+                    text,
+                    format,
+                    fingerprint,
+                    tokenizer,
+                    passages,
+                    attributes,
+                    instead_of,
+                    left_by,
+                };
+                collection.writer()?.change(|transaction, info| transaction.put(info, &new).map(|_| ()))?;
+                count += 1;
+            }
+        }
+        Ok(count)
     }
 }
 

@@ -32,6 +32,8 @@ struct State {
     waiting: VecDeque<(String, String)>,
     /// Whether what an earlier process left was made good.
     recovered: bool,
+    /// Whether rows are gone whose bytes are still to be taken off the disk.
+    erasing: bool,
     stopped: bool,
 }
 
@@ -58,6 +60,11 @@ impl JobQueue {
     fn put_back(&self, store: &str, files: &[String]) {
         let mut state = self.lock();
         files.iter().rev().for_each(|file| state.waiting.push_front((store.into(), file.clone())));
+    }
+
+    /// Has the bytes of rows that are gone taken off the disk, with what has expired next.
+    pub(super) fn erase_soon(&self) {
+        self.lock().erasing = true;
     }
 
     fn is_stopped(&self) -> bool {
@@ -141,11 +148,14 @@ impl Service {
         }
     }
 
-    fn remove_expired(&self) {
+    /// Removes files and vector stores whose time has come, down to the bytes on disk; also those of files that were deleted. What
+    /// cannot be removed is tried again by the next call; [`work`](Self::work) makes one every half a minute.
+    pub fn remove_expired(&self) {
         let removed = || -> Result<usize> {
             let removed = self.remove_expired_files()? + self.empty_expired_stores()?;
-            if removed > 0 {
-                self.library.erase()?;
+            if std::mem::take(&mut self.jobs.lock().erasing) {
+                // Where it fails, it is tried again with the next look.
+                self.library.erase().inspect_err(|_| self.jobs.erase_soon())?;
             }
             Ok(removed)
         };

@@ -345,15 +345,12 @@ fn open_documents(library: &Library) -> Result<()> {
 
 /// Only who ingests or serves decides how large the store may become.
 fn open_store(settings: &Settings, purpose: Purpose, engine: &Engine, model: &str) -> Result<KvStore> {
-    let open = match purpose {
-        Purpose::Ingest => KvStore::open,
-        Purpose::Serve | Purpose::Ask => KvStore::open_if_possible,
-    };
-    let store = open(engine, &settings.data_dir, model, settings.store_bytes(), &settings.tenant)?;
+    let (dir, new_budget) = (&settings.data_dir, settings.store_bytes());
+    let store = KvStore::open_if_possible(engine, dir, model, new_budget, &settings.tenant)?;
     store.set_policy(settings.cache_policy.0);
     let budget = settings.cache_bytes.filter(|_| purpose != Purpose::Ask);
     match budget.map(|bytes| store.set_budget(bytes.0)) {
-        Some(Err(error)) if purpose == Purpose::Serve => {
+        Some(Err(error)) if purpose == Purpose::Serve || !store.can_keep() => {
             tracing::warn!(%error, "the chunk store keeps the budget that it has");
         }
         Some(outcome) => outcome?,

@@ -34,9 +34,11 @@ pub enum DocumentsCommand {
         /// For good, down to the bytes on disk; else they can be restored until space is reclaimed.
         now: bool,
     },
+    /// List the collections that were removed and can be brought back.
+    Removed,
     /// Bring back what was removed.
     Restore {
-        /// The collection.
+        /// The collection; one that is to come back as a whole may be called by the id that it got when it was removed.
         collection: String,
         /// The documents, or folders that they lay below; none: the whole collection.
         names: Vec<DocumentName>,
@@ -190,6 +192,9 @@ pub struct CollectionSummary {
     pub language: String,
     /// When it was made, in seconds since 1970.
     pub created: u64,
+    /// Documents that are damaged or lost, and not counted above.
+    #[serde(default)]
+    pub damaged: u64,
 }
 
 /// What a command found or did.
@@ -213,6 +218,17 @@ pub enum DocumentsEvent {
     Removed {
         /// What it was called.
         name: String,
+    },
+    /// A collection that was removed and can be brought back.
+    RemovedCollection {
+        /// What it was called.
+        name: String,
+        /// What it is told by from others of that name.
+        id: String,
+        /// Its documents.
+        documents: u64,
+        /// When it was removed, in seconds since 1970.
+        removed: u64,
     },
     /// A document or a collection is back.
     Restored {
@@ -262,6 +278,7 @@ pub fn manage_documents(
             }
             removed.check()
         }
+        DocumentsCommand::Removed => removed_collections(library, None, on_event),
         DocumentsCommand::Restore { collection, names } => restore(library, collection, names, on_event),
         DocumentsCommand::Reclaim => reclaim(library, release, on_event),
     }
@@ -274,7 +291,8 @@ impl Service {
     /// As [`manage_documents`].
     pub fn manage_documents(&self, command: &DocumentsCommand, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
         let done = manage_documents(&self.library, command, &|| self.release_chunks(), on_event);
-        if !matches!(command, DocumentsCommand::List { .. } | DocumentsCommand::Collections) {
+        if !matches!(command, DocumentsCommand::List { .. } | DocumentsCommand::Collections | DocumentsCommand::Removed)
+        {
             self.let_chunks_go();
         }
         if matches!(command, DocumentsCommand::Restore { names, .. } if names.is_empty()) {
@@ -319,8 +337,20 @@ fn collections(library: &Library, on_event: &mut dyn FnMut(DocumentsEvent)) -> R
             tokens: totals.tokens,
             language: info.language.to_string(),
             created: info.created,
+            damaged: catalog.damaged_documents(info.id)?,
         };
         on_event(DocumentsEvent::Collection(sum));
+    }
+    Ok(())
+}
+
+/// Tells of collections that can be brought back: all, or those that were called `only`.
+fn removed_collections(library: &Library, only: Option<&str>, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
+    let Some(catalog) = library.catalog()? else { return Ok(()) };
+    for info in catalog.removed_collections()?.into_iter().filter(|info| only.is_none_or(|only| info.name == only)) {
+        let documents = catalog.totals(info.id)?.documents;
+        let (id, removed) = (info.removed_id(), info.removed.unwrap_or(info.created));
+        on_event(DocumentsEvent::RemovedCollection { name: info.name, id, documents, removed });
     }
     Ok(())
 }
@@ -429,13 +459,14 @@ fn restore(
 ) -> Result<()> {
     let catalog = library.writable()?;
     if names.is_empty() {
-        if catalog.restore_collection(name)?.is_none() {
+        let Some(info) = catalog.restore_collection(name)? else {
             return Err(QuireError::CheckFailed(format!(
-                "no collection `{name}` was removed, or its space is reclaimed"
+                "no collection `{name}` was removed, or its space is reclaimed; `quire rm --undo` lists what can be brought back"
             )));
-        }
-        on_event(DocumentsEvent::Restored { name: name.into(), replaced: false });
-        return Ok(());
+        };
+        on_event(DocumentsEvent::Restored { name: info.name.clone(), replaced: false });
+        // Others of its name wait for it to be renamed or removed.
+        return removed_collections(library, Some(&info.name), on_event);
     }
     let collection = library.collection(name)?;
     let writer = collection.writer()?;

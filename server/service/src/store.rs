@@ -15,6 +15,7 @@ use chunk_cache::{
     Access, ChunkKey, ChunkStore, ComputeError, EvictionPolicy, Fetched, Found, KeyInputs, LayerKv, ModelHandle,
     ModelInfo, NewChunk, PinGuard, PutTicket, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
 };
+use documents::Seldom;
 use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
 
 use settings::{QuireError, Result};
@@ -87,8 +88,11 @@ pub enum Origin {
 /// be read either, every chunk is computed for its use, until [`mend`](KvStore::mend) finds that it can be written.
 pub struct KvStore {
     kept: RwLock<Option<Arc<Kept>>>,
-    /// How it is to be opened, where that was not possible for want of space.
+    opening: Opening,
+    /// That it is to be opened, where that was not possible for want of space.
     unopened: RwLock<Option<Unopened>>,
+    /// Which chunks make way.
+    policy: RwLock<EvictionPolicy>,
     engine: Engine,
     shape: chunk_cache::KvShape,
     rope: String,
@@ -100,14 +104,19 @@ pub struct KvStore {
     unkept: SingleFlight<ChunkKey, Arc<[LayerKv]>>,
 }
 
-/// A store that could not be opened to be written.
-struct Unopened {
+/// How a store is opened.
+struct Opening {
     data_dir: PathBuf,
     model_name: String,
+    /// Its budget where there is none yet.
     new_budget: u64,
+}
+
+/// A store that could not be opened to be written.
+#[derive(Default)]
+struct Unopened {
     /// The budget that it is to have, whatever it had.
     budget: Option<u64>,
-    policy: EvictionPolicy,
 }
 
 /// The store, and what its chunks of this engine are entered under.
@@ -132,7 +141,8 @@ impl KvStore {
     /// Whatever keeps the store from being opened.
     pub fn open(engine: &Engine, data_dir: &Path, name: &str, new_budget: u64, salt: &str) -> Result<KvStore> {
         let store = open_chunks(data_dir, new_budget)?;
-        KvStore::with_store(engine, Some(store), name, salt)
+        let opening = Opening { data_dir: data_dir.into(), model_name: name.into(), new_budget };
+        KvStore::with_store(engine, Some(store), opening, salt)
     }
 
     /// As [`open`](Self::open); where the disk is full or fails, the folder cannot be written or the store is damaged as a
@@ -147,8 +157,9 @@ impl KvStore {
         new_budget: u64,
         salt: &str,
     ) -> Result<KvStore> {
-        let opened =
-            open_chunks(data_dir, new_budget).and_then(|store| KvStore::with_store(engine, Some(store), name, salt));
+        let opening = || Opening { data_dir: data_dir.into(), model_name: name.into(), new_budget };
+        let opened = open_chunks(data_dir, new_budget)
+            .and_then(|store| KvStore::with_store(engine, Some(store), opening(), salt));
         let problem = match opened {
             Err(QuireError::Store(
                 problem @ (StoreError::ReadOnly { .. }
@@ -164,14 +175,8 @@ impl KvStore {
         let how = if store.is_some() { "cached chunks are used, new ones are not kept" } else { "no cache is used" };
         tracing::warn!(%problem, "{how}; answers stay the same and take longer");
         let lasting = matches!(problem, StoreError::Damaged { .. } | StoreError::Backend { .. });
-        let unopened = (!lasting).then(|| Unopened {
-            data_dir: data_dir.into(),
-            model_name: name.into(),
-            new_budget,
-            budget: None,
-            policy: EvictionPolicy::default(),
-        });
-        Ok(KvStore { unopened: RwLock::new(unopened), ..KvStore::with_store(engine, store, name, salt)? })
+        let unopened = (!lasting).then(Unopened::default);
+        Ok(KvStore { unopened: RwLock::new(unopened), ..KvStore::with_store(engine, store, opening(), salt)? })
     }
 
     /// Opens the store where it could not be opened to be written, as on a full disk, if that is possible by now. Says whether it
@@ -180,14 +185,14 @@ impl KvStore {
         // Held, so that one at a time tries.
         let mut unopened = self.unopened.write().unwrap_or_else(PoisonError::into_inner);
         let Some(wanted) = unopened.as_ref() else {
-            return self.kept().is_some_and(|kept| kept.store.access() == Access::Write);
+            return self.can_keep();
         };
-        let opened = open_chunks(&wanted.data_dir, wanted.new_budget).and_then(|store| {
-            store.set_policy(wanted.policy);
+        let opened = open_chunks(&self.opening.data_dir, self.opening.new_budget).and_then(|store| {
+            store.set_policy(*self.policy.read().unwrap_or_else(PoisonError::into_inner));
             if let Some(bytes) = wanted.budget {
                 store.set_budget(bytes)?;
             }
-            Kept::of(&self.engine, store, &wanted.model_name)
+            Kept::of(&self.engine, store, &self.opening.model_name)
         });
         match opened {
             Ok(kept) => {
@@ -203,16 +208,53 @@ impl KvStore {
         }
     }
 
+    /// Whether chunks that are computed are kept.
+    #[must_use]
+    pub fn can_keep(&self) -> bool {
+        self.kept().is_some_and(|kept| kept.store.access() == Access::Write)
+    }
+
+    /// Removes all chunks, also where the disk is full or the store is damaged; says how many there were, as far as that is known.
+    ///
+    /// # Errors
+    /// Those of a failed write; [`StoreError::Locked`] while requests still use chunks of a store whose disk is full.
+    pub fn clear(&self) -> Result<u64> {
+        if let Some(store) = self.chunks().filter(|store| store.access() == Access::Write) {
+            let keys: Vec<_> = store.list().into_iter().map(|(key, _)| key).collect();
+            match store.remove_all(&keys) {
+                Ok(removed) => {
+                    store.compact()?;
+                    return Ok(removed);
+                }
+                // Not even the rows fit that say so: its files go, with the store closed.
+                Err(StoreError::OutOfSpace { .. } | StoreError::Closed { .. } | StoreError::Damaged { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let removed = {
+            // Held, so that nobody opens it meanwhile.
+            let mut unopened = self.unopened.write().unwrap_or_else(PoisonError::into_inner);
+            unopened.get_or_insert_default();
+            *self.kept.write().unwrap_or_else(PoisonError::into_inner) = None;
+            let dir = store_dir(&self.opening.data_dir);
+            if dir.is_dir() { ChunkStore::clear(&dir)? } else { 0 }
+        };
+        self.mend();
+        Ok(removed)
+    }
+
     fn kept(&self) -> Option<Arc<Kept>> {
         self.kept.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn with_store(engine: &Engine, store: Option<ChunkStore>, name: &str, salt: &str) -> Result<KvStore> {
+    fn with_store(engine: &Engine, store: Option<ChunkStore>, opening: Opening, salt: &str) -> Result<KvStore> {
         let shape = store_shape(engine.kv_shape())?;
-        let kept = store.map(|store| Kept::of(engine, store, name)).transpose()?;
+        let kept = store.map(|store| Kept::of(engine, store, &opening.model_name)).transpose()?;
         Ok(KvStore {
             kept: RwLock::new(kept.map(Arc::new)),
+            opening,
             unopened: RwLock::default(),
+            policy: RwLock::default(),
             engine: engine.clone(),
             shape,
             rope: engine.spec().rope.fingerprint(),
@@ -245,9 +287,7 @@ impl KvStore {
 
     /// Chunks make way in this order from now on.
     pub fn set_policy(&self, policy: EvictionPolicy) {
-        if let Some(unopened) = self.unopened.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            unopened.policy = policy;
-        }
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = policy;
         if let Some(kept) = self.kept() {
             kept.store.set_policy(policy);
         }
@@ -369,7 +409,10 @@ impl KvStore {
                     && origin == Origin::Computed
                     && kept.store.access() == Access::Write
                 {
-                    tracing::warn!(%error, "a chunk could not be stored; it is used from memory");
+                    static TOLD: Seldom = Seldom::new();
+                    if let Some(more) = TOLD.due() {
+                        tracing::warn!(%error, more, "a chunk could not be stored; it is used from memory");
+                    }
                 }
                 Arc::new(MemoryChunk { layers: state.layers, tokens: tokens.len(), _pin: Some(pin) })
             }
@@ -461,7 +504,10 @@ pub fn open_chunks(data_dir: &Path, new_budget: u64) -> Result<ChunkStore> {
 /// A use that cannot be noted makes eviction less well informed, and nothing else.
 fn log_unnoted(noted: std::result::Result<(), StoreError>, key: &ChunkKey) {
     if let Err(error) = noted {
-        tracing::warn!(%error, %key, "a use of a chunk could not be noted");
+        static TOLD: Seldom = Seldom::new();
+        if let Some(more) = TOLD.due() {
+            tracing::warn!(%error, %key, more, "a use of a chunk could not be noted");
+        }
     }
 }
 
@@ -505,7 +551,10 @@ impl ChunkSource for StoredChunk {
             Ok(Some(kv)) => Ok(ChunkLayer::raw(kv.keys, kv.values)),
             Ok(None) => Err(EngineError::ChunkSource(format!("chunk {} is no longer stored", self.key).into())),
             Err(error) => {
-                tracing::warn!(%error, "a cached chunk could not be read; it is computed instead");
+                static TOLD: Seldom = Seldom::new();
+                if let Some(more) = TOLD.due() {
+                    tracing::warn!(%error, more, "a cached chunk could not be read; it is computed instead");
+                }
                 if matches!(error, StoreError::Corrupt { .. }) {
                     self.corrupt.fetch_add(1, Ordering::Relaxed);
                     // Gone for later processes as well: the next use finds it missing and stores it anew.

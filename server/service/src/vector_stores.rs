@@ -19,7 +19,7 @@ mod search;
 
 use std::sync::{MutexGuard, PoisonError};
 
-use documents::{Attributes, Catalog, CollectionInfo, DocumentId};
+use documents::{Attributes, Catalog, CollectionInfo, DocumentId, Seldom};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -221,6 +221,7 @@ impl Service {
         let _changing = self.attaching();
         let info = self.store_info(id)?;
         self.library.remove_collection(&info.name)?;
+        self.let_chunks_go();
         Ok(())
     }
 
@@ -264,7 +265,10 @@ impl Service {
     /// Tells the chunk store of chunks that no document needs any more. Where that fails, it is told with the next change.
     pub(crate) fn let_chunks_go(&self) {
         if let Err(error) = self.release_chunks() {
-            tracing::warn!(%error, "the chunk store could not be told of chunks that no document needs any more");
+            static TOLD: Seldom = Seldom::new();
+            if let Some(more) = TOLD.due() {
+                tracing::warn!(%error, more, "the chunk store could not be told of chunks that no document needs any more");
+            }
         }
     }
 
@@ -330,6 +334,7 @@ impl Service {
                 continue;
             }
             let _changing = self.attaching();
+            self.jobs.erase_soon();
             self.clear_store(&info)?;
             let mark = |info: &mut CollectionInfo| StoreRow { expired: true, ..row.clone() }.put(&mut info.attributes);
             self.library.writable()?.update_collection(&info.name, mark)?;

@@ -80,7 +80,7 @@ pub enum Command {
         /// Remove for good
         #[arg(long, conflicts_with = "undo")]
         now: bool,
-        /// Bring back what was removed
+        /// Bring back what was removed; alone: list the collections that can be brought back, with their ids
         #[arg(long)]
         undo: bool,
     },

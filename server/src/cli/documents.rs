@@ -35,6 +35,9 @@ pub(super) fn reclaim(config: &Config, out: &Out) -> Result<()> {
 
 pub(super) fn rm(config: &Config, removal: &Removal, out: &Out) -> Result<()> {
     if removal.names.is_empty() && !removal.whole {
+        if removal.undo {
+            return run(config, "rm", DocumentsCommand::Removed, out);
+        }
         return Err(QuireError::InvalidParameter {
             param: "NAME".into(),
             problem: "expected documents, or --collection NAME for all of a collection".into(),
@@ -51,6 +54,7 @@ pub(super) fn rm(config: &Config, removal: &Removal, out: &Out) -> Result<()> {
 
 fn run(config: &Config, name: &str, command: DocumentsCommand, out: &Out) -> Result<()> {
     let mut listed = 0;
+    let nothing_removed = command == DocumentsCommand::Removed;
     asking::run(config, name, &Command::Documents(command), out, &mut |event| {
         if let Event::Documents(event) = event {
             listed += 1;
@@ -58,7 +62,10 @@ fn run(config: &Config, name: &str, command: DocumentsCommand, out: &Out) -> Res
         }
     })?;
     if listed == 0 {
-        out.note("nothing there yet: `quire ingest PATH` takes documents in");
+        out.note(match nothing_removed {
+            true => "no collection was removed that could be brought back",
+            false => "nothing there yet: `quire ingest PATH` takes documents in",
+        });
     }
     Ok(())
 }
@@ -82,14 +89,22 @@ pub(super) fn show(event: &DocumentsEvent, out: &Out) {
                 names.join("  =  ")
             ));
         }
+        DocumentsEvent::RemovedCollection { name, id, documents, .. } => out.line(format!(
+            "{name}: removed, {}; back with `quire rm --undo --collection {id}`",
+            count(*documents as usize, "document")
+        )),
         DocumentsEvent::Collection(sum) => out.line(format!(
-            "{}  {}, {}, {} in {}, language {}",
+            "{}  {}, {}, {} in {}, language {}{}",
             sum.name,
             count(sum.documents as usize, "document"),
             bytes(sum.bytes),
             count(sum.tokens as usize, "token"),
             count(sum.passages as usize, "passage"),
-            sum.language
+            sum.language,
+            match sum.damaged {
+                0 => String::new(),
+                damaged => format!("; {} damaged or lost: see `quire ls {}`", grouped(damaged), sum.name),
+            }
         )),
         DocumentsEvent::Damaged { name, id, problem } => {
             out.line(format!("{id}  {:>10}  {:>7}  {}: {problem}", "damaged", "", short(name.as_ref())));

@@ -40,7 +40,7 @@ pub(super) fn check(
 
 /// Of contents that were removed for good no byte is left, in documents as in the index.
 pub(super) fn check_erased(data: &Path, known: &Known, report: &mut LibraryDrillReport) -> Result<()> {
-    let mut folders = vec![data.join("catalog"), data.join("index")];
+    let mut folders = vec![data.join("catalog"), data.join("index"), data.join("files")];
     while let Some(folder) = folders.pop() {
         let Ok(entries) = std::fs::read_dir(&folder) else { continue };
         for path in entries.flatten().map(|entry| entry.path()) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::COLLECTION;
-use super::world::{Step, World, text};
+use super::world::{Step, World, marker, text};
 use crate::crash::Random;
 use crate::error::Result;
 use service::{DocumentName, DocumentsCommand, IngestEvent, IngestOptions, Purpose, Service};
@@ -97,6 +97,20 @@ fn do_step(service: &Service, dir: &Path, step: &Step, after: &World) -> Result<
             service.manage_documents(&remove, &mut |_| {})?;
             after.write_files(dir)
         }
+        Step::Undo(names) => {
+            let names = names.iter().map(|name| DocumentName::here(&dir.join(name).to_string_lossy())).collect();
+            let restore = DocumentsCommand::Restore { collection: COLLECTION.into(), names };
+            service.manage_documents(&restore, &mut |_| {})?;
+            after.write_files(dir)
+        }
+        Step::Expire(content) => {
+            let mut upload = service.begin_upload(u64::MAX)?;
+            upload.write(text(*content).as_bytes())?;
+            service.finish_upload(upload, &format!("{}.md", marker(*content)), "assistants", Some(0))?;
+            service.remove_expired();
+            Ok(())
+        }
+        Step::Repair => Ok(service.library().repair(false).map(|_| ())?),
         Step::Reclaim => Ok(service.manage_documents(&DocumentsCommand::Reclaim, &mut |_| {})?),
         Step::Evict => {
             let Some(stats) = service.store().stats() else { return Ok(()) };

@@ -16,6 +16,9 @@ const MOST: usize = 24;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct World {
     pub(super) documents: BTreeMap<String, u64>,
+    /// Those that were removed and can be brought back.
+    #[serde(default)]
+    pub(super) removed: BTreeMap<String, u64>,
     /// The next content.
     pub(super) next: u64,
 }
@@ -43,6 +46,12 @@ pub(super) enum Step {
     Purge(Vec<String>),
     /// Everything that was removed or replaced before is gone for good.
     Reclaim,
+    /// Documents that were removed come back.
+    Undo(Vec<String>),
+    /// A file is uploaded whose time has come, and it is removed.
+    Expire(u64),
+    /// The catalog is written anew.
+    Repair,
 }
 
 impl Step {
@@ -58,7 +67,7 @@ impl World {
         let names: Vec<String> = self.documents.keys().cloned().collect();
         let choice = match names.len() {
             0 => 0,
-            1..=MOST => random.below(12),
+            1..=MOST => random.below(16),
             _ => 1,
         };
         match choice {
@@ -68,6 +77,11 @@ impl World {
             9 => Step::Evict,
             10 => Step::Purge(some(&names, random)),
             11 => Step::Reclaim,
+            12 | 13 if !self.removed.is_empty() => {
+                Step::Undo(some(&self.removed.keys().cloned().collect::<Vec<_>>(), random))
+            }
+            14 => Step::Expire(self.content()),
+            15 => Step::Repair,
             _ => Step::Put(self.some_new(random)),
         }
     }
@@ -91,20 +105,42 @@ impl World {
         let mut after = self.clone();
         match step {
             Step::Put(put) => after.documents.extend(put.iter().cloned()),
-            Step::Remove(gone) | Step::Purge(gone) => after.documents.retain(|name, _| !gone.contains(name)),
+            Step::Remove(gone) => after.remove(gone),
+            Step::Purge(gone) => after.documents.retain(|name, _| !gone.contains(name)),
+            Step::Undo(names) => {
+                let back: Vec<_> = names.iter().filter_map(|name| after.removed.remove_entry(name)).collect();
+                after.documents.extend(back);
+            }
             Step::Rename(old, new) => {
                 let content = after.documents.remove(old);
                 after.documents.extend(content.map(|content| (new.clone(), content)));
             }
             Step::Sync { put, gone } => {
-                after.documents.retain(|name, _| !gone.contains(name));
+                after.remove(gone);
                 after.documents.extend(put.iter().cloned());
             }
-            Step::Evict | Step::Reclaim => {}
+            Step::Reclaim => after.removed.clear(),
+            Step::Expire(content) => after.next = after.next.max(*content),
+            Step::Evict | Step::Repair => {}
         }
+        // What has come in under its name would be replaced.
+        after.removed.retain(|name, _| !after.documents.contains_key(name));
         let numbers = after.documents.values().copied().max().unwrap_or(0);
         after.next = after.next.max(numbers);
         after
+    }
+
+    fn remove(&mut self, gone: &[String]) {
+        let gone: Vec<_> = gone.iter().filter_map(|name| self.documents.remove_entry(name)).collect();
+        self.removed.extend(gone);
+    }
+
+    /// What can certainly be brought back from what was `found` after a step was cut off.
+    pub(super) fn surely_removed(&self, after: &World, found: &World) -> BTreeMap<String, u64> {
+        let still = |(name, content): &(&String, &u64)| {
+            after.removed.get(*name) == Some(content) && !found.documents.contains_key(*name)
+        };
+        self.removed.iter().filter(still).map(|(name, content)| (name.clone(), *content)).collect()
     }
 
     /// The contents of which no byte may be left once a step is done.
@@ -115,6 +151,7 @@ impl World {
                 let held: BTreeSet<u64> = self.documents.values().copied().collect();
                 (1..=self.next).filter(|content| !held.contains(content)).collect()
             }
+            Step::Expire(content) => BTreeSet::from([*content]),
             _ => BTreeSet::new(),
         }
     }
@@ -185,9 +222,15 @@ mod tests {
     fn steps_lead_from_world_to_world_and_no_content_comes_twice() {
         let (mut world, mut random) = (World::default(), Random(5));
         let mut seen = std::collections::HashSet::new();
+        let mut undone = 0;
         for _ in 0..500 {
             let step = world.step(&mut random);
             let after = world.after(&step);
+            if let Step::Undo(names) = &step {
+                assert!(names.iter().all(|name| after.documents[name] == world.removed[name]), "{step:?}");
+                undone += names.len();
+            }
+            assert!(after.removed.keys().all(|name| !after.documents.contains_key(name)));
             let new: Vec<u64> = match &step {
                 Step::Put(put) | Step::Sync { put, .. } => put.iter().map(|(_, content)| *content).collect(),
                 _ => Vec::new(),
@@ -196,6 +239,7 @@ mod tests {
             assert!(after.documents.len() <= MOST + 6, "{}", after.documents.len());
             world = after;
         }
+        assert!(undone > 20, "{undone}");
         assert!(text(1) != text(2) && text(7) == text(7));
         assert_eq!(markers(format!("{}zqmarker zq5mar{}", text(12), marker(7)).as_bytes()), BTreeSet::from([7, 12]));
     }

@@ -1,15 +1,18 @@
 //! Collections as a whole, and getting rid of what was removed.
 
+use std::collections::HashSet;
+
 use super::batch::{Batch, read};
 use super::error::CatalogError;
 use super::rows::{
-    Attributes, CollectionInfo, DamagedRow, DocumentInfo, LanguageSetting, ReleasedChunk, from_json, to_json,
+    Attributes, CollectionInfo, DamagedRow, DocumentInfo, LanguageSetting, Passage, ReleasedChunk, from_json, to_json,
     tokens_hash, unseal,
 };
 use super::store::{Family, Store};
 use super::transaction::{Transaction, now};
 use super::{Access, Catalog, Changed, DocumentId, IMPORTED, NEXT_COLLECTION, keys};
 use crate::error::{DocumentsError, Result};
+use crate::seldom::Seldom;
 
 /// What was removed for good.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,7 +39,14 @@ impl Catalog {
             match row.and_then(|(key, row)| Ok(from_json(unseal(Family::Collections, &key, &row)?)?)) {
                 Ok(info) => collections.push(info),
                 Err(CatalogError::Row(DamagedRow(problem))) => {
-                    tracing::warn!(problem, "a collection cannot be read: `quire catalog verify --repair` mends it");
+                    static TOLD: Seldom = Seldom::new();
+                    if let Some(more) = TOLD.due() {
+                        tracing::warn!(
+                            problem,
+                            more,
+                            "a collection cannot be read: `quire catalog verify --repair` mends it"
+                        );
+                    }
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -111,7 +121,8 @@ impl Catalog {
         Ok(updated.value)
     }
 
-    /// Removes a collection, so that it can be restored until space is reclaimed. Its documents stay as they are.
+    /// Removes a collection, so that it can be restored until space is reclaimed. Its documents stay as they are; their chunks are
+    /// released, as far as no other collection needs them.
     ///
     /// # Errors
     /// As [`change`](Self::change).
@@ -125,26 +136,65 @@ impl Catalog {
             batch.put(Family::Collections, keys::removed_collection(info.id), to_json(&info));
             Ok(Some(info))
         })?;
+        if let Some(info) = &removed.value {
+            self.release_chunks_of(info)?;
+        }
         Ok(removed.value)
     }
 
-    /// Brings back the collection that was removed last under this name; `None` where none was.
+    /// Notes the chunks of a removed collection, so that the chunk store is told.
+    fn release_chunks_of(&self, collection: &CollectionInfo) -> Result<()> {
+        for some in self.document_ids(collection.id)?.chunks(256) {
+            self.change(|transaction| {
+                for id in some {
+                    let batch = transaction.batch();
+                    for key in batch.readable_keys(Family::Passages, id.bytes())? {
+                        let passage = batch
+                            .get(Family::Passages, &key)
+                            .and_then(|c| Ok(c.map(|c| Passage::decode(&c)).transpose()?));
+                        let Ok(Some(Passage { tokens, .. })) = passage else { continue };
+                        let hash = tokens_hash(&tokens).to_vec();
+                        if !tokens.is_empty() && matches!(batch.get(Family::Released, &hash), Ok(None)) {
+                            batch.put(Family::Released, hash, to_json(&ReleasedChunk { tokens, gone: false }));
+                        }
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Collections that were removed and can be restored, the last one last.
+    ///
+    /// # Errors
+    /// [`DocumentsError::Catalog`].
+    pub fn removed_collections(&self) -> Result<Vec<CollectionInfo>> {
+        let mut removed = self.collections_in(&[1])?;
+        removed.sort_by_key(|info| (info.removed, info.id));
+        Ok(removed)
+    }
+
+    /// Brings back the collection that was removed last under this name, or the one with this
+    /// [id](CollectionInfo::removed_id); `None` where none was.
     ///
     /// # Errors
     /// [`DocumentsError::NameTaken`], and as [`change`](Self::change).
-    pub fn restore_collection(&self, name: &str) -> Result<Option<CollectionInfo>> {
-        let removed = self.collections_in(&[1])?;
-        let Some(mut info) = removed.into_iter().filter(|info| info.name == name).max_by_key(|info| info.id) else {
+    pub fn restore_collection(&self, wanted: &str) -> Result<Option<CollectionInfo>> {
+        let mut removed = self.removed_collections()?;
+        let named = removed.iter().rposition(|info| info.name == wanted);
+        let Some(at) = named.or_else(|| removed.iter().position(|info| info.removed_id() == wanted)) else {
             return Ok(None);
         };
+        let mut info = removed.swap_remove(at);
         let restored = self.change(|transaction| {
             let batch = transaction.batch();
-            if batch.get(Family::Collections, &keys::collection(name))?.is_some() {
-                return Err(DocumentsError::NameTaken { name: name.into() });
+            if batch.get(Family::Collections, &keys::collection(&info.name))?.is_some() {
+                return Err(DocumentsError::NameTaken { name: info.name });
             }
             batch.delete(Family::Collections, keys::removed_collection(info.id));
             info.removed = None;
-            batch.put(Family::Collections, keys::collection(name), to_json(&info));
+            batch.put(Family::Collections, keys::collection(&info.name), to_json(&info));
             Ok(info)
         })?;
         Ok(Some(restored.value))
@@ -156,7 +206,12 @@ impl Catalog {
         for info in document_rows(&self.store) {
             match info {
                 Ok(info) => documents.push(info),
-                Err(CatalogError::Row(problem)) => tracing::warn!(?problem, "a document is damaged"),
+                Err(CatalogError::Row(DamagedRow(problem))) => {
+                    static TOLD: Seldom = Seldom::new();
+                    if let Some(more) = TOLD.due() {
+                        tracing::warn!(problem, more, "a document is damaged: `quire catalog verify` tells more");
+                    }
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -251,16 +306,15 @@ impl Catalog {
     pub fn released(&self, limit: usize) -> Result<Vec<ReleasedChunk>> {
         let mut chunks = Vec::new();
         let mut wanted = Vec::new();
+        let removed: HashSet<u32> = self.collections_in(&[1])?.iter().map(|info| info.id).collect();
         for row in self.store.scan(Family::Released, b"", b"") {
             let (key, row) = match row {
                 // They cost room in the chunk store, for a while.
                 Err(CatalogError::Row(_)) => continue,
                 row => row?,
             };
-            // What cannot be read may need it.
-            let needed = self.store.scan(Family::ChunkRefs, &key, &key).next().is_some();
-            match unseal(Family::Released, &key, &row).and_then(from_json) {
-                Ok(chunk) if !needed => chunks.push(chunk),
+            match unseal(Family::Released, &key, &row).and_then(from_json::<ReleasedChunk>) {
+                Ok(chunk) if !self.needs_chunk(&key, chunk.gone, &removed) => chunks.push(chunk),
                 // A damaged one costs room in the chunk store, for a while.
                 _ => wanted.push(((Family::Released, key), None)),
             }
@@ -272,6 +326,16 @@ impl Catalog {
             self.store.write(wanted, false)?;
         }
         Ok(chunks)
+    }
+
+    /// Whether a document needs a chunk, by the hash of its tokens. One of a removed collection keeps it from being removed for
+    /// good, and not from making way. What cannot be read may need it.
+    fn needs_chunk(&self, hash: &[u8], gone: bool, removed: &HashSet<u32>) -> bool {
+        self.store.scan(Family::ChunkRefs, hash, hash).any(|row| {
+            let id = || DocumentId::from_bytes(row.ok()?.0.get(hash.len()..)?);
+            let document = || self.document(&id()?).ok().flatten();
+            gone || document().is_none_or(|info| !removed.contains(&info.collection))
+        })
     }
 
     /// Forgets chunks that the chunk store was told of.

@@ -9,9 +9,11 @@
 //! damaged row, cannot make a count wrong.
 
 mod batch;
+mod compared;
 mod error;
 mod id;
 mod keys;
+mod listing;
 mod manage;
 mod records;
 mod repair;
@@ -25,7 +27,6 @@ mod texts;
 mod totals;
 mod transaction;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -34,10 +35,12 @@ use error::CatalogError;
 use rows::{DamagedRow, from_json};
 use store::Store;
 
+pub(crate) use compared::IndexedPassages;
 pub use id::{DocumentId, ParseDocumentIdError};
+pub use listing::DamagedEntry;
 pub use manage::Reclaimed;
 pub use records::{JobError, JobRecord, RecordKind};
-pub(crate) use repair::{finish as finish_repair, look, repair};
+pub(crate) use repair::{Derived, finish as finish_repair, look, repair};
 pub(crate) use rows::LogEntry;
 pub use rows::{Attributes, CollectionInfo, DocumentInfo, LanguageSetting, Passage, ReleasedChunk, TextHash};
 pub use store::Access;
@@ -49,6 +52,7 @@ use totals::{AllTotals, TotalsChange};
 pub use transaction::{NewDocument, NewPassage, PutKind, PutOutcome, Restored, Transaction};
 
 use crate::error::{DocumentsError, Result};
+use crate::seldom::Seldom;
 use crate::split::Format;
 
 /// Version of the layout of families and keys.
@@ -174,28 +178,46 @@ impl Catalog {
         number(&self.store, GENERATION).ok().flatten().unwrap_or(0)
     }
 
-    /// Looks at all of the catalog while it is open; nothing changes meanwhile.
+    /// Looks at all of the catalog while it is open; nothing changes until `also`, which gets the number of the last change,
+    /// has looked at what follows from it.
     ///
     /// # Errors
     /// [`DocumentsError::Catalog`].
-    pub(crate) fn verify(&self) -> Result<CatalogReport> {
-        let _unchanged = self.writing();
-        survey::survey(&self.store, &mut |_| Ok(()))
+    pub(crate) fn verify<T>(&self, also: impl FnOnce(u64) -> Result<T>) -> Result<(CatalogReport, T)> {
+        let unchanged = self.writing();
+        Ok((survey::survey(&self.store, &mut |_| Ok(()))?, also(unchanged.sequence - 1)?))
     }
 
-    /// Writes the catalog anew while it is open, see [`repair`]; whoever uses it waits.
+    /// Writes the catalog anew while it is open, see [`repair`]: whoever writes waits, whoever reads only while the new one takes its
+    /// place.
     ///
     /// # Errors
     /// As [`repair`].
-    pub(crate) fn rewrite(&self, anew: bool) -> Result<CatalogReport> {
+    pub(crate) fn rewrite(&self, anew: bool, derived: &dyn Derived) -> Result<CatalogReport> {
         let mut writing = self.writing();
-        let report = self.store.replaced(|| repair(self.store.path(), anew))?;
+        // In tables it is for RocksDB's own repair, too, whatever became of the log on disk.
+        let _ = self.store.flush();
+        let path = self.store.path();
+        let report = repair::write_beside(path, Some(&self.store), anew, derived)?;
+        self.store.replaced(|| repair::take_place(path, &report))?;
         *writing = Writing { sequence: number(&self.store, NEXT_SEQUENCE)?.unwrap_or(1), totals: None };
         Ok(report)
     }
 
     fn writing(&self) -> MutexGuard<'_, Writing> {
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has everything in tables, and nothing in the log.
+    #[cfg(test)]
+    pub(crate) fn flush(&self) -> Result<()> {
+        Ok(self.store.flush()?)
+    }
+
+    /// Whether a compaction has come upon damage.
+    #[cfg(test)]
+    pub(crate) fn is_uncompacted(&self) -> bool {
+        self.store.is_uncompacted()
     }
 
     /// The last sequence number that was given to a change.
@@ -217,11 +239,15 @@ impl Catalog {
             match entry {
                 Ok(entry) => entries.push(entry),
                 Err(CatalogError::Row(DamagedRow(problem))) => {
-                    tracing::warn!(
-                        collection,
-                        problem,
-                        "the log of changes is damaged: all documents count as changed"
-                    );
+                    static TOLD: Seldom = Seldom::new();
+                    if let Some(more) = TOLD.due() {
+                        tracing::warn!(
+                            collection,
+                            problem,
+                            more,
+                            "the log of changes is damaged: all documents count as changed"
+                        );
+                    }
                     return Ok(None);
                 }
                 Err(CatalogError::Whole(error)) => return Err(error),
@@ -300,130 +326,6 @@ impl Catalog {
         manage::find_document(&self.store, is_it).map(|found| found.map(|info| info.id))
     }
 
-    /// Names of a collection's documents behind `after`, in order, each with its document's id; `limit` at most. Names
-    /// that cannot be read are left out, with a warning.
-    ///
-    /// # Errors
-    /// [`DocumentsError::Catalog`].
-    pub fn names(&self, collection: u32, after: Option<&str>, limit: usize) -> Result<Vec<(String, DocumentId)>> {
-        let mut names = Vec::new();
-        for name in self.name_rows(collection, after) {
-            if names.len() == limit {
-                break;
-            }
-            match name {
-                Ok(named) => names.push(named),
-                Err(CatalogError::Row(DamagedRow(problem))) => {
-                    tracing::warn!(
-                        collection,
-                        problem,
-                        "a name cannot be read: `quire catalog verify --repair` mends it"
-                    );
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(names)
-    }
-
-    /// Names of a collection's documents behind `after`, in order.
-    fn name_rows(
-        &self,
-        collection: u32,
-        after: Option<&str>,
-    ) -> impl Iterator<Item = Result<(String, DocumentId), CatalogError>> {
-        let prefix = keys::name(collection, false, "");
-        // No name ends with a NUL, and none has one: this is the first key behind.
-        let from = after.map_or(prefix.clone(), |after| keys::name(collection, false, &format!("{after}\0")));
-        self.store.scan(Family::Names, &prefix, &from).map(move |row| {
-            let (key, row) = row?;
-            let name = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
-            let content = rows::unseal(Family::Names, &key, &row);
-            let id = content.ok().and_then(DocumentId::from_bytes);
-            Ok((name.clone(), id.ok_or_else(|| DamagedRow(format!("the row of the name {name} is not as expected")))?))
-        })
-    }
-
-    /// The documents of a collection, also those whose names cannot be read.
-    ///
-    /// # Errors
-    /// As [`names`](Self::names).
-    pub(crate) fn document_ids(&self, collection: u32) -> Result<Vec<DocumentId>> {
-        let mut ids = BTreeSet::new();
-        let mut whole = true;
-        for name in self.name_rows(collection, None) {
-            match name {
-                Ok((_, id)) => drop(ids.insert(id)),
-                Err(CatalogError::Row(_)) => whole = false,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if !whole {
-            let of_it = |info: &DocumentInfo| info.collection == collection && info.removed.is_none();
-            ids.extend(self.all_documents()?.iter().filter(|info| of_it(info)).map(|info| info.id));
-        }
-        Ok(ids.into_iter().collect())
-    }
-
-    /// The documents of a collection by name, each once. What is known of those that are damaged comes last.
-    ///
-    /// # Errors
-    /// As [`names`](Self::names).
-    pub fn listing(&self, collection: u32) -> Result<(Vec<DocumentInfo>, Vec<DamagedEntry>)> {
-        let (mut whole, mut damaged) = (Vec::new(), Vec::new());
-        let mut seen = BTreeSet::new();
-        let mut unreadable = false;
-        for name in self.name_rows(collection, None) {
-            let (name, id) = match name {
-                Ok(named) => named,
-                Err(CatalogError::Row(_)) => {
-                    unreadable = true;
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
-            };
-            if !seen.insert(id) {
-                continue;
-            }
-            match self.document(&id) {
-                Ok(Some(info)) => whole.push(info),
-                Ok(None) => damaged.push(DamagedEntry { name, id, problem: LOST.into() }),
-                Err(DocumentsError::DamagedDocument { problem, .. }) => {
-                    damaged.push(DamagedEntry { name, id, problem });
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        if unreadable {
-            let of_it = |info: &DocumentInfo| info.collection == collection && info.removed.is_none();
-            for info in self.all_documents()?.into_iter().filter(|info| of_it(info) && !seen.contains(&info.id)) {
-                let problem = "its name cannot be read".into();
-                damaged.push(DamagedEntry { name: info.names.join("  =  "), id: info.id, problem });
-            }
-        }
-        Ok((whole, damaged))
-    }
-
-    /// Names of a collection's documents that lie below a folder, in order: those that are there, or those that were removed and
-    /// can be restored.
-    ///
-    /// # Errors
-    /// [`DocumentsError::Catalog`].
-    pub fn names_below(&self, collection: u32, folder: &str, removed: bool) -> Result<Vec<String>> {
-        let all = keys::name(collection, removed, "");
-        let below = keys::name(collection, removed, &format!("{}/", folder.trim_end_matches('/')));
-        let mut names = Vec::new();
-        for row in self.store.scan(Family::Names, &below, &below) {
-            match row {
-                Ok((key, _)) => names.push(String::from_utf8_lossy(&key[all.len()..]).into_owned()),
-                // Told where documents are listed.
-                Err(CatalogError::Row(_)) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(names)
-    }
-
     /// The whole text of a document, compared with its hash.
     ///
     /// # Errors
@@ -444,26 +346,18 @@ impl Catalog {
         found().map_err(|error: CatalogError| error.of(|| format!("document {id}")))
     }
 
-    /// All passages of a document, in order.
+    /// All passages of a document, in order. Each is asked for by its key, past tables that are damaged.
     ///
     /// # Errors
     /// As [`text`](Self::text).
     pub fn passages(&self, info: &DocumentInfo) -> Result<Vec<Passage>> {
-        let mut passages = Vec::with_capacity(info.passages as usize);
-        let rows = self.store.scan(Family::Passages, info.id.bytes(), info.id.bytes());
-        let read = || {
-            for row in rows {
-                let (key, row) = row?;
-                passages.push(Passage::decode(rows::unseal(Family::Passages, &key, &row)?)?);
-            }
-            match passages.len() == info.passages as usize {
-                true => Ok(()),
-                false => Err(DamagedRow(format!("expected {} passages, found {}", info.passages, passages.len()))),
-            }
-            .map_err(CatalogError::from)
+        let passage = |number: u32| {
+            let content = read(&self.store, Family::Passages, &keys::passage(&info.id, number))?;
+            let lacks = || DamagedRow(format!("expected {} passages, found no {number}", info.passages));
+            Ok(Passage::decode(&content.ok_or_else(lacks)?)?)
         };
-        read().map_err(|error: CatalogError| error.of(|| label(info)))?;
-        Ok(passages)
+        let passages: Result<Vec<Passage>, CatalogError> = (0..info.passages).map(passage).collect();
+        passages.map_err(|error| error.of(|| label(info)))
     }
 
     /// The text of a passage, compared with its hash.
@@ -478,17 +372,6 @@ impl Catalog {
 
 /// What is said of a name whose document is gone.
 const LOST: &str = "its text was lost to damage: ingest it again, or remove it";
-
-/// A document that is there and cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DamagedEntry {
-    /// What it is known by.
-    pub name: String,
-    /// Its id.
-    pub id: DocumentId,
-    /// What is wrong.
-    pub problem: String,
-}
 
 fn number(store: &Store, key: &[u8]) -> Result<Option<u64>, CatalogError> {
     let Some(content) = read(store, Family::Meta, key)? else { return Ok(None) };

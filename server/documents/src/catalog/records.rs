@@ -10,6 +10,7 @@ use super::rows::{DamagedRow, from_json, to_json, unseal};
 use super::store::Family;
 use super::{Catalog, Transaction};
 use crate::error::Result;
+use crate::seldom::Seldom;
 
 /// Which list a record is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +177,16 @@ impl Catalog {
             };
             match row.and_then(read) {
                 Ok(record) => records.push(record),
-                Err(CatalogError::Row(problem)) => tracing::warn!(?problem, "a record is damaged"),
+                Err(CatalogError::Row(DamagedRow(problem))) => {
+                    static TOLD: Seldom = Seldom::new();
+                    if let Some(more) = TOLD.due() {
+                        tracing::warn!(
+                            problem,
+                            more,
+                            "a record is damaged: `quire catalog verify --repair` mends the rest"
+                        );
+                    }
+                }
                 Err(error) => return Err(error.into()),
             }
         }

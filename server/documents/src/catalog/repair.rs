@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 use rocksdb::{DB, Options, WriteOptions};
 use rustix::process::{Flock, FlockType, fcntl_getlk};
 
+use super::compared::{Compared, IndexedPassages};
 use super::error;
 use super::rows::{ReleasedChunk, seal, to_json, tokens_hash};
 use super::store::{Access, Change, Family, Store, column};
 use super::survey::{CatalogReport, Saved, WholeDocument, survey};
-use super::{FORMAT, FORMAT_ROW, GENERATION, IMPORTED, NEXT_COLLECTION, NEXT_SEQUENCE, keys, texts};
+use super::{Catalog, FORMAT, FORMAT_ROW, GENERATION, IMPORTED, NEXT_COLLECTION, NEXT_SEQUENCE, keys, number, texts};
 use crate::collections::remove_folder;
 use crate::data_dir::{create_private_dir, free_bytes};
 use crate::error::{DocumentsError, Result};
@@ -75,31 +76,57 @@ fn sync_parent(path: &Path) -> Result<()> {
     fs::File::open(parent).and_then(|folder| folder.sync_all()).map_err(|e| DocumentsError::writing(parent, e))
 }
 
+/// What is known of a catalog beside it, and derived from it.
+pub(crate) trait Derived {
+    /// The passages that search indexes of this writing of the catalog have: for each document a digest of each.
+    fn passages(&self, generation: u64) -> IndexedPassages;
+
+    /// Derives anew from a catalog that is about to take the place of another one. What is made waits beside what is in use.
+    ///
+    /// # Errors
+    /// Those of making it: the catalog is then left as it is.
+    fn derive(&self, catalog: Catalog) -> Result<()>;
+}
+
 /// Looks at all of the catalog in folder `path`, which nobody may be writing. Nothing in the folder changes.
-pub(crate) fn look(path: &Path) -> Result<CatalogReport> {
+pub(crate) fn look(path: &Path, derived: &dyn Derived) -> Result<CatalogReport> {
     let folders = Folders::of(path);
-    let (_, report) = best_source(&folders)?;
+    let (_, report) = best_source(&folders, None, derived)?;
     remove_folder(&folders.scratch)?;
     Ok(report)
 }
 
 /// Writes the catalog in folder `path` anew from what of it is whole, and has it take the old one's place. Nobody may have it
 /// open. With `anew`, an empty one takes its place where nothing can be saved, and the damaged one stays beside it.
-pub(crate) fn repair(path: &Path, anew: bool) -> Result<CatalogReport> {
-    let folders = Folders::of(path);
-    let outcome = locked(path).and_then(|_lock| rewrite(&folders, anew));
-    for left in [&folders.scratch, &folders.partial] {
-        let _ = remove_folder(left);
-    }
-    outcome.map_err(|error| with_space(error, path))
+pub(crate) fn repair(path: &Path, anew: bool, derived: &dyn Derived) -> Result<CatalogReport> {
+    let _lock = locked(path)?;
+    let report = write_beside(path, None, anew, derived)?;
+    take_place(path, &report)?;
+    Ok(report)
 }
 
-fn rewrite(folders: &Folders, anew: bool) -> Result<CatalogReport> {
+/// Writes a catalog beside the one in folder `path` from what of that is whole; `open`: as this process has it open.
+pub(super) fn write_beside(
+    path: &Path,
+    open: Option<&Store>,
+    anew: bool,
+    derived: &dyn Derived,
+) -> Result<CatalogReport> {
+    let folders = Folders::of(path);
+    let written = rewrite(&folders, open, anew, derived);
+    let _ = remove_folder(&folders.scratch);
+    if written.is_err() {
+        let _ = remove_folder(&folders.partial);
+    }
+    written.map_err(|error| with_space(error, path))
+}
+
+fn rewrite(folders: &Folders, open: Option<&Store>, anew: bool, derived: &dyn Derived) -> Result<CatalogReport> {
     for left in [&folders.scratch, &folders.partial] {
         remove_folder(left)?;
     }
     let nothing = |problem: String| DocumentsError::NothingSaved { path: folders.catalog.clone(), problem };
-    let found = best_source(folders);
+    let found = best_source(folders, open, derived);
     let report = found.as_ref().map(|(_, report)| report.clone()).unwrap_or_default();
     let source = match found {
         Ok((source, report)) if report.documents > 0 || report.is_clean() => Some(source),
@@ -120,7 +147,13 @@ fn rewrite(folders: &Folders, anew: bool) -> Result<CatalogReport> {
     writer.finish()?;
     drop((fresh, source));
     // Opened as it will be: what cannot be read back takes nobody's place.
-    drop(Store::open(&folders.partial, Access::Read)?);
+    derived.derive(Catalog::open(&folders.partial, Access::Read)?)?;
+    Ok(report)
+}
+
+/// Has the catalog that was written beside the one in folder `path` take its place. Nobody may have either open.
+pub(super) fn take_place(path: &Path, report: &CatalogReport) -> Result<()> {
+    let folders = Folders::of(path);
     fs::rename(&folders.partial, &folders.repaired).map_err(|e| DocumentsError::writing(&folders.repaired, e))?;
     sync_parent(&folders.catalog)?;
     finish(&folders.catalog)?;
@@ -128,26 +161,53 @@ fn rewrite(folders: &Folders, anew: bool) -> Result<CatalogReport> {
     if report.documents > 0 || report.is_clean() {
         remove_folder(&folders.damaged)?;
     }
-    Ok(report)
+    Ok(())
 }
 
-/// The way to the rows of a damaged database by which most documents are saved.
-fn best_source(folders: &Folders) -> Result<(Store, CatalogReport)> {
-    // What only a usual opening objects to, as records of the log that are skipped.
-    let objection = match Store::open(&folders.catalog, Access::Read).map(|store| store.damage().map(Into::into)) {
-        Ok(damage) => damage,
-        Err(error) => match DocumentsError::from(error) {
-            DocumentsError::DamagedCatalog { problem, .. } => Some(problem),
-            error => return Err(error),
-        },
+/// The rows of a catalog.
+enum Source<'s> {
+    /// As this process has it open, with what is in memory alone.
+    Open(&'s Store),
+    /// As it lies on disk.
+    Read(Store),
+}
+
+impl std::ops::Deref for Source<'_> {
+    type Target = Store;
+    fn deref(&self) -> &Store {
+        match self {
+            Source::Open(store) => store,
+            Source::Read(store) => store,
+        }
+    }
+}
+
+/// The way to the rows of a damaged database by which most documents are saved. One that is `open` is read as it is: whoever has it
+/// open knows what is in its log, and has files open that may be gone.
+fn best_source<'s>(
+    folders: &Folders,
+    open: Option<&'s Store>,
+    derived: &dyn Derived,
+) -> Result<(Source<'s>, CatalogReport)> {
+    let objection = match open {
+        Some(open) => open.damage().map(Into::into),
+        None => objection(&folders.catalog)?,
     };
-    let read = |path: &Path| -> Result<(Store, CatalogReport)> {
-        let source = Store::open_damaged(path)?;
-        let mut report = survey(&source, &mut |_| Ok(()))?;
+    let survey_of = |source: Source<'s>| -> Result<(Source<'s>, CatalogReport)> {
+        let mut compared = Compared::default();
+        let mut report = survey(&source, &mut |saved| compared.take(saved))?;
         report.problems.extend(objection.clone());
+        if !report.is_clean() {
+            let generation = number(&source, GENERATION).ok().flatten().unwrap_or(0);
+            compared.with(&source, derived.passages(generation), &mut report)?;
+        }
         Ok((source, report))
     };
-    let direct = read(&folders.catalog);
+    let read = |path: &Path| survey_of(Source::Read(Store::open_damaged(path)?));
+    let direct = match open {
+        Some(open) => survey_of(Source::Open(open)),
+        None => read(&folders.catalog),
+    };
     match &direct {
         Ok((_, report)) if report.is_clean() => return direct,
         Ok(_) | Err(DocumentsError::DamagedCatalog { .. }) => {}
@@ -165,6 +225,22 @@ fn best_source(folders: &Folders) -> Result<(Store, CatalogReport)> {
         (Err(_), Err(error @ DocumentsError::DataDir { .. })) => Err(error),
         (Err(error), Err(_)) => Err(error),
     }
+}
+
+/// What only a usual opening objects to, as records of the log that are skipped.
+fn objection(catalog: &Path) -> Result<Option<String>> {
+    let problem = match Store::open(catalog, Access::Read).map(|store| store.damage().map(Into::into)) {
+        Ok(damage) => return Ok(damage),
+        Err(error) => match DocumentsError::from(error) {
+            DocumentsError::DamagedCatalog { problem, .. } => problem,
+            error => return Err(error),
+        },
+    };
+    // Files that RocksDB misses or cannot read, it names; records of the log it does not.
+    Ok(Some(match ["No such file", ".sst", "MANIFEST", "CURRENT"].iter().any(|part| problem.contains(part)) {
+        true => problem,
+        false => format!("a part of its log cannot be read, and what changed in that is gone ({problem})"),
+    }))
 }
 
 /// A copy of the database on which RocksDB's own repair was at work: all tables and logs that it could read.

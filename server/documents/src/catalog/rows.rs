@@ -63,6 +63,14 @@ pub struct CollectionInfo {
     pub attributes: Attributes,
 }
 
+impl CollectionInfo {
+    /// What a removed collection is told by from others that had its name.
+    #[must_use]
+    pub fn removed_id(&self) -> String {
+        format!("removed-{}", self.id)
+    }
+}
+
 /// What the catalog keeps of a document, beside its text and passages.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DocumentInfo {

@@ -110,6 +110,8 @@ pub(super) struct Store {
     access: Access,
     /// Whether a write has failed since it was opened.
     failed: AtomicBool,
+    /// Whether a compaction has come upon damage: nothing is compacted any more, which would fail again and again.
+    uncompacted: AtomicBool,
     /// What RocksDB objected to, where it opened the database past damage only.
     damage: Option<String>,
     in_memory: bool,
@@ -161,8 +163,7 @@ impl Store {
     /// Opens the database in `path` for reading, past all damage that RocksDB can be made to pass.
     pub(super) fn open_damaged(path: &Path) -> Result<Store, CatalogError> {
         has_current(path)?;
-        let options = db_options(Access::Read, Mode::PastLog);
-        let db = open_database(path, Access::Read, &options, Mode::PastLog);
+        let db = open_in(path, Access::Read, Mode::PastLog);
         let db = db.map_err(|e| error::rocksdb(e, "opening", path))?;
         Ok(Store::new(db, path, Access::Read, None))
     }
@@ -184,6 +185,7 @@ impl Store {
             path: path.into(),
             access,
             failed: AtomicBool::new(false),
+            uncompacted: AtomicBool::new(false),
             damage,
             in_memory: false,
         }
@@ -192,6 +194,11 @@ impl Store {
     /// What RocksDB objected to when it opened the database; `None` where it did not.
     pub(super) fn damage(&self) -> Option<&str> {
         self.damage.as_deref()
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_uncompacted(&self) -> bool {
+        self.uncompacted.load(Ordering::Relaxed)
     }
 
     /// Closes the database while `work` replaces its folder, and opens it again. Whoever reads or writes waits.
@@ -203,6 +210,7 @@ impl Store {
             Ok((opened, _)) => {
                 *db = Some(opened);
                 self.failed.store(false, Ordering::Relaxed);
+                self.uncompacted.store(false, Ordering::Relaxed);
                 done
             }
             Err(problem) => {
@@ -240,6 +248,24 @@ impl Store {
     /// Writes all changes or none, and has them on disk when it returns if `synced`. Where it fails, they may be there all
     /// the same, all of them, once the database is opened again.
     pub(super) fn write(&self, changes: impl IntoIterator<Item = Change>, synced: bool) -> Result<(), CatalogError> {
+        let changes: Vec<Change> = changes.into_iter().collect();
+        match self.try_write(&changes, synced) {
+            // What RocksDB refuses here is what a compaction came upon before: the write itself is sound.
+            Err(CatalogError::Whole(DocumentsError::DamagedCatalog { problem, .. }))
+                if !self.uncompacted.swap(true, Ordering::Relaxed) =>
+            {
+                let path = self.path.display();
+                tracing::warn!(
+                    %path, problem,
+                    "tables of the catalog cannot be merged, as there is damage: `quire catalog verify --repair` mends it"
+                );
+                self.try_write(&changes, synced)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn try_write(&self, changes: &[Change], synced: bool) -> Result<(), CatalogError> {
         self.mend()?;
         let mut options = WriteOptions::default();
         options.set_sync(synced);
@@ -247,8 +273,8 @@ impl Store {
             let mut batch = WriteBatch::default();
             for ((family, key), row) in changes {
                 match row {
-                    Some(row) => batch.put_cf(column(db, family), key, row),
-                    None => batch.delete_cf(column(db, family), key),
+                    Some(row) => batch.put_cf(column(db, *family), key, row),
+                    None => batch.delete_cf(column(db, *family), key),
                 }
             }
             db.write_opt(batch, &options).map_err(|error| {
@@ -265,7 +291,11 @@ impl Store {
         }
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
         *db = None;
-        match open_or_tolerate(&self.path, Access::Write) {
+        let opened = match self.uncompacted.load(Ordering::Relaxed) {
+            true => open_in(&self.path, Access::Write, Mode::PastTables).map(|opened| (opened, None)),
+            false => open_or_tolerate(&self.path, Access::Write),
+        };
+        match opened {
             Ok((opened, _)) => {
                 *db = Some(opened);
                 self.failed.store(false, Ordering::Relaxed);
@@ -342,10 +372,13 @@ fn open_database(path: &Path, access: Access, options: &Options, mode: Mode) -> 
     }
 }
 
+fn open_in(path: &Path, access: Access, mode: Mode) -> Result<DB, rocksdb::Error> {
+    open_database(path, access, &db_options(access, mode), mode)
+}
+
 /// Opens a database, past damaged tables where it cannot be done otherwise; then the second value says what they are.
 fn open_or_tolerate(path: &Path, access: Access) -> Result<(DB, Option<String>), rocksdb::Error> {
-    let open = |mode| open_database(path, access, &db_options(access, mode), mode);
-    let first = match open(Mode::Strict) {
+    let first = match open_in(path, access, Mode::Strict) {
         Ok(db) => return Ok((db, None)),
         Err(error) => error,
     };
@@ -353,7 +386,7 @@ fn open_or_tolerate(path: &Path, access: Access) -> Result<(DB, Option<String>),
     if !error::is_damage(&first) || !first.to_string().contains(".sst") {
         return Err(first);
     }
-    match open(Mode::PastTables) {
+    match open_in(path, access, Mode::PastTables) {
         Ok(db) => {
             let problem = first.to_string();
             tracing::warn!(

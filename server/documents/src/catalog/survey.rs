@@ -310,7 +310,9 @@ impl<'s> Survey<'s> {
         let (passages, released) = match self.passages(&info, &text)? {
             Ok(passages) => (passages, Vec::new()),
             Err(problem) => {
-                problems.push(problem);
+                problems.push(format!(
+                    "{problem}: they are cut anew, and their tokens made at each use until it is ingested again"
+                ));
                 (info.fingerprint, info.tokenizer) = (String::new(), None);
                 (cut_anew(&text, info.format), self.readable_tokens(&id)?)
             }

@@ -7,7 +7,7 @@ use super::batch::{Batch, read};
 use super::error::CatalogError;
 use super::id::DocumentId;
 use super::keys;
-use super::rows::{DamagedRow, TextHash, unseal};
+use super::rows::{DamagedRow, TextHash};
 use super::store::{Family, Store};
 
 /// Bytes of a piece.
@@ -15,7 +15,8 @@ const PIECE: usize = 64 << 10;
 
 /// Keeps a text for a document; one that is there already is not written again.
 pub(super) fn keep(batch: &mut Batch<'_>, hash: &TextHash, text: &str, id: &DocumentId) -> Result<(), CatalogError> {
-    if !batch.any(Family::TextRefs, hash)? {
+    // Where references cannot be read, the text may be there or not.
+    if !batch.any(Family::TextRefs, hash)? || !is_whole(batch, hash) {
         write(batch, hash, text);
     }
     batch.put(Family::TextRefs, keys::reference(hash, id), Vec::new());
@@ -34,9 +35,9 @@ pub(super) fn write(batch: &mut Batch<'_>, hash: &TextHash, text: &str) {
     }
 }
 
-/// Whether a text is on disk for some document, whole or not.
-pub(super) fn is_kept(store: &Store, hash: &TextHash) -> bool {
-    store.scan(Family::TextRefs, hash, hash).next().is_some()
+/// Whether a text is there, after the changes so far.
+pub(super) fn is_whole(batch: &Batch<'_>, hash: &TextHash) -> bool {
+    gather(hash, |number| batch.get(Family::Texts, &keys::piece(hash, number))).is_ok()
 }
 
 /// Lets a document's text of so many bytes go, and removes it if no other document has it.
@@ -55,10 +56,29 @@ pub(super) fn release(batch: &mut Batch<'_>, hash: &TextHash, bytes: u64, id: &D
 
 /// A whole text, compared with its hash.
 pub(super) fn whole(store: &Store, hash: &TextHash) -> Result<String, CatalogError> {
+    gather(hash, |number| read(store, Family::Texts, &keys::piece(hash, number)))
+}
+
+/// The pieces of a text together. Each is asked for by its key: what was written since a table was damaged is found so, where
+/// going through the rows of a family would come upon the table.
+fn gather(
+    hash: &TextHash,
+    piece: impl Fn(u32) -> Result<Option<Vec<u8>>, CatalogError>,
+) -> Result<String, CatalogError> {
     let mut bytes = Vec::new();
-    for row in store.scan(Family::Texts, hash, hash) {
-        let (key, row) = row?;
-        bytes.extend_from_slice(unseal(Family::Texts, &key, &row)?);
+    for number in 0.. {
+        match piece(number) {
+            Ok(Some(piece)) => {
+                bytes.extend_from_slice(&piece);
+                if piece.len() < PIECE {
+                    break;
+                }
+            }
+            Ok(None) => break,
+            // Nothing is behind the last piece, though that cannot be read.
+            Err(CatalogError::Row(_)) if blake3::hash(&bytes).as_bytes() == hash => break,
+            Err(error) => return Err(error),
+        }
     }
     check(bytes, hash)
 }

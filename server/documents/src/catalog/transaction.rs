@@ -121,8 +121,7 @@ impl<'a> Transaction<'a> {
         };
         if let Some(outcome) = joined {
             let mut info = self.known(&outcome.id)?;
-            let whole =
-                texts::whole(self.batch.store(), &content).is_ok() || !texts::is_kept(self.batch.store(), &content);
+            let whole = texts::is_whole(&self.batch, &content);
             if !whole {
                 texts::write(&mut self.batch, &content, &new.text);
             }
@@ -456,6 +455,7 @@ impl<'a> Transaction<'a> {
     /// Has everything on disk, with the changes logged from `sequence` on, which then is the next one. Returns the tokens
     /// of chunks that no document needs any more.
     pub(super) fn commit(mut self, sequence: &mut u64) -> Result<Vec<Vec<u32>>, CatalogError> {
+        self.check_records()?;
         let orphans = self.orphans()?;
         let mut last = BTreeMap::new();
         for (collection, entry) in &self.log {
@@ -474,6 +474,19 @@ impl<'a> Transaction<'a> {
         *sequence = next;
         self.batch.commit()?;
         Ok(orphans)
+    }
+
+    /// Refuses records that no list would show, as their place lies in a table that is damaged.
+    fn check_records(&self) -> Result<(), CatalogError> {
+        let store = self.batch.store();
+        for family in [Family::Files, Family::Jobs] {
+            for (key, _) in self.batch.changed(family).filter(|(_, content)| content.is_some()) {
+                if let Some(Err(CatalogError::Row(DamagedRow(problem)))) = store.scan(family, key, key).next() {
+                    return Err(DocumentsError::DamagedCatalog { path: store.path().into(), problem }.into());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Notes the chunks that no document needs any more, so that the chunk store is told even if the process ends here.

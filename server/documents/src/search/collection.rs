@@ -4,17 +4,16 @@
 //! before it is given out. What is acknowledged is in the catalog, synced; the index follows in the same call, and is
 //! caught up when the collection is opened where it could not.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 use tantivy::{IndexWriter, Searcher};
 
-use super::index::{Derivation, Fields, OpenIndex, guarded, passage_digest};
+use super::building::{build_in_memory, build_on_disk, found, index_dir};
+use super::index::{Derivation, Fields, OpenIndex, guarded};
 use super::query;
 use crate::catalog::{Access, Catalog, CollectionInfo, DocumentId, DocumentInfo, LogEntry, Passage, Transaction};
-use crate::collections::remove_folder;
 use crate::error::{DocumentsError, Result};
 use crate::split::{ChunkSpan, Span};
 
@@ -86,11 +85,6 @@ pub struct Collection {
 struct Writing {
     sessions: usize,
     writer: Option<IndexWriter>,
-}
-
-/// Where the index of a collection lies.
-pub(crate) fn index_dir(data_dir: &Path, collection: u32) -> PathBuf {
-    data_dir.join("index").join(collection.to_string())
 }
 
 impl Collection {
@@ -291,113 +285,6 @@ impl Collection {
     pub fn indexed_passages(&self) -> Result<u64> {
         Ok(self.searcher().0.num_docs())
     }
-}
-
-/// The index that lies in `dir`, if it can be used; one that is damaged counts as none.
-fn found(dir: &Path, wanted: &Derivation, writable: bool) -> Result<Option<OpenIndex>> {
-    if writable {
-        finish_swap(dir)?;
-    }
-    match OpenIndex::open(dir, wanted) {
-        Err(DocumentsError::Index { source, .. }) => {
-            tracing::warn!(index = %dir.display(), problem = %source, "the index is damaged: it is built again");
-            Ok(None)
-        }
-        outcome => outcome,
-    }
-}
-
-/// Compares the index of a collection with the catalog; says what is wrong with it. One that is not there, or lags, is no
-/// damage: it is built or caught up when the collection is opened.
-///
-/// # Errors
-/// Those of the catalog.
-pub(crate) fn check_index(catalog: &Catalog, info: &CollectionInfo, data_dir: &Path) -> Result<Option<String>> {
-    let dir = index_dir(data_dir, info.id);
-    let index = match OpenIndex::open(&dir, &Derivation::of(catalog, &info.language)) {
-        Err(DocumentsError::Index { source, .. }) => return Ok(Some(source.to_string())),
-        outcome => outcome?,
-    };
-    let Some(index) = index else { return Ok(None) };
-    if catalog.changes(info.id, index.derivation.sequence)?.is_none_or(|changes| !changes.is_empty()) {
-        return Ok(None);
-    }
-    let mut indexed = match index.passages() {
-        Err(DocumentsError::Index { source, .. }) => return Ok(Some(source.to_string())),
-        outcome => outcome?,
-    };
-    let mut different = 0;
-    for id in catalog.document_ids(info.id)? {
-        let found = indexed.remove(&id).unwrap_or_default();
-        let read = || -> Result<Option<BTreeMap<u64, u64>>> {
-            let Some(info) = catalog.document(&id)? else { return Ok(None) };
-            let (text, passages) = (catalog.text(&info)?, catalog.passages(&info)?);
-            let parts = passages.iter().map(|passage| text.get(passage.place.bytes.clone()));
-            let digest = |(number, part): (usize, Option<&str>)| Some((number as u64, passage_digest(part?)));
-            Ok(Some(parts.enumerate().filter_map(digest).collect()))
-        };
-        match read() {
-            Ok(Some(wanted)) => different += usize::from(wanted != found),
-            // Told of as such.
-            Ok(None) | Err(DocumentsError::DamagedDocument { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    if different + indexed.len() == 0 {
-        return Ok(None);
-    }
-    Ok(Some(format!(
-        "expected the passages of the catalog, found others of {different} documents, and {} documents that are not there",
-        indexed.len()
-    )))
-}
-
-/// The place of an index that is being built, and of one that is whole and takes the place of another.
-fn beside(dir: &Path, ending: &str) -> PathBuf {
-    dir.with_extension(ending)
-}
-
-/// Builds the index in `dir` again from the catalog. What lies there stays until the new one is whole.
-fn build_on_disk(catalog: &Catalog, info: &CollectionInfo, dir: &Path, wanted: &Derivation) -> Result<OpenIndex> {
-    if OpenIndex::is_of_another_language(dir, wanted) {
-        tracing::info!(collection = info.name, "the search index is built again for another language");
-    } else if dir.exists() {
-        tracing::warn!(collection = info.name, "the search index is built again from the catalog");
-    }
-    let (partial, whole) = (beside(dir, "partial"), beside(dir, "whole"));
-    fill(OpenIndex::create(&partial, wanted.clone())?, catalog, info, wanted)?;
-    std::fs::rename(&partial, &whole).map_err(|e| DocumentsError::writing(&whole, e))?;
-    finish_swap(dir)?;
-    let index = OpenIndex::open(dir, wanted)?;
-    index.ok_or_else(|| DocumentsError::Internal("an index that was just built is another one".into()))
-}
-
-fn finish_swap(dir: &Path) -> Result<()> {
-    let whole = beside(dir, "whole");
-    if whole.exists() {
-        remove_folder(dir)?;
-        std::fs::rename(&whole, dir).map_err(|e| DocumentsError::writing(dir, e))?;
-        let parent = dir.parent().unwrap_or(dir);
-        let synced = std::fs::File::open(parent).and_then(|folder| folder.sync_all());
-        synced.map_err(|e| DocumentsError::writing(parent, e))?;
-    }
-    Ok(())
-}
-
-fn build_in_memory(catalog: &Catalog, info: &CollectionInfo, wanted: &Derivation) -> Result<OpenIndex> {
-    tracing::info!(collection = info.name, "the search index is made in memory, as it cannot be written");
-    fill(OpenIndex::in_memory(wanted.clone())?, catalog, info, wanted)
-}
-
-/// Brings all documents of a collection into an empty index.
-fn fill(mut index: OpenIndex, catalog: &Catalog, info: &CollectionInfo, wanted: &Derivation) -> Result<OpenIndex> {
-    let entries: Vec<LogEntry> = catalog.document_ids(info.id)?.into_iter().map(LogEntry::Put).collect();
-    let mut writer = index.writer()?;
-    index.add(&writer, catalog, &entries)?;
-    index.commit(&mut writer, wanted.sequence)?;
-    let dir = index.dir.clone();
-    guarded(&dir, || writer.wait_merging_threads())?;
-    Ok(index)
 }
 
 fn bring_in(

@@ -5,7 +5,6 @@
 //! setting. An index that is behind is caught up from the catalog's log; one that is damaged, or was derived otherwise, is
 //! built again in a folder beside it, which takes its place once it is whole.
 
-use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -21,10 +20,11 @@ use tantivy::{Index, IndexReader, IndexWriter, ReloadPolicy, TantivyDocument, Ta
 
 use super::analyzer::{Analyzer, VERSION};
 use super::language;
-use crate::catalog::{Catalog, DocumentId, LanguageSetting, LogEntry};
+use crate::catalog::{Catalog, DocumentId, IndexedPassages, LanguageSetting, LogEntry};
 use crate::collections::remove_folder;
 use crate::directory::IndexFolder;
 use crate::error::{DocumentsError, Result};
+use crate::seldom::Seldom;
 
 /// Memory of the index writer; tantivy refuses less than 15 MB.
 const WRITER_BYTES: usize = 32 << 20;
@@ -99,7 +99,12 @@ pub(super) struct Derivation {
 impl Derivation {
     /// Of an index as it should be now.
     pub(super) fn of(catalog: &Catalog, language: &LanguageSetting) -> Derivation {
-        let (language, generation, sequence) = (language.clone(), catalog.generation(), catalog.sequence());
+        Derivation::at(catalog, language, catalog.sequence())
+    }
+
+    /// Of an index as it should be after change `sequence`.
+    pub(super) fn at(catalog: &Catalog, language: &LanguageSetting, sequence: u64) -> Derivation {
+        let (language, generation) = (language.clone(), catalog.generation());
         Derivation { fields: FIELDS_VERSION, analyzer: VERSION, language, generation, sequence }
     }
 
@@ -148,6 +153,15 @@ impl OpenIndex {
     /// Opens the index in `dir`, every file of which has the checksum that it was written with; `None` if there is none, or
     /// one that was derived otherwise than `wanted` or from a later state of the catalog.
     pub(super) fn open(dir: &Path, wanted: &Derivation) -> Result<Option<OpenIndex>> {
+        OpenIndex::open_if(dir, |found| found.differs_in_sequence_alone(wanted) && found.sequence <= wanted.sequence)
+    }
+
+    /// Opens the index in `dir`, if it is of this writing of the catalog, whatever else it was derived by.
+    pub(super) fn open_of(dir: &Path, generation: u64) -> Result<Option<OpenIndex>> {
+        OpenIndex::open_if(dir, |found| found.generation == generation)
+    }
+
+    fn open_if(dir: &Path, is_it: impl FnOnce(&Derivation) -> bool) -> Result<Option<OpenIndex>> {
         if !dir.join("meta.json").is_file() {
             return Ok(None);
         }
@@ -156,10 +170,7 @@ impl OpenIndex {
             check_files(&index, dir)?;
             let payload = index.load_metas()?.payload.unwrap_or_default();
             let Ok(found) = serde_json::from_str::<Derivation>(&payload) else { return Ok(None) };
-            if !found.differs_in_sequence_alone(wanted)
-                || found.sequence > wanted.sequence
-                || index.schema() != Fields::schema()
-            {
+            if !is_it(&found) || index.schema() != Fields::schema() {
                 return Ok(None);
             }
             OpenIndex::new(index, dir, found).map(Some)
@@ -187,9 +198,9 @@ impl OpenIndex {
     }
 
     /// The passages that it holds: document, number and digest of each.
-    pub(super) fn passages(&self) -> Result<HashMap<DocumentId, BTreeMap<u64, u64>>> {
+    pub(super) fn passages(&self) -> Result<IndexedPassages> {
         guarded(&self.dir, || {
-            let mut found: HashMap<DocumentId, BTreeMap<u64, u64>> = HashMap::new();
+            let mut found = IndexedPassages::new();
             for segment in self.reader.searcher().segment_readers() {
                 let columns = segment.fast_fields();
                 let (numbers, digests) = (columns.u64(NUMBER)?, columns.u64(DIGEST)?);
@@ -266,7 +277,12 @@ impl OpenIndex {
                     match passages(catalog, fields, language, id) {
                         Ok(found) => records.extend(found),
                         Err(problem @ DocumentsError::DamagedDocument { .. }) => {
-                            tracing::warn!(%problem, "a document cannot be found until it is ingested again");
+                            static TOLD: Seldom = Seldom::new();
+                            let Some(more) = TOLD.due() else { continue };
+                            tracing::warn!(
+                                %problem, more,
+                                "a document cannot be found until it is ingested again, or `quire catalog verify --repair` saves it"
+                            );
                         }
                         Err(error) => return Err(error),
                     }
@@ -353,7 +369,7 @@ pub(super) fn damaged(what: &str) -> TantivyError {
 }
 
 /// Equal for passages that differ in white space at most.
-pub(super) fn passage_digest(passage: &str) -> u64 {
+pub(crate) fn passage_digest(passage: &str) -> u64 {
     let mut hasher = blake3::Hasher::new();
     for word in passage.split_whitespace() {
         hasher.update(word.as_bytes());

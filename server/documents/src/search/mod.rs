@@ -1,9 +1,11 @@
 //! Collections of documents, and finding passages in them.
 //!
 //! `analyzer` turns texts into terms, `language` tells in which language, `index` holds the tantivy index that is derived from
-//! the catalog, `query` ranks, `collection` is what others see, `legacy` reads what was kept before there was a catalog.
+//! the catalog, `building` has it built anew, `query` ranks, `collection` is what others see, `legacy` reads what was kept before
+//! there was a catalog.
 
 mod analyzer;
+mod building;
 mod collection;
 mod index;
 mod language;
@@ -13,7 +15,7 @@ mod query;
 mod tests;
 
 pub use analyzer::comparable;
+pub(crate) use building::{check_index, derive_index, discard_derived, index_dir, indexed_passages};
 pub use collection::{Collection, CollectionWriter, Found, PassageTokens, StoredDocument};
-pub(crate) use collection::{check_index, index_dir};
-pub(crate) use index::furthest;
+pub(crate) use index::{furthest, passage_digest};
 pub use language::parse_language;

@@ -23,6 +23,7 @@ use super::index::{DIGEST, DOCUMENT, Fields, NUMBER, passage_digest};
 use super::language;
 use crate::catalog::{Catalog, DocumentId, DocumentInfo};
 use crate::error::DocumentsError;
+use crate::seldom::Seldom;
 
 /// Words of a query that are looked for at a time: the rarest ones. Every one costs a list of the passages that have it.
 const WORDS: usize = 64;
@@ -306,7 +307,10 @@ impl<'a> Distinct<'a> {
         }
         let found = match self.passage(score, hit) {
             Err(damage @ DocumentsError::DamagedDocument { .. }) => {
-                tracing::warn!(%damage, "a passage is left out of a search");
+                static TOLD: Seldom = Seldom::new();
+                if let Some(more) = TOLD.due() {
+                    tracing::warn!(%damage, more, "a passage is left out of a search");
+                }
                 self.damage.get_or_insert(damage);
                 return Ok(());
             }

@@ -234,7 +234,9 @@ impl Command {
             }
             Command::CheckConversation { .. } | Command::Turn { .. } => Need::Model,
             Command::Ingest { .. } => Need::Ingest,
-            Command::Documents(DocumentsCommand::List { .. } | DocumentsCommand::Collections) => Need::Look,
+            Command::Documents(
+                DocumentsCommand::List { .. } | DocumentsCommand::Collections | DocumentsCommand::Removed,
+            ) => Need::Look,
             Command::Documents(DocumentsCommand::Remove { now: true, .. } | DocumentsCommand::Reclaim) => Need::Purge,
             Command::Documents(_) => Need::Write,
             Command::Cache(CacheCommand::Stats | CacheCommand::List) => Need::Look,
@@ -252,7 +254,9 @@ impl Command {
             Command::Ingest { .. } => "ingest",
             Command::Documents(DocumentsCommand::List { .. }) => "ls",
             Command::Documents(DocumentsCommand::Collections) => "collections",
-            Command::Documents(DocumentsCommand::Remove { .. } | DocumentsCommand::Restore { .. }) => "rm",
+            Command::Documents(
+                DocumentsCommand::Remove { .. } | DocumentsCommand::Removed | DocumentsCommand::Restore { .. },
+            ) => "rm",
             Command::Documents(DocumentsCommand::Reclaim) => "reclaim",
             Command::Cache(CacheCommand::Stats) => "cache stats",
             Command::Cache(CacheCommand::List) => "cache ls",

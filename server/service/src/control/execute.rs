@@ -11,7 +11,7 @@ use super::command::Command;
 use super::event::{Event, IngestProgress};
 use super::host::Host;
 use crate::IngestOptions;
-use settings::{QuireError, Result};
+use settings::Result;
 
 /// Executes a command. `on_event` hears what happens, in order; once `cancel` says so, the command ends behind the step at hand.
 ///
@@ -51,11 +51,11 @@ fn ingest(
     on_event: &mut dyn FnMut(Event),
 ) -> Result<()> {
     let service = host.service()?;
-    if !service.store().mend() && service.store().chunks().is_none() {
-        return Err(QuireError::CheckFailed(
-            "the running server works without a chunk store, as it said when it started. On a full disk make room: it then \
-             opens the store by itself. If the store is damaged, stop the server, see `quire doctor`, and \
-             `quire cache evict --all`"
+    if !options.lazy && !service.store().mend() {
+        on_event(Event::Note(
+            "the running server has no chunk store that can be written, as it said when it started: documents are taken in, the \
+             state of their chunks is left to its first use. On a full disk make room: it then opens the store by itself. If the \
+             store is damaged, `quire cache evict --all` empties it"
                 .into(),
         ));
     }

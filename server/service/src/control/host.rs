@@ -194,14 +194,11 @@ impl Host {
 
     /// Removes all chunks, also where the disk is full, and whatever model they are of.
     pub(super) fn clear_chunks(&self) -> Result<u64> {
-        let Some(store) = self.is_serving().then(|| self.chunks(Access::Write)).transpose()?.flatten() else {
-            let dir = self.chunks_dir();
-            return Ok(if dir.is_dir() { ChunkStore::clear(&dir)? } else { 0 });
-        };
-        let keys: Vec<_> = store.list().into_iter().map(|(key, _)| key).collect();
-        let removed = store.remove_all(&keys)?;
-        store.compact()?;
-        Ok(removed)
+        if let Open::Service(service) = &self.open {
+            return service.store().clear();
+        }
+        let dir = self.chunks_dir();
+        Ok(if dir.is_dir() { ChunkStore::clear(&dir)? } else { 0 })
     }
 
     /// The error of a store that others have open.

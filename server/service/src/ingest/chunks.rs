@@ -84,7 +84,14 @@ impl Run<'_> {
     /// A chunk that the store has no room for is left to its first use, and so are those behind it: a cache is worth having, and no
     /// more.
     fn leave(&mut self, error: QuireError) -> Result<()> {
-        let QuireError::Store(problem @ (StoreError::OutOfSpace { .. } | StoreError::NoRoom { .. })) = error else {
+        let QuireError::Store(
+            problem @ (StoreError::OutOfSpace { .. }
+            | StoreError::NoRoom { .. }
+            | StoreError::TooLarge { .. }
+            | StoreError::Damaged { .. }
+            | StoreError::Closed { .. }),
+        ) = error
+        else {
             return Err(error);
         };
         if !self.lazy {

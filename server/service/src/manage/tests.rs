@@ -31,6 +31,7 @@ fn told(library: &Library, command: DocumentsCommand) -> (Vec<String>, bool) {
             DocumentsEvent::Document(document) => document.names.join("="),
             DocumentsEvent::Collection(sum) => format!("{} {}", sum.name, sum.documents),
             DocumentsEvent::Removed { name } => format!("-{name}"),
+            DocumentsEvent::RemovedCollection { name, id, documents, .. } => format!("{name} {id} {documents}"),
             DocumentsEvent::Restored { name, replaced } => format!("+{name}{}", if replaced { "!" } else { "" }),
             DocumentsEvent::Damaged { name, .. } => format!("!{name}"),
             DocumentsEvent::Failed { name, .. } => format!("?{name}"),
@@ -99,6 +100,30 @@ fn removing_for_good_leaves_what_was_removed_before_to_be_restored() {
     assert_eq!(told(&library, restore(&["a", "b"])).0, ["+a", "?b"]);
     assert_eq!(told(&library, remove(&[], true)), (vec!["-notes".into()], false));
     assert_eq!(told(&library, restore(&[])), (vec![], true));
+}
+
+#[test]
+fn collections_of_one_name_that_were_removed_one_after_the_other_all_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    let restore = |collection: &str| {
+        told(&library, DocumentsCommand::Restore { collection: collection.into(), names: Vec::new() })
+    };
+    for (name, text) in [("/d/a", "One lamp."), ("/d/b", "Two lamps."), ("/d/c", "A pilot.")] {
+        put(&library, name, text);
+        assert_eq!(told(&library, remove(&[], false)).0, ["-notes"]);
+    }
+    let all = ["notes removed-1 1", "notes removed-2 1", "notes removed-3 1"];
+    assert_eq!(told(&library, DocumentsCommand::Removed).0, all);
+    // The last one by its name, and those that are left are told.
+    assert_eq!(restore("notes"), (vec!["+notes".into(), all[0].into(), all[1].into()], false));
+    assert_eq!(told(&library, list()).0, ["/d/c"]);
+    let taken = library.writable().unwrap().restore_collection("removed-1").unwrap_err().to_string();
+    assert!(taken.contains("quire collections rename notes"), "{taken}");
+    told(&library, remove(&[], false));
+    assert_eq!(restore("removed-1").0[0], "+notes");
+    assert_eq!((told(&library, list()).0, found(&library, "lamp")), (vec!["/d/a".to_string()], 1));
+    assert_eq!(restore("removed-7"), (vec![], true));
 }
 
 /// Whether any file below `dir` has these bytes.

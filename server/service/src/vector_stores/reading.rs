@@ -6,12 +6,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use documents::{
-    Attributes, Catalog, Document, DocumentId, JobError, JobRecord, Limits, NewDocument, NewPassage, RecordKind,
+    Attributes, Catalog, CollectionInfo, Document, DocumentId, JobError, JobRecord, Limits, NewDocument, NewPassage,
+    RecordKind, Seldom,
 };
 use engine::EngineError;
 
-use super::attachments::{all_keys, find_waiting, with_attributes};
-use super::{Attachment, AttachmentState, Chunking, Service, StaticChunking};
+use super::attachments::{all_keys, find, find_waiting, with_attributes};
+use super::{Attachment, AttachmentState, Chunking, Service, StaticChunking, attached_name, store_id};
 use crate::store::{Ensured, Origin};
 use settings::{QuireError, Result};
 
@@ -55,6 +56,10 @@ impl Service {
     /// Puts what was read into the collection, and says of each file what became of it.
     fn end_reading(&self, catalog: &Catalog, store: &str, read: Vec<(Attachment, Result<NewDocument>)>) -> Result<()> {
         let _changing = self.attaching();
+        if let Err(QuireError::NotFound { .. }) = self.store_info(store) {
+            // The store was removed while its files were read.
+            return Ok(());
+        }
         let (mut documents, mut ended) = (Vec::new(), Vec::new());
         for (attachment, outcome) in read {
             // It may have been taken out meanwhile, or have got other attributes; one that is to be cut otherwise has another turn.
@@ -122,11 +127,25 @@ impl Service {
         match compute() {
             Err(QuireError::Engine(error)) => Err(error.into()),
             Err(error) => {
-                tracing::warn!(%error, "chunks of an attached file are not kept ahead: they are computed at their first use");
+                static TOLD: Seldom = Seldom::new();
+                if let Some(more) = TOLD.due() {
+                    tracing::warn!(
+                        %error, more,
+                        "chunks of an attached file are not kept ahead: they are computed at their first use"
+                    );
+                }
                 Ok(())
             }
             Ok(()) => Ok(()),
         }
+    }
+
+    /// How a document of this name is cut: as whoever attached it said, else as the settings do.
+    pub(crate) fn limits_of_name(&self, info: &CollectionInfo, name: &str) -> Result<Limits> {
+        let Some((file, _)) = attached_name(name) else { return Ok(self.limits) };
+        let Some(catalog) = self.library.catalog()? else { return Ok(self.limits) };
+        let attachment = find(&catalog, &store_id(info), file)?;
+        Ok(attachment.map_or(self.limits, |attachment| self.limits_of(attachment.chunking)))
     }
 
     fn limits_of(&self, chunking: Chunking) -> Limits {

@@ -18,6 +18,14 @@ pub(super) fn execute(host: &Host, command: CatalogCommand, on_event: &mut dyn F
         return Ok(());
     };
     report_on(report, command != CatalogCommand::Verify, &mut tell);
+    if command != CatalogCommand::Verify
+        && let Ok(service) = host.service()
+        && let cut @ 1.. = service.cut_again()?
+    {
+        on_event(Event::Note(format!(
+            "documents whose passages were lost were cut and tokenised again, as when they were ingested: {cut}"
+        )));
+    }
     Ok(())
 }
 
