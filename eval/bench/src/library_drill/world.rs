@@ -138,7 +138,7 @@ impl World {
     /// What can certainly be brought back from what was `found` after a step was cut off.
     pub(super) fn surely_removed(&self, after: &World, found: &World) -> BTreeMap<String, u64> {
         let still = |(name, content): &(&String, &u64)| {
-            after.removed.get(*name) == Some(content) && !found.documents.contains_key(*name)
+            after.removed.get(*name) == Some(*content) && !found.documents.contains_key(*name)
         };
         self.removed.iter().filter(still).map(|(name, content)| (name.clone(), *content)).collect()
     }
