@@ -17,6 +17,15 @@
 //
 // A block has the 64 keys of a page and one group of heads, whose query rows (tokens times heads of the group) it takes 32 at a
 // time, and both in slices of 32 dimensions. A thread has 4 keys and 2 rows.
+//
+// CPU: attention::within::add_within (attention_within).
+//
+// What each query pays to some keys, from the log-sum-exp of these and that of all keys, summed over heads:
+//
+//   within, all  f32 [n][heads], natural logarithms; -inf in `within` where a query sees none of the keys
+//   paid         f32 [n], added to
+//
+// Launch: block (256), grid (ceil(n / 8)). A warp takes a token.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
@@ -121,3 +130,18 @@ template <typename T> __device__ __forceinline__ void paid(const Paid& a, const 
 
 PAID(attention_paid_bf16, bf16)
 PAID(attention_paid_f32, float)
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_within(const float* within, const float* all, int n, int heads, float* paid) {
+    pdl_launch();
+    pdl_wait();
+    int lane = threadIdx.x % WARP, token = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+    if (token >= n) return;
+    float sum = 0.0f;
+    for (int head = lane; head < heads; head += WARP) {
+        long long at = (long long)token * heads + head;
+        sum += exp2f((within[at] - all[at]) * LOG2_E);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) paid[token] += sum;
+}

@@ -23,7 +23,9 @@ use crate::model::spec::ModelSpec;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::numerics;
 use crate::prefix_cache::PageKey;
-use crate::request::{AttentionInputs, EventStream, MAX_TOP_LOGPROBS, PreparedContext, Prompt, Request};
+use crate::request::{
+    AttentionInputs, ChunkAttention, EventStream, MAX_TOP_LOGPROBS, PreparedContext, Prompt, Request,
+};
 use crate::runner::{Command, Computation, Load, Runner, ask, never_fits};
 use crate::scheduler::{Bytes, Limits};
 use crate::sequence::{Submitted, Waiting};
@@ -384,6 +386,22 @@ impl Engine {
         self.check_budget(tokens.len())?;
         let tokens = tokens.to_vec();
         ask(&self.inner.commands, |reply| Computation::AttentionInputs { tokens, reply })
+    }
+
+    /// What the tokens of chunks attend where they stand behind `prefix` and one behind the other: a by-product of reading them.
+    /// Without chunks only the prefix is read, which takes the time that reading takes. Blocks.
+    ///
+    /// # Errors
+    /// As [`chunk_kv`](Engine::chunk_kv).
+    pub fn chunk_attention(&self, prefix: &[u32], chunks: &[Vec<u32>]) -> Result<ChunkAttention> {
+        let tokens = prefix.len() + chunks.iter().map(Vec::len).sum::<usize>();
+        if tokens == 0 || chunks.iter().any(Vec::is_empty) {
+            return Err(EngineError::InvalidRequest("chunks: expected at least one token in each, found none".into()));
+        }
+        self.check_length(tokens)?;
+        self.check_budget(tokens)?;
+        let (prefix, chunks) = (prefix.to_vec(), chunks.to_vec());
+        ask(&self.inner.commands, |reply| Computation::ChunkAttention { prefix, chunks, reply })
     }
 
     /// KV of a context that many questions share. No question is known yet: where the blend mode goes by one, `cacheblend` stands

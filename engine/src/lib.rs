@@ -54,8 +54,8 @@ pub use model::rope::{Rope, RopeScaling, RopeTable};
 pub use model::spec::{Family, ModelSpec};
 pub use prefix_cache::{PageKey, PrefixCache};
 pub use request::{
-    Alternative, AttentionInputs, DecodeStats, Event, EventStream, FinishReason, Finished, MAX_TOP_LOGPROBS,
-    PrefillStats, PreparedContext, Prompt, Request, TokenEvent, TokenLogprob, Usage,
+    Alternative, AttentionInputs, ChunkAttention, DecodeStats, Event, EventStream, FinishReason, Finished,
+    MAX_TOP_LOGPROBS, PrefillStats, PreparedContext, Prompt, Request, TokenEvent, TokenLogprob, Usage,
 };
 pub use sampler::{Sampled, Sampler, SamplingParams};
 pub use stop::StopMatcher;

@@ -56,6 +56,19 @@ pub struct AttentionInputs {
     pub scale: f32,
 }
 
+/// What the tokens of chunks attend where they stand one behind the other. Made by
+/// [`Engine::chunk_attention`](crate::Engine::chunk_attention).
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChunkAttention {
+    /// By chunk and token, the share of its attention that stays within the chunk: the mean over heads and all layers but the
+    /// last. What is left of 1 goes to the chunks before it and to the prefix.
+    pub own: Vec<Vec<f32>>,
+    /// The share that goes to the prompt's prefix.
+    pub prefix: Vec<Vec<f32>>,
+    /// Seconds that reading took.
+    pub seconds: f64,
+}
+
 /// The KV of a context that many questions share. Made by [`Engine::prepare_context`](crate::Engine::prepare_context).
 pub struct PreparedContext {
     pub(crate) kv: SequenceKv,

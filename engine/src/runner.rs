@@ -13,10 +13,10 @@ use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, EngineConfig};
 use crate::error::{EngineError, Result};
 use crate::kv::prefix::SharedPage;
-use crate::model::transformer::{Piece, Transformer, Want};
+use crate::model::transformer::{ChunkSums, Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::Event;
-use crate::request::{AttentionInputs, PreparedContext};
+use crate::request::{AttentionInputs, ChunkAttention, PreparedContext};
 use crate::sampler::Choice;
 use crate::scheduler::{Bytes, Entry, Limits, Step, plan};
 use crate::sequence::{Phase, Sequence, Submitted};
@@ -37,6 +37,7 @@ pub(crate) enum Command {
 pub(crate) enum Computation {
     Chunk { prefix: Vec<u32>, tokens: Vec<u32>, reply: Sender<Result<ChunkKv>> },
     AttentionInputs { tokens: Vec<u32>, reply: Sender<Result<Vec<AttentionInputs>>> },
+    ChunkAttention { prefix: Vec<u32>, chunks: Vec<Vec<u32>>, reply: Sender<Result<ChunkAttention>> },
     Context { prefix: Vec<u32>, chunks: Vec<PromptChunk>, blend: BlendConfig, reply: Sender<Result<PreparedContext>> },
 }
 
@@ -46,6 +47,9 @@ impl Computation {
         match self {
             Computation::Chunk { prefix, tokens, .. } => prefix.len() + tokens.len(),
             Computation::AttentionInputs { tokens, .. } => tokens.len(),
+            Computation::ChunkAttention { prefix, chunks, .. } => {
+                prefix.len() + chunks.iter().map(Vec::len).sum::<usize>()
+            }
             Computation::Context { prefix, chunks, .. } => {
                 prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>()
             }
@@ -282,6 +286,10 @@ impl Runner {
                 let compute = || self.attention_inputs(&tokens);
                 drop(reply.send(self.watched(guarded("computing a text", compute))));
             }
+            Computation::ChunkAttention { prefix, chunks, reply } => {
+                let compute = || self.chunk_attention(&prefix, &chunks);
+                drop(reply.send(self.watched(guarded("reading chunks", compute))));
+            }
             Computation::Context { prefix, chunks, blend, reply } => {
                 let compute = || self.prepare(&prefix, &chunks, &blend);
                 drop(reply.send(self.watched(guarded("preparing a context", compute))));
@@ -505,6 +513,21 @@ impl Runner {
                 scale: self.model.softmax_scale(),
             })
             .collect())
+    }
+
+    /// What the tokens of chunks attend.
+    fn chunk_attention(&self, prefix: &[u32], chunks: &[Vec<u32>]) -> Result<ChunkAttention> {
+        let begun = Instant::now();
+        let lengths: Vec<usize> = chunks.iter().map(Vec::len).collect();
+        let mut sums = ChunkSums::new(&self.model, prefix.len(), &lengths)?;
+        let mut kv = self.model.new_kv();
+        let step = self.config.prefill_chunk.max(1).min(self.model.most_rows());
+        for part in [prefix.to_vec(), chunks.concat()].concat().chunks(step) {
+            let piece = Piece::exact(&mut kv, part, Want::Nothing);
+            self.model.forward(&mut [Piece { sums: Some(&mut sums), ..piece }])?;
+        }
+        let [own, prefix] = sums.finish(&self.model)?;
+        Ok(ChunkAttention { own, prefix, seconds: begun.elapsed().as_secs_f64() })
     }
 
     fn prepare(&self, prefix: &[u32], chunks: &[PromptChunk], config: &BlendConfig) -> Result<PreparedContext> {

@@ -57,12 +57,12 @@ pub use quality::{Agreement, Cell, Cost, Paired, QualityOptions, QualityReport, 
 pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};
 pub use report::{markdown_report, write_report};
 pub use speed::{
-    AttentionOptions, AttentionShape, BatchDecodeOptions, BlendBenchOptions, BlendReport, CheckpointOptions,
-    CheckpointReport, CheckpointShape, DecodePeers, DeviceAttention, GpuPeerOptions, HeadOptions, IndexBenchOptions,
-    IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource, SourceProvider, SpeedOptions,
-    SpeedReport, StoreBenchOptions, StoreBenchReport, bench_attention_decode, bench_batch_decode, bench_blend,
-    bench_decode, bench_index, bench_membw, bench_mixed_load, bench_prefill, bench_store, time_decode_peers,
-    write_checkpoint,
+    AttentionOptions, AttentionShape, AttentionSumsOptions, BatchDecodeOptions, BlendBenchOptions, BlendReport,
+    CheckpointOptions, CheckpointReport, CheckpointShape, DecodePeers, DeviceAttention, GpuPeerOptions, HeadOptions,
+    IndexBenchOptions, IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource,
+    SourceProvider, SpeedOptions, SpeedReport, StoreBenchOptions, StoreBenchReport, bench_attention_decode,
+    bench_attention_sums, bench_batch_decode, bench_blend, bench_decode, bench_index, bench_membw, bench_mixed_load,
+    bench_prefill, bench_store, time_decode_peers, write_checkpoint,
 };
 pub use stats::{bootstrap_mean95, mean, median, percentile, wilson95};
 pub use tasks::{

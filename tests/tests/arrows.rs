@@ -80,7 +80,7 @@ const LAYERS: &[&[&str]] = &[
     // What KV is made of.
     &["kv", "kv/page", "kv/dense", "numerics"],
     // Exact attention over it.
-    &["attention", "attention/state", "attention/dense", "attention/paid"],
+    &["attention", "attention/state", "attention/dense", "attention/paid", "attention/within"],
     // What is set, and what is said.
     &["config", "tokenizer", "chat"],
     // Attention over cold tokens.

@@ -4,5 +4,6 @@ pub(crate) mod cold;
 pub(crate) mod dense;
 pub(crate) mod paid;
 mod state;
+pub(crate) mod within;
 
 pub use state::AttentionState;

@@ -1,7 +1,10 @@
 //! The forward pass, as the pieces that prefill, decode and blending drive in their own order.
 
+mod sums;
+
 use std::path::Path;
 
+pub(crate) use self::sums::ChunkSums;
 use super::layer::Layer;
 use super::rope::{RopeTable, rotate_half};
 use super::spec::ModelSpec;
@@ -107,6 +110,8 @@ pub(crate) struct Piece<'a> {
     pub(crate) tap: Option<&'a mut Vec<(Vec<f32>, Vec<f32>)>>,
     /// Receives, appended, each layer's queries (rotated), `[tokens, heads, head_dim]`.
     pub(crate) query_tap: Option<&'a mut Vec<Vec<f32>>>,
+    /// Receives what the tokens pay.
+    pub(crate) sums: Option<&'a mut ChunkSums>,
 }
 
 impl<'a> Piece<'a> {
@@ -121,6 +126,7 @@ impl<'a> Piece<'a> {
             failed: None,
             tap: None,
             query_tap: None,
+            sums: None,
         }
     }
 
@@ -156,6 +162,7 @@ impl<'a> Piece<'a> {
             && self.want == Want::Last
             && self.tap.is_none()
             && self.query_tap.is_none()
+            && self.sums.is_none()
             && self.attention.is_none_or(|a| {
                 a.strategy == Strategy::Full || (!self.kv.has_cold() && a.strategy != Strategy::Retrieval)
             })
@@ -474,6 +481,9 @@ impl Transformer {
             let q = &qkv.q[first * q_width..range.end * q_width];
             let queries = self.queries(q, &rows.positions[first..range.end]);
             let state = piece.attend(&self.cpu, layer, &queries);
+            if let (Some(sums), None) = (&mut piece.sums, kept) {
+                sums.add(&self.cpu, piece.kv.recent(layer), &queries, &state.lse);
+            }
             if attention.is_empty() {
                 attention = state.out;
             } else {

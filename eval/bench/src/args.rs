@@ -123,6 +123,21 @@ pub(crate) enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// What it costs to learn how much of their attention chunks keep to themselves, while they are read
+    AttentionSums {
+        /// Tokens of the prompts, separated by commas
+        #[arg(long, value_delimiter = ',', default_value = "8192")]
+        lengths: Vec<usize>,
+        /// Timed rounds
+        #[arg(long, default_value_t = 9)]
+        repeats: usize,
+        /// First part of the records' case
+        #[arg(long, default_value = "8b")]
+        label: String,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
     /// Write a model folder with random weights, to measure with; tokenizer and prompt format are those of --model
     Checkpoint {
         /// Folder to write

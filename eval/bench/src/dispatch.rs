@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
-    AttentionOptions, BlendBenchOptions, CheckpointOptions, DrillOptions, DrillReport, FaultsOptions, GpuPeerOptions,
-    HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions, SourceProvider, SpeedOptions,
-    StoreBenchOptions, TemplateOptions, bench_blend, bench_decode, bench_faults, bench_index, bench_membw,
-    bench_prefill, bench_store, bench_templates, default_results_dir, drill_bitflips, drill_full_disk,
-    write_checkpoint, write_report,
+    AttentionOptions, AttentionSumsOptions, BlendBenchOptions, CheckpointOptions, DrillOptions, DrillReport,
+    FaultsOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions,
+    SourceProvider, SpeedOptions, StoreBenchOptions, TemplateOptions, bench_attention_sums, bench_blend, bench_decode,
+    bench_faults, bench_index, bench_membw, bench_prefill, bench_store, bench_templates, default_results_dir,
+    drill_bitflips, drill_full_disk, write_checkpoint, write_report,
 };
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
@@ -67,6 +67,20 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 output: output(&records)?,
             };
             load::attention_decode(settings, &options, out)
+        }
+        BenchCommand::AttentionSums { lengths, repeats, label, records } => {
+            let options = AttentionSumsOptions {
+                lengths,
+                chunk_tokens: settings.chunk_tokens,
+                repeats,
+                model_label: label,
+                output: output(&records)?,
+            };
+            let engine = Engine::load(settings.engine()?)?;
+            let report = with_progress(out, |progress| Ok(bench_attention_sums(&engine, &options, progress)?))?;
+            engine.shutdown();
+            print(&report, &report.table(), out);
+            Ok(())
         }
         BenchCommand::Checkpoint { dir, shape, seed } => {
             let options = CheckpointOptions {

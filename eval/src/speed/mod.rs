@@ -1,6 +1,7 @@
 //! Speed, measured side by side with what else could do the work.
 
 mod attention;
+mod attention_sums;
 mod batch_decode;
 mod blend;
 mod checkpoint;
@@ -30,6 +31,7 @@ use crate::stats::median;
 use crate::tasks::DataSource;
 
 pub use attention::{AttentionOptions, AttentionShape, DeviceAttention, bench_attention_decode};
+pub use attention_sums::{AttentionSumsOptions, bench_attention_sums};
 pub use batch_decode::{BatchDecodeOptions, DecodePeers, PromptSource, bench_batch_decode, time_decode_peers};
 pub use blend::{BlendBenchOptions, BlendReport, SourceProvider, bench_blend};
 pub use checkpoint::{CheckpointOptions, CheckpointReport, CheckpointShape, write_checkpoint};

@@ -44,6 +44,10 @@ impl<'a, 'b> HostWork<'a, 'b> {
         for (piece, start) in self.pieces.iter_mut().zip(&batch.starts) {
             let rows = *start..start + piece.tokens.len();
             tap_queries(piece, model, layer, &rows)?;
+            let sums = piece.sums.as_ref().filter(|_| layer + 1 < model.spec.layers);
+            if let (Some(sums), Some(kv)) = (sums, piece.kv.device()) {
+                sums.add_on_device(model, layer, batch, &rows, &kv.recent)?;
+            }
             cold(self.cpu, piece, model, layer, &rows)?;
         }
         Ok(())

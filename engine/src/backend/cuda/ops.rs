@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::batch::{Batch, Span};
+use super::batch::{Batch, Extent, Span};
 use super::device::{Device, Memory};
 use super::forward::{Pending, Qkv, VECTOR_ROWS};
 use super::launch::{Shape, arguments};
@@ -125,6 +125,8 @@ pub(crate) struct Ops {
     /// Partial states of `attention_decode.cu`, and its counters.
     partial: Memory,
     counters: Memory,
+    /// The first slot, start and end of a run, for `attention_any.cu`.
+    extent: Memory,
 }
 
 impl Ops {
@@ -184,6 +186,7 @@ impl Ops {
             sin: device.upload(&sin, "the table of rotations")?,
             partial: device.allocate(blocks * 16 * (dim + 2) * 4, "partial states of attention")?,
             counters,
+            extent: device.allocate(12, "where a run lies")?,
             device: Arc::clone(device),
         })
     }
@@ -428,11 +431,14 @@ impl Ops {
                     Span::Prefill { .. } => model.workspace.zeros.address(),
                 };
                 // One table for all rows: `zeros` names its first entry.
-                let base = match span {
-                    Span::Decode { .. } => 0,
-                    Span::Prefill { table, .. } => *table,
+                let (base, [first, start, end]) = match span {
+                    Span::Decode { .. } => (0, [batch.first(), batch.start(), batch.end()]),
+                    Span::Prefill { table, extent, .. } => {
+                        let Extent { first, start, end } = *extent;
+                        self.extent.write(0, &[first, start, end].map(|position| position as i32))?;
+                        (*table, [0, 1, 2].map(|i| self.extent.at::<i32>(i)))
+                    }
                 };
-                let of_table = |array: u64| array + 4 * base as u64;
                 let arguments = arguments![
                     q,
                     positions,
@@ -440,9 +446,9 @@ impl Ops {
                     kv,
                     batch.table(base),
                     batch.stride,
-                    of_table(batch.first()),
-                    of_table(batch.start()),
-                    of_table(batch.end()),
+                    first,
+                    start,
+                    end,
                     rows.len(),
                     heads,
                     kv_heads,

@@ -10,12 +10,13 @@ use super::module::Kernel;
 use super::ops::{BLOCK_HEADS, GRID_ROWS, THREADS};
 use crate::blend::PRIOR;
 use crate::error::{EngineError, Result};
-use crate::kv::device::PAGE;
+use crate::kv::device::{DeviceRun, PAGE};
 use crate::kv::sequence::SequenceKv;
 
 /// The kernels of `attention_paid.cu` and `kv_shift.cu`.
 pub(crate) struct RepairKernels {
     paid: Kernel,
+    within: Kernel,
     sums: Kernel,
     shifts: Kernel,
     shift: Kernel,
@@ -26,6 +27,7 @@ impl RepairKernels {
     pub(super) fn new(kernel: &dyn Fn(&str, &str) -> Result<Kernel>, kv: &str) -> Result<RepairKernels> {
         Ok(RepairKernels {
             paid: kernel("attention_paid.cu", &format!("attention_paid_{kv}"))?,
+            within: kernel("attention_paid.cu", "attention_within")?,
             sums: kernel("kv_shift.cu", &format!("kv_sums_{kv}"))?,
             shifts: kernel("kv_shift.cu", "kv_shifts")?,
             shift: kernel("kv_shift.cu", &format!("kv_shift_{kv}"))?,
@@ -98,6 +100,55 @@ impl CudaModel {
         ];
         let shape = Shape { grid: (context.div_ceil(PAGE), spec.kv_heads), ..Shape::new(1, THREADS) };
         self.device.launch(self.ops.repair.paid, shape, arguments)
+    }
+
+    /// Zeros for [`add_within`](Self::add_within).
+    pub(crate) fn within_sums(&self, tokens: usize) -> Result<Memory> {
+        self.device.bind()?;
+        let sums = self.device.allocate(tokens * 4, "the attention that tokens pay")?;
+        sums.fill(0)?;
+        Ok(sums)
+    }
+
+    /// Adds what the rows `part` of the batch that was last attended, which are of the sequence with this run, pay to the tokens
+    /// at the positions `keys`, heads summed, to the f32 numbers at the address `sums`, one a row. Each row must see a key.
+    pub(crate) fn add_within(
+        &self,
+        layer: usize,
+        batch: &Batch,
+        part: Range<usize>,
+        run: &DeviceRun,
+        keys: &Range<usize>,
+        sums: u64,
+    ) -> Result<()> {
+        let of = batch.spans.iter().find_map(|span| match span {
+            // Row i has table i.
+            Span::Decode { rows, window } if rows.contains(&part.start) => Some((part.start, *window)),
+            Span::Prefill { rows, table, window, .. } if rows.contains(&part.start) => Some((*table, *window)),
+            _ => None,
+        });
+        let Some((table, window)) = of else {
+            return Err(EngineError::Internal("rows that are in no span of their batch".into()));
+        };
+        let extent = Extent::from(run);
+        let extent = Extent { start: extent.start.max(keys.start), end: extent.end.min(keys.end), ..extent };
+        if extent.start >= extent.end {
+            return Ok(());
+        }
+        let (w, heads) = (&self.workspace, self.spec.heads);
+        let span = Span::Prefill { rows: part.clone(), table, extent, window };
+        self.ops.attend(self, layer, batch, &span, (&w.other, &w.other_lse))?;
+        let [within, all] = [&w.other_lse, &w.lse].map(|lse| lse.at::<f32>(part.start * heads));
+        let shape = Shape::new(part.len().div_ceil(THREADS / 32), THREADS);
+        self.device.launch(self.ops.repair.within, shape, arguments![within, all, part.len(), heads, sums])
+    }
+
+    /// What was added up.
+    pub(crate) fn read_within(&self, sums: &Memory, tokens: usize) -> Result<Vec<f32>> {
+        self.device.bind()?;
+        let mut all = vec![0.0f32; tokens];
+        sums.read(0, &mut all)?;
+        Ok(all)
     }
 
     /// What the last token and what all have paid to each token of the context.

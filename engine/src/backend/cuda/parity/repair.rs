@@ -8,6 +8,7 @@ use crate::attention::paid::add_paid;
 use crate::blend::{Context, blend};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, BlendMode, Correction};
+use crate::model::transformer::ChunkSums;
 
 /// Layer 0 of the rows behind a context, on both sides: what some of them pay to it, and what the last of these does.
 #[test]
@@ -54,6 +55,35 @@ fn parity_of_what_a_question_pays() {
             let twice: Vec<f32> = paid(part.clone()).iter().map(|x| 2.0 * x).collect();
             assert_close(&all, &twice, 1e-2, &what);
             assert_close(&last, &paid(part.end - 1..part.end), 1e-2, &what);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_what_chunks_keep_to_themselves() {
+    for (number, tiny) in SHAPES.iter().enumerate() {
+        let (host, device) = tiny.pair(480 + number as u64);
+        let mut rng = rng(number as u64);
+        // Chunks that begin and end within pages and steps; a step of one token.
+        for (prefix, lengths) in [(1, vec![70, 333, 1, 129, 40]), (0, vec![64, 64, 200]), (130, vec![300, 22])] {
+            let text = tokens(&mut rng, prefix + lengths.iter().sum::<usize>());
+            let read = |model: &Transformer| {
+                let mut sums = ChunkSums::new(model, prefix, &lengths).unwrap();
+                let mut kv = model.new_kv();
+                let step = 300.min(text.len() - 1);
+                for part in [&text[..step], &text[step..text.len() - 1], &text[text.len() - 1..]] {
+                    for part in part.chunks(300) {
+                        let piece = Piece::exact(&mut kv, part, Want::Nothing);
+                        model.forward(&mut [Piece { sums: Some(&mut sums), ..piece }]).unwrap();
+                    }
+                }
+                sums.finish(model).unwrap().map(|shares| shares.concat())
+            };
+            let ([own, before], [own_there, before_there]) = (read(&host), read(&device));
+            let what = format!("{tiny:?}, {prefix} and {lengths:?}");
+            assert_close(&own_there, &own, 1e-2, &what);
+            assert_close(&before_there, &before, 1e-2, &what);
         }
     }
 }
