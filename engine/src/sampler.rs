@@ -85,7 +85,12 @@ impl SamplingParams {
         let (top_p, penalty) = (self.top_p, self.repetition_penalty);
         let (frequency, presence) = (self.frequency_penalty, self.presence_penalty);
         let numbers = [
-            ("temperature", self.temperature, within(self.temperature, 0.0, 2.0), "a number from 0 to 2"),
+            (
+                "temperature",
+                self.temperature,
+                within(self.temperature, 0.0, 2.0),
+                "a number from 0 to 2, as in the OpenAI API",
+            ),
             ("top_p", top_p, within(top_p, 0.0, 1.0), "a number from 0 to 1"),
             ("min_p", self.min_p, within(self.min_p, 0.0, 1.0), "a number from 0 to 1"),
             ("repetition_penalty", penalty, penalty > 0.0 && penalty.is_finite(), "a number above 0"),

@@ -93,7 +93,7 @@ fn commands_print_the_same_beside_a_server_as_alone() {
     let absent = format!("{}-{}", "0".repeat(64), "0".repeat(32));
     let document = example().documents[0].clone();
     let document = document.to_str().unwrap();
-    let steps: [&[&str]; 33] = [
+    let steps: [&[&str]; 36] = [
         &["ls"],
         &["ls", "absent"],
         &["collections", "--json"],
@@ -121,6 +121,9 @@ fn commands_print_the_same_beside_a_server_as_alone() {
         &["rm", "--undo", document],
         &["rm", "--undo", document],
         &["collections"],
+        &["collections", "rename", "default", "other"],
+        &["collections", "rename", "default", "other"],
+        &["collections", "rename", "other", "default", "--json"],
         &["rm", document, "--now"],
         &["reclaim"],
         &["rm", "-c", "absent"],

@@ -70,6 +70,87 @@ fn a_moved_file_keeps_its_document_and_sync_removes_what_is_gone() {
 }
 
 #[test]
+fn progress_and_summary_count_the_same_documents() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    for number in 0..9 {
+        write(dir.path(), &format!("notes/{number}.txt"), &format!("Lamp {number} was lit."));
+    }
+    write(dir.path(), "notes/copy.txt", "Lamp 1 was lit.");
+    write(dir.path(), "notes/deep/empty.md", " \n");
+    write(dir.path(), "notes/void.txt", "");
+    write(dir.path(), "notes/.hidden.txt", "Not seen.");
+    write(dir.path(), "notes/picture.png", "Not read.");
+    for name in ["latin.txt", "another.md", "zzz.txt"] {
+        std::fs::write(dir.path().join("notes").join(name), b"caf\xe9").unwrap();
+    }
+    std::os::unix::fs::symlink(dir.path().join("notes/2.txt"), dir.path().join("notes/link.txt")).unwrap();
+    std::os::unix::fs::symlink(dir.path(), dir.path().join("notes/loop")).unwrap();
+    // 9 and two of equal text, two empty ones, three that fail, and a path that is not there.
+    for (round, state) in [(1, "new"), (2, "unchanged")] {
+        let output = quire(&data).args(["ingest", "notes", "absent"]).output().unwrap();
+        let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        let counts = out.lines().filter_map(|line| line.strip_prefix('[')?.split_once(']')).map(|(count, _)| count);
+        let counts: Vec<(usize, usize)> = counts
+            .map(|count| count.split_once('/').unwrap())
+            .map(|(done, total)| (done.parse().unwrap(), total.parse().unwrap()))
+            .collect();
+        assert_eq!(counts.len(), 11, "round {round}: {out}");
+        assert!(counts.iter().all(|(done, total)| *done <= 17 && *total == 17), "round {round}: {counts:?}");
+        assert!(counts.windows(2).all(|pair| pair[0].0 < pair[1].0), "round {round}: {counts:?}");
+        assert!(err.contains("4 of 17 documents could not be ingested"), "round {round}: {err}");
+        assert!(out.contains("11 documents in `default`") && out.contains(state), "{out}");
+        assert!(out.contains("4 could not be read; skipped 5: 1 hidden, 1 neither text"), "{out}");
+    }
+}
+
+#[test]
+fn a_collection_is_renamed_beside_a_server_and_without_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    write(dir.path(), "a.txt", "The lamp of Varn Point was lit in 1851.");
+    succeed(quire(&data).args(["ingest", "a.txt", "-c", "recovered-1"]));
+    let rename = |old: &str, new: &str| succeed(quire(&data).args(["collections", "rename", old, new]));
+    let finds = |name: &str| succeed(quire(&data).args(["search", "lamp", "-c", name])).contains("1851");
+    assert_eq!(rename("recovered-1", "notes"), "recovered-1: renamed to notes\n");
+    assert!(finds("notes"));
+    fail(quire(&data).args(["search", "lamp", "-c", "recovered-1"]), 1, &["does not exist", "notes"]);
+    fail(quire(&data).args(["collections", "rename", "recovered-1", "x"]), 1, &["does not exist", "notes"]);
+    fail(quire(&data).args(["collections", "rename", "notes", "a/b"]), 1, &["a/b", "expected 1 to 64"]);
+    let server = support::Server::start(&data, &[]);
+    // The server has it open under its old name.
+    assert!(finds("notes"));
+    assert_eq!(rename("notes", "renamed"), "notes: renamed to renamed\n");
+    assert!(finds("renamed"));
+    fail(quire(&data).args(["search", "lamp", "-c", "notes"]), 1, &["does not exist", "renamed"]);
+    // The name is free, and what comes in under it is another collection.
+    write(dir.path(), "b.txt", "The harbour froze twice.");
+    succeed(quire(&data).args(["ingest", "b.txt", "-c", "notes"]));
+    fail(quire(&data).args(["collections", "rename", "renamed", "notes"]), 1, &["`notes` is there already"]);
+    succeed(quire(&data).args(["rm", "-c", "renamed"]));
+    succeed(quire(&data).args(["ingest", "b.txt", "-c", "renamed"]));
+    let cure = "quire collections rename renamed NEW_NAME";
+    fail(quire(&data).args(["rm", "--undo", "-c", "renamed"]), 1, &[cure]);
+    rename("renamed", "later");
+    succeed(quire(&data).args(["rm", "--undo", "-c", "renamed"]));
+    assert!(finds("renamed"));
+    drop(server);
+    assert!(finds("renamed") && !finds("later"));
+}
+
+#[test]
+fn what_has_no_word_is_no_query() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    write(dir.path(), "a.txt", "The lamp of Varn Point cost 40 €.");
+    succeed(quire(&data).args(["ingest", "a.txt"]));
+    for (query, found) in [("", "only white space"), (" \n", "only white space"), ("?! --", "only punctuation")] {
+        fail(quire(&data).args(["search", query]), 2, &["QUERY", "expected a word to look for", found]);
+    }
+    assert!(succeed(quire(&data).args(["search", "€"])).contains("a.txt"));
+}
+
+#[test]
 fn what_is_removed_for_good_takes_its_chunks_with_it() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");

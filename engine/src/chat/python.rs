@@ -41,6 +41,15 @@ pub(super) fn install(environment: &mut Environment<'static>) {
             None => numbers::remainder(left, right),
         }
     });
+    environment.add_function(source::CONCATENATED, |state: &State, operands: Rest<Value>| -> Result<String> {
+        let mut out = String::new();
+        for operand in operands.iter() {
+            out.push_str(&show::text(state, operand)?);
+            within_limit("~", out.len())?;
+        }
+        state.consume_fuel(out.len() as u64 / 64)?;
+        Ok(out)
+    });
     environment.add_function(source::VARIADIC, objects::variadic);
     environment.add_filter(source::ATTRIBUTE, objects::attribute);
     filters::install(environment);

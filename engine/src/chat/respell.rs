@@ -1,12 +1,13 @@
 //! Expressions of Jinja2 respelt for minijinja: what it has no place to hook into becomes a call.
 //!
 //! * `'%s' % x` fills a text in Python: `_remainder('%s', x)`. Between plain numbers the operator stays.
+//! * `a ~ b` joins what Python's `str` writes: `_concatenated(a, b)`.
 //! * `x.strip is defined` holds for methods too: `x|_attribute('strip') is defined`.
 //! * Escapes of constants that minijinja does not know, or refuses: `\U0001f914`, and halves of surrogate pairs, which are no
 //!   characters and become U+FFFD.
 
 use super::python::objects::is_method;
-use super::source::{ATTRIBUTE, REMAINDER, constant};
+use super::source::{ATTRIBUTE, CONCATENATED, REMAINDER, constant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -55,11 +56,13 @@ pub(super) fn respelled(expression: &str) -> String {
         match token.kind {
             Kind::Constant => edits.extend(escapes(token)),
             Kind::Operator if token.text == "%" => edits.extend(remainder(&tokens, at).into_iter().flatten()),
+            Kind::Operator if token.text == "~" => edits.extend(concatenation(&tokens, at).into_iter().flatten()),
             Kind::Operator if token.text == "." => edits.extend(attribute(&tokens, at)),
             _ => {}
         }
     }
-    edits.sort_by_key(|(at, length, _)| (*at, *length));
+    // Where both begin, a chain of `~` is around the `%` of its first operand.
+    edits.sort_by_key(|(at, length, text)| (*at, *length, !text.starts_with(CONCATENATED)));
     let (mut out, mut done) = (String::with_capacity(expression.len()), 0);
     for (at, length, text) in edits {
         out.push_str(&expression[done..at]);
@@ -133,6 +136,58 @@ fn remainder(tokens: &[Token], at: usize) -> Option<[(usize, usize, String); 3]>
         (tokens[at].start, 1, ",".into()),
         (tokens[end - 1].end(), 0, ")".into()),
     ])
+}
+
+/// The edits that make a chain of `~` a call, given its first one, unless its operands are not clear.
+fn concatenation(tokens: &[Token], first: usize) -> Option<Vec<(usize, usize, String)>> {
+    let start = left_operand(tokens, first)?;
+    if start > 0 && tokens[start - 1].is("~") {
+        return None;
+    }
+    let mut edits = vec![(tokens[start].start, 0, format!("{CONCATENATED}("))];
+    let mut at = first;
+    while tokens.get(at).is_some_and(|token| token.is("~")) {
+        edits.push((tokens[at].start, 1, ",".into()));
+        at = right_operand(tokens, at + 1)?;
+        while tokens.get(at).is_some_and(|token| ["*", "/", "//", "%"].iter().any(|text| token.is(text))) {
+            at = right_operand(tokens, at + 1)?;
+        }
+    }
+    edits.push((tokens[at - 1].end(), 0, ")".into()));
+    Some(edits)
+}
+
+/// The targets and values of `a = 1, b, c = d`; `None` where it is no list of assignments.
+pub(super) fn assignments(text: &str) -> Option<Vec<(&str, &str)>> {
+    let tokens = tokens(text);
+    let mut depth = 0usize;
+    let mut outer = Vec::new();
+    for token in &tokens {
+        match token.kind {
+            Kind::Open => depth += 1,
+            Kind::Close => depth = depth.checked_sub(1)?,
+            Kind::Operator if depth == 0 && matches!(token.text, "=" | ",") => outer.push(token),
+            _ => {}
+        }
+    }
+    let mut found: Vec<(&str, &str)> = Vec::new();
+    let mut target = 0;
+    for (at, equals) in outer.iter().enumerate().filter(|(_, token)| token.text == "=") {
+        // A value ends at the first comma, and what stands between that and the next sign is the next target.
+        let next = outer.get(at + 1);
+        let end = match next {
+            Some(comma) if comma.text == "," => comma.start,
+            Some(_) => return None,
+            None => text.len(),
+        };
+        let (left, value) = (&text[target..equals.start], &text[equals.end()..end]);
+        if left.trim().is_empty() || value.trim().is_empty() {
+            return None;
+        }
+        found.push((left, value));
+        target = next.map_or(end, |comma| comma.end());
+    }
+    (target == text.len()).then_some(found)
 }
 
 /// The first token of what stands to the left of an operator that binds as `*` does.
@@ -254,7 +309,7 @@ mod tests {
     fn a_percent_sign_that_may_fill_a_text_becomes_a_call() {
         for (expression, expected) in [
             ("'%s' % x", "_remainder('%s' , x)"),
-            ("'%d' % 5 ~ 'a'", "_remainder('%d' , 5) ~ 'a'"),
+            ("'%d' % 5 + 'a'", "_remainder('%d' , 5) + 'a'"),
             ("a + '%s%s' % (b, c)[0] | upper + d", "a + _remainder('%s%s' , (b, c)[0] | upper) + d"),
             ("f(a, b.c * -d % e ** -2, g)", "f(a, _remainder(b.c * -d , e ** -2), g)"),
             ("a % b % c", "_remainder(_remainder(a , b) , c)"),
@@ -265,6 +320,24 @@ mod tests {
         for kept in
             ["loop.index0 % 2 == 0", "(a + b) % 10", "'50%'", "a is divisibleby 3 % b", "% b", "a %", "a % (", ") % b"]
         {
+            assert_eq!(respelled(kept), kept);
+        }
+    }
+
+    #[test]
+    fn a_chain_of_tildes_becomes_a_call() {
+        for (expression, expected) in [
+            ("a ~ b", "_concatenated(a , b)"),
+            ("x + a ~ b.c[0] | upper ~ -d * 2 - y", "x + _concatenated(a , b.c[0] | upper , -d * 2) - y"),
+            ("'%s' % a ~ b", "_concatenated(_remainder('%s' , a) , b)"),
+            ("a ~ b % c", "_concatenated(a , _remainder(b , c))"),
+            ("(a ~ b) ~ f(c ~ d)", "_concatenated((_concatenated(a , b)) , f(_concatenated(c , d)))"),
+            ("a if b ~ c else d ~ e", "a if _concatenated(b , c) else _concatenated(d , e)"),
+            ("a ~ b == c ~ d", "_concatenated(a , b) == _concatenated(c , d)"),
+        ] {
+            assert_eq!(respelled(expression), expected);
+        }
+        for kept in ["'a ~ b'", "a ~", "~ b", "a ~ b is string", "a is string ~ b", "a ~ not b"] {
             assert_eq!(respelled(kept), kept);
         }
     }

@@ -1,11 +1,13 @@
 //! A chat template as text: what is spelt for Jinja2 respelt for minijinja, and the literals that it can write.
 
-use super::respell::{mentions, respelled};
+use super::respell::{assignments, mentions, respelled};
 
 /// The function that refuses what Python does not iterate over.
 pub(super) const ITERATED: &str = "_iterated";
 /// The function that `%` stands for where it may fill a text.
 pub(super) const REMAINDER: &str = "_remainder";
+/// The function that `~` stands for.
+pub(super) const CONCATENATED: &str = "_concatenated";
 /// The filter that finds methods beside attributes.
 pub(super) const ATTRIBUTE: &str = "_attribute";
 /// The function that makes a macro take whatever it is given.
@@ -38,7 +40,8 @@ impl Source {
     ///
     /// Every kind of line end counts as `\n`. `{% generation %}` marks what the assistant said, for training; it has a
     /// scope of its own and renders as what it encloses, so that `{% with %}` says the same. A loop over none is an error
-    /// in Python, and empty to minijinja: what loops run over passes [`ITERATED`]. Macros that speak of `varargs` or
+    /// in Python, and empty to minijinja: what loops run over passes [`ITERATED`]. `{% with a = 1, b = a %}` looks up `a` outside
+    /// of itself, and minijinja assigns one after the other: several assignments become one of a tuple. Macros that speak of `varargs` or
     /// `kwargs` get these as parameters and pass [`VARIADIC`]. Expressions are respelt where minijinja has no hook
     /// (`respell.rs`).
     pub(crate) fn new(raw: &str) -> Source {
@@ -75,6 +78,7 @@ impl Source {
         let body = &body[start + name.len()..];
         match name {
             "for" => return self.loop_head(body),
+            "with" => return self.with_head(body),
             "macro" => return self.macro_head(body),
             "endmacro" => self.macro_end(),
             _ => {}
@@ -179,6 +183,22 @@ impl Source {
         body.len()
     }
 
+    /// Takes the head of a `with` from behind that word; gives what follows it.
+    fn with_head<'a>(&mut self, body: &'a str) -> &'a str {
+        let end = self.scan(body, "%}", |_, _| {});
+        let head = body[..end].strip_suffix(['-', '+']).unwrap_or(&body[..end]);
+        let found = assignments(head).unwrap_or_default();
+        if found.len() < 2 && !found.iter().any(|(target, _)| target.contains(',')) {
+            return self.expression(body, "%}");
+        }
+        let targets: Vec<String> = found.iter().map(|(target, _)| format!("({})", target.trim())).collect();
+        let values: Vec<String> = found.iter().map(|(_, value)| format!("({})", self.respell(value))).collect();
+        // A comma behind the last one makes a tuple of one, too.
+        self.text.push_str(&format!(" ({},) = ({},) ", targets.join(", "), values.join(", ")));
+        self.text.push_str(&body[head.len()..end]);
+        self.copy(&body[end..], 2.min(body.len() - end))
+    }
+
     fn copy<'a>(&mut self, text: &'a str, length: usize) -> &'a str {
         self.text.push_str(&text[..length]);
         &text[length..]
@@ -252,6 +272,27 @@ mod tests {
         );
         assert_eq!(respelt("{% for m in [1 if x, ' if %}'] %}"), "{% for m in _iterated(( [1 if x, ' if %}'] )) %}");
         for kept in ["{% for %}", "{% for x in %}", "{% for", "{% for x in", "{% format in x %}"] {
+            assert_eq!(respelt(kept), kept);
+        }
+    }
+
+    #[test]
+    fn several_assignments_of_a_with_become_one() {
+        let respelt = |raw: &str| Source::new(raw).text;
+        assert_eq!(respelt("{%- with a=1, b = f(a, x=2) -%}"), "{%- with ((a), (b),) = ((1), ( f(a, x=2) ),) -%}");
+        assert_eq!(
+            respelt("{% with a, b = p, c = {'x': 1, 'y': '='} %}"),
+            "{% with ((a, b), (c),) = (( p), ( {'x': 1, 'y': '='} ),) %}"
+        );
+        assert_eq!(respelt("{% with a, b = p %}"), "{% with ((a, b),) = (( p ),) %}");
+        for kept in [
+            "{% with %}",
+            "{% with a = b == c %}",
+            "{% with a = 1, %}",
+            "{% with a, b %}",
+            "{% with",
+            "{% with a = 'b, c = d' %}",
+        ] {
             assert_eq!(respelt(kept), kept);
         }
     }

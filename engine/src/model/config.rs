@@ -117,7 +117,8 @@ impl Fields {
         }
     }
 
-    /// A token id or a list of them, all below `vocab`; `None` when the field is absent, empty when it is `null`.
+    /// A token id or a list of them; `None` when the field is absent, empty when it is `null`. Ids that none of `vocab` tokens
+    /// has are left out with a warning, as no model gives them: transformers takes such files too.
     pub(crate) fn token_ids(&self, field: &str, vocab: usize) -> Result<Option<Vec<u32>>> {
         let values = match self.object.get(field) {
             None => return Ok(None),
@@ -125,9 +126,16 @@ impl Fields {
             Some(Value::Array(values)) => values.as_slice(),
             Some(value) => std::slice::from_ref(value),
         };
-        let id = |v: &Value| v.as_u64().filter(|id| *id < vocab as u64).map(|id| id as u32);
-        let ids: Option<Vec<u32>> = values.iter().map(id).collect();
-        ids.map(Some).ok_or_else(|| self.wrong(field, &format!("token ids below vocab_size ({vocab})")))
+        let stated: Option<Vec<i128>> =
+            values.iter().map(|v| v.as_u64().map(i128::from).or(v.as_i64().map(i128::from))).collect();
+        let stated = stated.ok_or_else(|| self.wrong(field, "a token id, or a list of them"))?;
+        let (ids, absent): (Vec<i128>, Vec<i128>) =
+            stated.into_iter().partition(|id| (0..vocab.min(u32::MAX as usize) as i128).contains(id));
+        if !absent.is_empty() {
+            let file = self.file.display();
+            tracing::warn!(%file, field, ?absent, vocab_size = vocab, "left out: no token has these ids");
+        }
+        Ok(Some(ids.into_iter().map(|id| id as u32).collect()))
     }
 }
 

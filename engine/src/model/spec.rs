@@ -176,8 +176,9 @@ impl ModelSpec {
             max_context,
             sliding_window: sliding_window(config, family, layers)?,
             bos,
+            // A file that states only ids that no token has states nothing.
+            eos_stated: !eos.is_empty() && generation.is_some_and(|g| g.get("eos_token_id").is_some()),
             eos,
-            eos_stated: generation.is_some_and(|g| g.get("eos_token_id").is_some()),
         })
     }
 }

@@ -221,6 +221,22 @@ impl Library {
         self.collection(collection)?.search(query, limit, &|| true)
     }
 
+    /// Gives a collection another name; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`DocumentsError::CollectionName`], [`DocumentsError::CollectionExists`], and as [`writable`](Self::writable).
+    pub fn rename_collection(&self, name: &str, to: &str) -> Result<Option<CollectionInfo>> {
+        check_collection_name(to)?;
+        let mut open = self.lock();
+        let library = self.opened_for_writing(&mut open)?;
+        let renamed = library.catalog.update_collection(name, |info| info.name = to.into())?;
+        if let Some(info) = &renamed {
+            // What is open knows the old name.
+            library.collections.remove(&info.id);
+        }
+        Ok(renamed)
+    }
+
     /// Removes a collection, so that it can be restored until space is reclaimed; `None` where there is none.
     ///
     /// # Errors

@@ -49,18 +49,26 @@ pub fn create_private_dir(path: &Path) -> std::io::Result<()> {
 /// [`DocumentsError::NewerDataDir`]; [`DocumentsError::DataDirMarker`] for a file that says nothing.
 pub fn check(dir: &Path) -> Result<()> {
     let path = marker(dir);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
+    let content = match std::fs::read(&path) {
+        Ok(content) => content,
         // Whatever else is wrong with the folder is found by those who use it.
         Err(_) if !path.is_file() => return Ok(()),
         Err(source) => return Err(DocumentsError::Io { action: "read", path, source }),
     };
-    match serde_json::from_str::<Marker>(&text) {
+    match serde_json::from_slice::<Marker>(&content) {
         Ok(found) if found.format > FORMAT => {
             Err(DocumentsError::NewerDataDir { path: dir.into(), found: found.format, supported: FORMAT })
         }
         Ok(_) => Ok(()),
-        Err(problem) => Err(DocumentsError::DataDirMarker { path, problem: problem.to_string() }),
+        Err(problem) => {
+            let found = match content.trim_ascii() {
+                [] if content.is_empty() => "an empty file".into(),
+                [] => "nothing but white space".into(),
+                cut if problem.is_eof() => format!("a file that is cut off behind {} bytes", cut.len()),
+                _ => format!("something else ({problem})"),
+            };
+            Err(DocumentsError::DataDirMarker { path, found, newest: FORMAT })
+        }
     }
 }
 
@@ -165,9 +173,40 @@ mod tests {
                 assert!(text.contains(part), "{text} lacks {part}");
             }
         }
-        std::fs::write(marker(dir.path()), "torn").unwrap();
-        let text = check(dir.path()).unwrap_err().to_string();
-        assert!(text.contains("quire-data.json") && text.contains("Remove"), "{text}");
+    }
+
+    #[test]
+    fn a_marker_that_says_nothing_is_called_what_it_is_and_removing_it_is_the_cure() {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path()).unwrap();
+        let whole = std::fs::read(marker(dir.path())).unwrap();
+        std::fs::write(dir.path().join("kept"), "kept").unwrap();
+        let cases: [(&[u8], &str); 8] = [
+            (b"", "found an empty file"),
+            (b" \n", "found nothing but white space"),
+            (&whole[..5], "found a file that is cut off behind 5 bytes"),
+            (&whole[..whole.len() - 3], "found a file that is cut off behind"),
+            (b"torn", "found something else"),
+            (b"{\"format\": \"two\"}", "found something else"),
+            (b"{}", "found something else"),
+            (&[0; 40], "found something else"),
+        ];
+        for (content, found) in cases {
+            std::fs::write(marker(dir.path()), content).unwrap();
+            for outcome in [check(dir.path()), prepare(dir.path())] {
+                let text = outcome.unwrap_err().to_string();
+                assert!(text.contains("quire-data.json") && text.contains(found), "{text}");
+                assert!(
+                    text.contains(&format!("{{\"format\": {FORMAT}}}")) && text.contains("remove that file"),
+                    "{text}"
+                );
+            }
+            assert_eq!(std::fs::read(marker(dir.path())).unwrap(), content, "a check has changed something");
+            std::fs::remove_file(marker(dir.path())).unwrap();
+            prepare(dir.path()).unwrap();
+            assert_eq!(std::fs::read(marker(dir.path())).unwrap(), whole);
+            assert_eq!(std::fs::read(dir.path().join("kept")).unwrap(), b"kept");
+        }
     }
 
     #[test]

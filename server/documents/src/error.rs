@@ -40,8 +40,8 @@ pub enum DocumentsError {
     /// A document has bytes that no text has.
     #[error(
         "document {}: expected text, found a NUL byte at offset {offset}: it is no text, is damaged, or is in another \
-         encoding. If it is UTF-16, convert it: `iconv -f UTF-16LE -t UTF-8 FILE > NEW_FILE`; otherwise remove the \
-         bytes: `tr -d '\\000' < FILE > NEW_FILE`", path.display()
+         encoding. If it is UTF-16, convert it: `iconv -f UTF-16LE -t UTF-8 FILE > NEW_FILE`, or from UTF-16BE; otherwise \
+         remove the bytes: `tr -d '\\000' < FILE > NEW_FILE`", path.display()
     )]
     NulInDocument {
         /// The document.
@@ -234,10 +234,10 @@ pub enum DocumentsError {
         collection: String,
     },
 
-    /// A collection was removed while somebody was writing into it.
+    /// A collection was removed, or got another name, while somebody was writing into it.
     #[error(
-        "collection `{name}` was removed meanwhile: nothing more comes into it. What it held comes back with \
-         `quire rm --undo --collection {name}`"
+        "collection `{name}` was removed or renamed meanwhile: nothing more comes in under this name. What was removed comes \
+         back with `quire rm --undo --collection {name}`"
     )]
     CollectionRemoved {
         /// Its name.
@@ -255,8 +255,18 @@ pub enum DocumentsError {
     },
 
     /// Something that was removed cannot come back, as its name was given anew.
-    #[error("`{name}` was removed and is there again: rename or remove the new one before the old one is restored")]
+    #[error(
+        "`{name}` was removed and is there again. Before the old one is restored, remove the new one, or give it another \
+         name (a collection: `quire collections rename {name} NEW_NAME`; a file: rename it and ingest it again)"
+    )]
     NameTaken {
+        /// The name.
+        name: String,
+    },
+
+    /// A collection is to get a name that another one has.
+    #[error("collection `{name}` is there already: choose another name")]
+    CollectionExists {
         /// The name.
         name: String,
     },
@@ -310,14 +320,17 @@ pub enum DocumentsError {
 
     /// The file that says which version the data folder has cannot be understood.
     #[error(
-        "{}: expected the version of the data folder, as in {{\"format\": 1}}: {problem}. Remove the file if this quire \
-         wrote the folder", path.display()
+        "{}: expected the version of the data folder, as in {{\"format\": {newest}}}, found {found}. The documents beside it \
+         are not touched. If no newer quire has written this folder, remove that file: it is written again",
+        path.display()
     )]
     DataDirMarker {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
-        problem: String,
+        /// What is there instead.
+        found: String,
+        /// The version that this build writes.
+        newest: u32,
     },
 
     /// A file operation failed.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::encoding::decode;
 use super::split::Format;
 use crate::error::{DocumentsError, Result};
 
@@ -208,47 +209,6 @@ fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Byte order marks of other encodings; those of UTF-32 first, as that of UTF-16 begins one of them.
-const MARKS: [(&[u8], &str); 4] = [
-    (&[0xff, 0xfe, 0, 0], "UTF-32"),
-    (&[0, 0, 0xfe, 0xff], "UTF-32"),
-    (&[0xff, 0xfe], "UTF-16"),
-    (&[0xfe, 0xff], "UTF-16"),
-];
-
-/// The text, if it is UTF-8 and has no NUL bytes, as UTF-16 of Latin letters has everywhere.
-fn decode(path: &Path, bytes: Vec<u8>) -> Result<String> {
-    let other = |found, offset, encoding| DocumentsError::OtherEncoding { path: path.into(), found, offset, encoding };
-    if let Some((_, encoding)) = MARKS.iter().find(|(mark, _)| bytes.starts_with(mark)) {
-        return Err(other("the byte order mark of another encoding", 0, encoding));
-    }
-    if let Some(offset) = bytes.iter().position(|&byte| byte == 0) {
-        return Err(match wide_encoding(&bytes) {
-            Some(encoding) => other("NUL bytes as of UTF-16 or UTF-32", offset, encoding),
-            None => DocumentsError::NulInDocument { path: path.into(), offset },
-        });
-    }
-    String::from_utf8(bytes)
-        .map_err(|e| DocumentsError::NotUtf8 { path: path.into(), offset: e.utf8_error().valid_up_to() })
-}
-
-/// Guesses an encoding of two or four bytes a character from where NUL bytes lie in the first of them.
-fn wide_encoding(bytes: &[u8]) -> Option<&'static str> {
-    let sample = &bytes[..bytes.len().min(4096) / 4 * 4];
-    let share = |at: usize| {
-        let column = sample.iter().skip(at).step_by(4);
-        column.clone().filter(|&&byte| byte == 0).count() as f64 / column.count().max(1) as f64
-    };
-    let zeros = [share(0), share(1), share(2), share(3)].map(|share| share > 0.4);
-    match zeros {
-        [false, true, true, true] => Some("UTF-32LE"),
-        [true, true, true, false] => Some("UTF-32BE"),
-        [false, true, false, true] => Some("UTF-16LE"),
-        [true, false, true, false] => Some("UTF-16BE"),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -319,45 +279,6 @@ mod tests {
             let error = read_document(&write("blank.md", blank)).unwrap_err().to_string();
             assert!(error.contains("only white space"), "{error}");
         }
-    }
-
-    #[test]
-    fn text_in_other_encodings_is_refused_with_the_command_that_converts_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.txt");
-        let text = "The lamp of Varn Point was lit in 1851. Żółć.\n";
-        let wide = |mark: bool, big: bool| -> Vec<u8> {
-            let units = mark.then_some(0xfeff).into_iter().chain(text.encode_utf16());
-            units.flat_map(|unit: u16| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
-        };
-        let wider = |big: bool| -> Vec<u8> {
-            let units = text.chars().map(|c| c as u32);
-            units.flat_map(|unit| if big { unit.to_be_bytes() } else { unit.to_le_bytes() }).collect()
-        };
-        for (bytes, encoding) in [
-            (wide(true, false), "UTF-16"),
-            (wide(true, true), "UTF-16"),
-            (wide(false, false), "UTF-16LE"),
-            (wide(false, true), "UTF-16BE"),
-            (wider(false), "UTF-32LE"),
-            (wider(true), "UTF-32BE"),
-            (b"\xff\xfe\x00\x00a\x00\x00\x00".to_vec(), "UTF-32"),
-        ] {
-            let error = decode(&path, bytes.clone()).unwrap_err().to_string();
-            assert!(error.contains("x.txt") && error.contains(&format!("iconv -f {encoding} -t UTF-8")), "{error}");
-            // The command does what the message says.
-            std::fs::write(&path, bytes).unwrap();
-            let converted =
-                std::process::Command::new("iconv").args(["-f", encoding, "-t", "UTF-8"]).arg(&path).output();
-            if let Ok(converted) = converted {
-                let converted = decode(&path, converted.stdout).unwrap();
-                assert!(converted == text || converted == "a", "{converted:?}");
-            }
-        }
-        let error = decode(&path, b"a log\0torn here, and much more text than that".to_vec()).unwrap_err().to_string();
-        assert!(error.contains("NUL byte at offset 5") && error.contains("UTF-16LE"), "{error}");
-        let marked = decode(&path, b"\xef\xbb\xbfwith a mark".to_vec()).unwrap();
-        assert_eq!(marked, "\u{feff}with a mark");
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod collections;
 mod damage_tests;
 pub mod data_dir;
 mod directory;
+mod encoding;
 mod error;
 mod ingest;
 #[cfg(test)]

@@ -177,8 +177,15 @@ impl IngestReport {
     pub fn check(&self) -> Result<()> {
         match self.failed {
             0 => Ok(()),
-            failed => Err(QuireError::DocumentsFailed { failed, total: failed + self.documents() }),
+            failed => Err(QuireError::DocumentsFailed { failed, total: self.considered() }),
         }
+    }
+
+    /// Documents that were dealt with: those that are in the collection now, those without text, and what failed. Progress
+    /// counts up to this.
+    #[must_use]
+    pub fn considered(&self) -> usize {
+        self.documents() + self.failed + self.skipped.empty
     }
 
     /// Documents that are in the collection now.
@@ -250,7 +257,7 @@ impl Service {
             service: self,
             writer: collection.writer()?,
             lazy: options.lazy || !self.keeps_chunks(),
-            total: found.documents.len(),
+            total: 0,
             waiting: Vec::new(),
             chunks: VecDeque::new(),
             bytes: 0,
@@ -264,6 +271,7 @@ impl Service {
         for (path, error) in found.problems.iter().filter(|(_, error)| !emptied(error)) {
             run.failed(path, error);
         }
+        run.total = found.documents.len() + run.report.failed;
         let preparation = Preparation { service: self, collection: &collection, named: &found.named };
         for group in found.documents.chunks(GROUP) {
             for (path, prepared) in group.iter().zip(preparation.all(group)?) {
@@ -362,7 +370,7 @@ struct Run<'a> {
     service: &'a Service,
     writer: CollectionWriter<'a>,
     lazy: bool,
-    /// Documents in all.
+    /// Documents in all, and folders that could not be read.
     total: usize,
     /// Documents that are not committed.
     waiting: Vec<Waiting<'a>>,
@@ -450,8 +458,8 @@ impl<'a> Run<'a> {
                 None => DocumentState::Unchanged,
             };
             self.report.count(state);
-            let done = self.report.documents() + self.report.failed + self.report.skipped.empty;
-            let total = self.total.max(done);
+            // A folder that could be found and not be read counts as one, too.
+            let (done, total) = (self.report.considered(), self.total);
             (self.on_event)(&IngestEvent::Document { path, state, chunks, computed, done, total });
         }
         Ok(())

@@ -8,7 +8,7 @@ use documents::{
 use serde::{Deserialize, Serialize};
 
 use super::Service;
-use super::vector_stores::{forget_removed, removed_name, restored_name};
+use super::vector_stores::{forget_removed, is_store_id, removed_name, restored_name};
 use settings::{QuireError, Result};
 
 /// Documents that are removed at a time.
@@ -25,6 +25,13 @@ pub enum DocumentsCommand {
     },
     /// List the collections.
     Collections,
+    /// Give a collection another name.
+    Rename {
+        /// The collection.
+        collection: String,
+        /// Its new name.
+        to: String,
+    },
     /// Remove documents, or a collection with all of its documents.
     Remove {
         /// The collection.
@@ -214,6 +221,13 @@ pub enum DocumentsEvent {
     },
     /// A collection.
     Collection(CollectionSummary),
+    /// A collection has another name.
+    Renamed {
+        /// What it was called.
+        name: String,
+        /// What it is called.
+        to: String,
+    },
     /// A document or a collection is removed.
     Removed {
         /// What it was called.
@@ -269,6 +283,7 @@ pub fn manage_documents(
     match command {
         DocumentsCommand::List { collection } => list(library, collection, on_event),
         DocumentsCommand::Collections => collections(library, on_event),
+        DocumentsCommand::Rename { collection, to } => rename(library, collection, to, on_event),
         DocumentsCommand::Remove { collection, names, now } => {
             let removed = remove(library, collection, names, on_event)?;
             if *now {
@@ -352,6 +367,25 @@ fn removed_collections(library: &Library, only: Option<&str>, on_event: &mut dyn
         let (id, removed) = (info.removed_id(), info.removed.unwrap_or(info.created));
         on_event(DocumentsEvent::RemovedCollection { name: info.name, id, documents, removed });
     }
+    Ok(())
+}
+
+fn rename(library: &Library, name: &str, to: &str, on_event: &mut dyn FnMut(DocumentsEvent)) -> Result<()> {
+    known(library, library.catalog()?.as_deref(), name)?;
+    // Clients of the API know it by this name, which is its id there.
+    if is_store_id(name) {
+        return Err(QuireError::InvalidParameter {
+            param: "OLD".into(),
+            problem: format!(
+                "expected a collection that was made by `quire ingest`: the id of vector store `{name}` stays. Change the name \
+                 that clients see: POST /v1/vector_stores/{name} with {{\"name\": \"...\"}}"
+            ),
+        });
+    }
+    if library.rename_collection(name, to)?.is_none() {
+        return known(library, library.catalog()?.as_deref(), name).map(|_| ());
+    }
+    on_event(DocumentsEvent::Renamed { name: name.into(), to: to.into() });
     Ok(())
 }
 

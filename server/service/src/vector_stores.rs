@@ -150,9 +150,14 @@ pub struct StoreChange {
     pub expires_after_days: Option<Option<u64>>,
 }
 
+/// Whether a collection's name is the id of a store, as of those that were made over HTTP.
+pub(super) fn is_store_id(name: &str) -> bool {
+    is_id(STORE_PREFIX, name)
+}
+
 /// The id of a collection as a store.
 fn store_id(info: &CollectionInfo) -> String {
-    if is_id(STORE_PREFIX, &info.name) {
+    if is_store_id(&info.name) {
         return info.name.clone();
     }
     derived_id(STORE_PREFIX, info.created, &info.id.to_be_bytes())

@@ -257,7 +257,7 @@ settings! {
     "Answers", ANSWERING, ANYONE {
         /// Tokens of an answer at most where a request names no number; 0: until the text or the context ends
         max_tokens: usize = 0, "0";
-        /// Sampling temperature where a request names none, 0 (greedy) to 2
+        /// Sampling temperature where a request names none, 0 (greedy) to 2 as in the OpenAI API
         temperature: Option<f32> = None, "the model's, else 1";
         /// Sampling that the model comes with (generation_config.json): auto (where nothing else is named) or none
         generation_config: Named<GenerationSource> = Named(GenerationSource::Auto), "auto";
@@ -405,7 +405,7 @@ impl Settings {
             return refuse("chunk_overlap", problem);
         }
         if let Some(temperature) = self.temperature.filter(|t| !(0.0..=2.0).contains(t)) {
-            return refuse("temperature", format!("expected 0 to 2, found {temperature}"));
+            return refuse("temperature", format!("expected 0 to 2, as in the OpenAI API, found {temperature}"));
         }
         if !(0.0..=1.0).contains(&self.ratio) {
             return refuse("ratio", format!("expected 0 to 1, found {}", self.ratio));

@@ -84,8 +84,12 @@ pub enum Command {
         #[arg(long)]
         undo: bool,
     },
-    /// List the collections
-    Collections,
+    /// List the collections, or rename one
+    Collections {
+        /// What to do; nothing: list them
+        #[command(subcommand)]
+        command: Option<CollectionsCommand>,
+    },
     /// Remove for good what was removed and could still be restored: texts, tokens, cached chunks, words of the index
     Reclaim,
     /// Find passages by their words
@@ -157,7 +161,7 @@ impl Command {
             Command::Ingest { .. }
             | Command::Ls { .. }
             | Command::Rm { .. }
-            | Command::Collections
+            | Command::Collections { .. }
             | Command::Reclaim
             | Command::Search { .. }
             | Command::Ask { .. }
@@ -171,6 +175,18 @@ impl Command {
             Command::Pull { .. } | Command::Config { .. } | Command::Completions { .. } => false,
         }
     }
+}
+
+/// What can be done with collections as a whole.
+#[derive(Debug, Clone, clap::Subcommand)]
+pub enum CollectionsCommand {
+    /// Give a collection another name; renaming it back undoes that
+    Rename {
+        /// The collection
+        old: String,
+        /// Its new name
+        new: String,
+    },
 }
 
 /// How a conversation goes.

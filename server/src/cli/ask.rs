@@ -10,6 +10,13 @@ use service::control::{AnswerSettings, Command, Event, Retrieval};
 use settings::{Config, QuireError, Result};
 
 pub(super) fn search(config: &Config, query: &str, out: &Out) -> Result<()> {
+    if documents::comparable(query).trim().is_empty() {
+        let found = if query.trim().is_empty() { "only white space" } else { "only punctuation" };
+        return Err(QuireError::InvalidParameter {
+            param: "QUERY".into(),
+            problem: format!("expected a word to look for, found {found}"),
+        });
+    }
     let command = Command::Search { passages: Retrieval::from_settings(&config.settings), query: query.into() };
     let mut found = false;
     asking::run(config, "search", &command, out, &mut |event| {

@@ -248,7 +248,7 @@ fn advice_on_folder(error: &DocumentsError) -> &'static str {
     match error {
         DocumentsError::NewerDataDir { .. } => "use a newer quire, or another --data-dir",
         DocumentsError::DataDirMarker { .. } => {
-            "remove that file if this quire wrote the folder, else use another --data-dir"
+            "remove that file if no newer quire has written the folder: it is written again; else use another --data-dir"
         }
         _ => "make the folder readable for this user, or choose another with --data-dir",
     }

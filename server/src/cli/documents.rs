@@ -29,6 +29,10 @@ pub(super) fn collections(config: &Config, out: &Out) -> Result<()> {
     run(config, "collections", DocumentsCommand::Collections, out)
 }
 
+pub(super) fn rename(config: &Config, collection: String, to: String, out: &Out) -> Result<()> {
+    run(config, "collections", DocumentsCommand::Rename { collection, to }, out)
+}
+
 pub(super) fn reclaim(config: &Config, out: &Out) -> Result<()> {
     run(config, "reclaim", DocumentsCommand::Reclaim, out)
 }
@@ -108,6 +112,9 @@ pub(super) fn show(event: &DocumentsEvent, out: &Out) {
         )),
         DocumentsEvent::Damaged { name, id, problem } => {
             out.line(format!("{id}  {:>10}  {:>7}  {}: {problem}", "damaged", "", short(name.as_ref())));
+        }
+        DocumentsEvent::Renamed { name, to } => {
+            out.line(format!("{}: renamed to {}", short(name.as_ref()), short(to.as_ref())))
         }
         DocumentsEvent::Removed { name } => out.line(format!("{}: removed", short(name.as_ref()))),
         DocumentsEvent::Restored { name, replaced } => out.line(match replaced {

@@ -70,7 +70,10 @@ fn dispatch(cli: Cli, out: &Out) -> Result<()> {
             let whole = cli.common.settings.collection.is_some();
             documents::rm(&config, &documents::Removal { names, now, undo, whole }, out)
         }
-        Command::Collections => documents::collections(&config, out),
+        Command::Collections { command: None } => documents::collections(&config, out),
+        Command::Collections { command: Some(args::CollectionsCommand::Rename { old, new }) } => {
+            documents::rename(&config, old, new, out)
+        }
         Command::Reclaim => documents::reclaim(&config, out),
         Command::Search { query } => ask::search(&config, &query.join(" "), out),
         Command::Ask { question, compare } => ask::run(&config, &question.join(" "), compare, out),

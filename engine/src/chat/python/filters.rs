@@ -1,7 +1,7 @@
 //! Jinja2's filters that the template engine lacks, or gives other results for.
 
 use minijinja::value::{Rest, Tuple, Value, ValueKind, ValueOrKwargs};
-use minijinja::{Environment, State};
+use minijinja::{Environment, Error, State};
 
 use super::arguments::Arguments;
 use super::letters::{is_space, is_word};
@@ -14,6 +14,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("int", |value: &Value, args: Args| numbers::int(value, &args.into_values()));
     environment.add_filter("float", |value: &Value, args: Args| numbers::float(value, &args.into_values()));
     environment.add_filter("string", |state: &State, value: &Value| show::text(state, value));
+    environment
+        .add_filter("lower", |state: &State, value: &Value| Ok::<_, Error>(show::text(state, value)?.to_lowercase()));
+    environment
+        .add_filter("upper", |state: &State, value: &Value| Ok::<_, Error>(show::text(state, value)?.to_uppercase()));
     environment.add_filter("format", format);
     environment.add_filter("attr", |value: &Value, name: &str| match objects::method(value, name) {
         Some(method) => Ok(method),

@@ -93,8 +93,22 @@ fn generation_config_comes_first_and_lists_are_read() {
     assert_eq!((spec.bos, spec.eos), (None, vec![]));
     let spec = read(&llama(), None).unwrap();
     assert_eq!((spec.bos, spec.eos), (Some(1), vec![2]));
-    let error = read(&with(json!({"eos_token_id": 100})), None).unwrap_err().to_string();
-    assert!(error.contains("`eos_token_id`: expected token ids below vocab_size (100), found 100"), "{error}");
+    for wrong in [json!("</s>"), json!(2.5), json!([2, "x"])] {
+        let error = read(&with(json!({"eos_token_id": wrong})), None).unwrap_err().to_string();
+        assert!(error.contains("`eos_token_id`: expected a token id, or a list of them, found"), "{error}");
+    }
+}
+
+#[test]
+fn ids_that_no_token_has_are_left_out_and_the_others_count() {
+    let stated = |ids: Value| read(&with(json!({"eos_token_id": 4})), Some(&json!({"eos_token_id": ids}))).unwrap();
+    assert_eq!(stated(json!([5, 100, -1, 99, 4_294_967_301_u64])).eos, [5, 99]);
+    for ids in [json!(100), json!([128_009, -1]), json!(u64::MAX)] {
+        let spec = stated(ids);
+        // What the tokenizer and the template say of ends counts then.
+        assert!(spec.eos.is_empty() && !spec.eos_stated, "{spec:?}");
+    }
+    assert_eq!(read(&with(json!({"bos_token_id": 100, "eos_token_id": [100, 4]})), None).unwrap().bos, None);
 }
 
 #[test]

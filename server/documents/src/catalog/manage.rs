@@ -98,7 +98,7 @@ impl Catalog {
     /// collection has.
     ///
     /// # Errors
-    /// [`DocumentsError::NameTaken`], and as [`change`](Self::change).
+    /// [`DocumentsError::CollectionExists`], and as [`change`](Self::change).
     pub fn update_collection(
         &self,
         name: &str,
@@ -111,7 +111,7 @@ impl Catalog {
             change(&mut info);
             if info.name != name {
                 if batch.get(Family::Collections, &keys::collection(&info.name))?.is_some() {
-                    return Err(DocumentsError::NameTaken { name: info.name });
+                    return Err(DocumentsError::CollectionExists { name: info.name });
                 }
                 batch.delete(Family::Collections, keys::collection(name));
             }

@@ -210,7 +210,9 @@ impl<'s> Survey<'s> {
         let used: BTreeSet<u32> = of_documents.chain(self.names.keys().map(|(collection, _)| *collection)).collect();
         for id in used.difference(&known) {
             let name = format!("recovered-{id}");
-            self.report.problems.push(format!("the name of collection {id} is lost: it is called {name}"));
+            self.report.problems.push(format!(
+                "the name of collection {id} is lost: it is called {name} until `quire collections rename {name} NEW_NAME`"
+            ));
             let (language, attributes) = (super::LanguageSetting::default(), Attributes::new());
             let created = super::transaction::now();
             self.collections.push(CollectionInfo { name, id: *id, language, created, removed: None, attributes });

@@ -6,29 +6,37 @@
 //! * Words of letters, marks and digits. A word stands in the index as it is, without diacritics, and without both
 //!   diacritics and ending (Snowball stemmers, in the language of its document): three terms at one place, fewer where
 //!   they are equal. So `cafe` finds `café`, and `café` finds it with a better score.
-//! * Scripts that are written without spaces: Chinese and Japanese, and those that Unicode lists as complex (Thai, Lao,
-//!   Khmer, Burmese and others). These are indexed by overlapping pairs of characters with their marks, and by single
-//!   ones. Pairs are cut alike in a passage and in a query; the words of a dictionary are not, since they depend on
-//!   what stands around them, and on the dictionary's version.
+//! * Scripts that are written without spaces (`scripts.rs` says which). These are indexed by overlapping pairs of
+//!   characters with their marks, and by single ones. Pairs are cut alike in a passage and in a query; the words of a
+//!   dictionary are not, since they depend on what stands around them, and on the dictionary's version.
 //! * Korean, whose particles cling to words: whole words, and pairs and single syllables as above.
 //! * Symbols, such as emoji: each is a term.
 //!
-//! Nothing is left out for being frequent: BM25 weighs that. Words too long for a term are replaced by their hash.
+//! Nothing is left out for being frequent: BM25 weighs that. Words too long for a term are replaced by their hash, and are
+//! found by parts too (`long.rs`). A word that the edge of a passage cuts is a term of both passages (`cut.rs`).
+//!
+//! What Persian and its neighbours write with a zero-width non-joiner within a word is two words to an index. A query
+//! also stands for the other spellings: neighbouring words as one, and one word as two or three (`query.rs`).
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use icu_casemap::CaseMapper;
 use icu_normalizer::{ComposingNormalizer, DecomposingNormalizer};
-use icu_properties::props::{DefaultIgnorableCodePoint, GeneralCategory, LineBreak, Script};
+use icu_properties::props::{DefaultIgnorableCodePoint, GeneralCategory, Script};
 use icu_properties::{CodePointMapData, CodePointSetData};
 use tantivy::tokenizer::{AsciiFoldingFilter, Language, RawTokenizer, Stemmer, TextAnalyzer, Token};
 
+use super::cut::{CutWord, Cuts};
+use super::long::{LONGEST_TERM, SHORTEST_PART, parts, term};
+use super::scripts;
+
 /// To be raised whenever a text gets other terms than before, also by a new version of a library that is used here:
 /// indexes of other versions are then built again from their stored texts.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
-/// Bytes of a term at most; a longer word is replaced by its hash.
-const LONGEST_TERM: usize = 128;
+/// Neighbouring words of the Arabic script that a query also tries as one, at most.
+const JOINED: usize = 3;
 
 /// Particles that follow a Korean noun. Only needed to find nouns of one syllable: longer ones share pairs.
 const PARTICLES: [&str; 30] = [
@@ -38,7 +46,7 @@ const PARTICLES: [&str; 30] = [
 
 /// How a run of characters is cut into terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
+pub(super) enum Class {
     /// Letters and digits between spaces.
     Word,
     /// Written without spaces.
@@ -60,6 +68,17 @@ pub(super) struct QueryWord {
     pub(super) stems: Vec<String>,
     /// Where it stands; a word at the next place follows it directly.
     pub(super) place: usize,
+    /// Without diacritics, if a passage may have it in pieces with spaces or non-joiners between them.
+    pub(super) apart: Option<String>,
+}
+
+/// What a query looks for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct QueryTerms {
+    /// Its words, in order, with repetitions; behind them, what else several of them may stand for.
+    pub(super) words: Vec<QueryWord>,
+    /// Of each of its words that may be a part of a longer one: terms that this one has if it is.
+    pub(super) parts: Vec<Vec<String>>,
 }
 
 /// Cuts texts into terms, with the endings of some languages.
@@ -89,24 +108,41 @@ impl Analyzer {
         }
     }
 
-    /// The terms of a passage, with their places.
-    pub(super) fn passage(&mut self, text: &str) -> Vec<Token> {
+    /// The terms of the passage between two bytes of a text, with their places.
+    pub(super) fn passage(&mut self, cuts: &mut Cuts<'_>, passage: Range<usize>) -> Vec<Token> {
         let mut tokens = Tokens::default();
-        let text = normalise(text);
-        for (class, run) in runs(&text) {
+        let text = normalise(&cuts.text()[passage.clone()]);
+        let mut runs = runs(&text).peekable();
+        let mut is_first = true;
+        while let Some((class, run)) = runs.next() {
+            // Marks that were cut off from their letter begin no word.
+            if is_first && class == Class::Gap && run.chars().all(scripts::is_mark) {
+                continue;
+            }
+            let edges =
+                [std::mem::take(&mut is_first).then_some(passage.start), runs.peek().is_none().then_some(passage.end)];
             match class {
-                Class::Word if run.len() <= LONGEST_TERM => {
-                    let forms = self.forms(run);
-                    tokens.add(run);
-                    tokens.also(run, &forms.folded);
-                    for (at, stem) in forms.stems.iter().enumerate() {
-                        if stem != run && *stem != forms.folded && !forms.stems[..at].contains(stem) {
-                            tokens.add(stem);
-                        }
+                Class::Word => {
+                    let mut is_long = run.len() > LONGEST_TERM;
+                    let mut terms = self.word_terms(run);
+                    for edge in edges.into_iter().flatten() {
+                        let Some(whole) = cuts.word(edge, |whole| self.cut_word(whole)) else { continue };
+                        is_long |= whole.is_long;
+                        terms.extend(
+                            whole.terms.iter().filter(|term| !terms.contains(term)).cloned().collect::<Vec<_>>(),
+                        );
+                    }
+                    terms.iter().for_each(|term| tokens.add(term));
+                    if is_long {
+                        // Parts that reach over the edge are this passage's.
+                        let beyond =
+                            edges[1].map(|edge| cuts.letters_behind(edge, SHORTEST_PART - 1)).unwrap_or_default();
+                        let run = self.fold(&[run, &beyond].concat());
+                        parts(&run).iter().for_each(|part| tokens.add(part));
                     }
                     tokens.next();
                 }
-                Class::Word | Class::Symbol => {
+                Class::Symbol => {
                     tokens.add(&term(run));
                     tokens.next();
                 }
@@ -121,6 +157,11 @@ impl Analyzer {
                         if at + 1 < units.len() {
                             tokens.add(&term(&[units[at], units[at + 1]].concat()));
                         }
+                        if at + 1 == units.len()
+                            && let Some(next) = edges[1].and_then(|edge| cuts.unit_behind(edge, class))
+                        {
+                            tokens.add(&term(&[units[at], &next].concat()));
+                        }
                         tokens.next();
                     }
                 }
@@ -130,30 +171,52 @@ impl Analyzer {
         tokens.all
     }
 
-    /// The words of a query, in order, with repetitions. `wanted` is asked from time to time; once nobody waits, `None`.
-    pub(super) fn query(&mut self, text: &str, wanted: &dyn Fn() -> bool) -> Option<Vec<QueryWord>> {
+    /// The terms of a word of a passage.
+    fn word_terms(&mut self, word: &str) -> Vec<String> {
+        distinct(self.word(word).0)
+    }
+
+    fn cut_word(&mut self, whole: &str) -> CutWord {
+        let (exact, folded) = (term(whole), term(&self.fold(whole)));
+        let terms = if exact == folded { vec![exact] } else { vec![exact, folded] };
+        CutWord { terms, is_long: whole.len() > LONGEST_TERM }
+    }
+
+    /// What a query looks for. `wanted` is asked from time to time; once nobody waits, `None`.
+    pub(super) fn query(&mut self, text: &str, wanted: &dyn Fn() -> bool) -> Option<QueryTerms> {
         let mut words = Words::default();
         let text = normalise(text);
+        // Words of the Arabic script with nothing but space between them, and what else is to be looked for.
+        let (mut neighbours, mut joined, mut in_parts) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (class, run)) in runs(&text).enumerate() {
             if number % 1024 == 0 && !wanted() {
                 return None;
             }
+            let is_arabic = class == Class::Word && run.len() <= LONGEST_TERM && scripts::is_arabic(run);
+            if is_arabic {
+                neighbours.push(run);
+                let longest = neighbours.len().min(JOINED);
+                joined.extend((2..=longest).map(|count| neighbours[neighbours.len() - count..].concat()));
+            } else if class != Class::Gap || !run.trim().is_empty() {
+                neighbours.clear();
+            }
             match class {
-                Class::Word if run.len() <= LONGEST_TERM => {
-                    let forms = self.forms(run);
-                    let stems = if forms.stems.is_empty() { vec![forms.folded.clone()] } else { forms.stems };
-                    let mut terms = vec![run.to_string(), forms.folded];
-                    terms.extend(stems.iter().cloned());
-                    words.add(terms, stems);
+                Class::Word => {
+                    if run.chars().count() >= SHORTEST_PART {
+                        in_parts.push(parts(&self.fold(run)));
+                    }
+                    let (terms, stems) = self.word(run);
+                    let apart = is_arabic.then(|| self.fold(run));
+                    words.add(terms, stems, apart);
                 }
-                Class::Word | Class::Symbol => words.add_term(term(run)),
+                Class::Symbol => words.add_term(term(run)),
                 Class::Unspaced | Class::Syllables => {
                     let units = units(run);
                     let mut pairs = units.windows(2).map(|pair| term(&pair.concat()));
                     match pairs.next() {
                         None => words.add_term(term(run)),
                         Some(first) if class == Class::Syllables => {
-                            words.add(vec![term(run), first.clone()], vec![first]);
+                            words.add(vec![term(run), first.clone()], vec![first], None);
                         }
                         Some(first) => words.add_term(first),
                     }
@@ -165,7 +228,24 @@ impl Analyzer {
                 Class::Gap => {}
             }
         }
-        Some(words.all)
+        for word in joined {
+            let (terms, stems) = self.word(&word);
+            words.add_apart(terms, stems);
+        }
+        Some(QueryTerms { words: words.all, parts: in_parts })
+    }
+
+    /// The terms of a word, the most exact first, and the most general one in each language; equal ones may be among them.
+    fn word(&mut self, word: &str) -> (Vec<String>, Vec<String>) {
+        if word.len() > LONGEST_TERM {
+            let folded = term(&self.fold(word));
+            return (vec![term(word), folded.clone()], vec![folded]);
+        }
+        let forms = self.forms(word);
+        let stems = if forms.stems.is_empty() { vec![forms.folded.clone()] } else { forms.stems };
+        let mut terms = vec![word.to_string(), forms.folded];
+        terms.extend(stems.iter().cloned());
+        (terms, stems)
     }
 
     fn forms(&mut self, word: &str) -> Forms {
@@ -221,13 +301,6 @@ impl Tokens {
         self.all.push(Token { position: self.place, text: text.into(), ..Token::default() });
     }
 
-    /// Another form of `word` at its place.
-    fn also(&mut self, word: &str, form: &str) {
-        if form != word {
-            self.add(form);
-        }
-    }
-
     fn next(&mut self) {
         self.place += 1;
     }
@@ -237,26 +310,38 @@ impl Tokens {
 #[derive(Default)]
 struct Words {
     all: Vec<QueryWord>,
+    place: usize,
 }
 
 impl Words {
-    fn add(&mut self, mut terms: Vec<String>, stems: Vec<String>) {
-        // At most one for each language, and two: nothing to sort for.
-        let mut at = 0;
-        while at < terms.len() {
-            if terms[..at].contains(&terms[at]) {
-                terms.remove(at);
-            } else {
-                at += 1;
-            }
-        }
-        let place = self.all.len();
-        self.all.push(QueryWord { terms, stems, place });
+    fn add(&mut self, terms: Vec<String>, stems: Vec<String>, apart: Option<String>) {
+        let terms = distinct(terms);
+        self.all.push(QueryWord { terms, stems, place: self.place, apart });
+        self.place += 1;
+    }
+
+    /// A word that follows no other one.
+    fn add_apart(&mut self, terms: Vec<String>, stems: Vec<String>) {
+        self.place += 1;
+        self.add(terms, stems, None);
     }
 
     fn add_term(&mut self, term: String) {
-        self.add(vec![term.clone()], vec![term]);
+        self.add(vec![term.clone()], vec![term], None);
     }
+}
+
+/// The terms without repetitions, in order. At most one for each language, and two: nothing to sort for.
+fn distinct(mut terms: Vec<String>) -> Vec<String> {
+    let mut at = 0;
+    while at < terms.len() {
+        if terms[..at].contains(&terms[at]) {
+            terms.remove(at);
+        } else {
+            at += 1;
+        }
+    }
+    terms
 }
 
 /// What the tokens of `analyzer` say of one word: its filters change words, they do not cut them.
@@ -265,17 +350,8 @@ fn only_token(analyzer: &mut TextAnalyzer, word: &str) -> String {
     stream.next().map_or_else(|| word.to_string(), |token| token.text.clone())
 }
 
-/// A term for a run of characters.
-fn term(run: &str) -> String {
-    if run.len() <= LONGEST_TERM {
-        return run.into();
-    }
-    // No word has a colon.
-    format!("hash:{}", blake3::hash(run.as_bytes()).to_hex())
-}
-
 /// NFKC, cases folded, without what shows nothing, digits as those of ASCII.
-fn normalise(text: &str) -> String {
+pub(super) fn normalise(text: &str) -> String {
     if text.is_ascii() {
         return text.to_ascii_lowercase();
     }
@@ -288,25 +364,29 @@ fn normalise(text: &str) -> String {
 
 /// Without characters that show nothing. Those that divide words become spaces.
 fn shown(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match shows_nothing(c, || out.chars().next_back()) {
+            Some(divides) => out.extend(divides.then_some(' ')),
+            None => out.push(c),
+        }
+    }
+    out
+}
+
+/// Whether `c`, behind the character that `before` gives, shows nothing, and then whether it divides words.
+pub(super) fn shows_nothing(c: char, before: impl FnOnce() -> Option<char>) -> Option<bool> {
     const ELONGATION: char = '\u{640}';
     const ZERO_WIDTH_SPACE: char = '\u{200b}';
     const NON_JOINER: char = '\u{200c}';
     let ignorable = const { CodePointSetData::new::<DefaultIgnorableCodePoint>() };
-    let scripts = const { CodePointMapData::<Script>::new() };
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            ELONGATION => {}
-            ZERO_WIDTH_SPACE => out.push(' '),
-            // In Persian it stands between a word and its endings; elsewhere it only forbids a ligature.
-            NON_JOINER if out.chars().next_back().is_some_and(|before| scripts.get(before) == Script::Arabic) => {
-                out.push(' ');
-            }
-            c if ignorable.contains(c) => {}
-            c => out.push(c),
-        }
+    match c {
+        ELONGATION => Some(false),
+        ZERO_WIDTH_SPACE => Some(true),
+        // In Persian it stands between a word and its endings; elsewhere it only forbids a ligature.
+        NON_JOINER => Some(before().is_some_and(|before| scripts::of(before) == Script::Arabic)),
+        c => ignorable.contains(c).then_some(false),
     }
-    out
 }
 
 /// A decimal digit of any script as that of ASCII. Unicode keeps the digits of a script together and in order.
@@ -323,14 +403,13 @@ fn ascii_digit(c: char) -> char {
 /// A word without its diacritics: those of alphabets that are also written without. Vowel signs of Indic scripts and
 /// voicing marks of kana are no such diacritics.
 fn without_marks(word: &str) -> String {
-    let scripts = const { CodePointMapData::<Script>::new() };
     let category = const { CodePointMapData::<GeneralCategory>::new() };
     let decomposed = const { DecomposingNormalizer::new_nfkd() }.normalize(word);
     let mut out = String::with_capacity(word.len());
     let mut before = ' ';
     for c in decomposed.chars() {
         let dropped = match category.get(c) {
-            GeneralCategory::NonspacingMark => match scripts.get(c) {
+            GeneralCategory::NonspacingMark => match scripts::of(c) {
                 // The breve of the Russian short i makes another letter.
                 Script::Inherited => !(c == '\u{306}' && matches!(before, 'и' | 'у')),
                 Script::Arabic | Script::Hebrew | Script::Syriac | Script::Greek | Script::Cyrillic => true,
@@ -358,7 +437,7 @@ fn arabic_variant(c: char) -> char {
 }
 
 /// Cuts a normalised text into runs of one class each; gaps are among them.
-fn runs(text: &str) -> impl Iterator<Item = (Class, &str)> {
+pub(super) fn runs(text: &str) -> impl Iterator<Item = (Class, &str)> {
     let mut rest = text;
     std::iter::from_fn(move || {
         let first = class(rest.chars().next()?, Class::Gap);
@@ -376,16 +455,18 @@ fn runs(text: &str) -> impl Iterator<Item = (Class, &str)> {
 }
 
 /// What a character behind one of class `before` belongs to.
-fn class(c: char, before: Class) -> Class {
+pub(super) fn class(c: char, before: Class) -> Class {
     use GeneralCategory as G;
     if c.is_ascii() {
         return if c.is_ascii_alphanumeric() { Class::Word } else { Class::Gap };
     }
     let category = const { CodePointMapData::<GeneralCategory>::new() };
     match category.get(c) {
-        G::UppercaseLetter | G::LowercaseLetter | G::TitlecaseLetter | G::ModifierLetter | G::OtherLetter => letter(c),
+        G::UppercaseLetter | G::LowercaseLetter | G::TitlecaseLetter | G::ModifierLetter | G::OtherLetter => {
+            scripts::letter(c)
+        }
         // Among them the Chinese zero.
-        G::LetterNumber => letter(c),
+        G::LetterNumber => scripts::letter(c),
         G::DecimalNumber | G::OtherNumber => Class::Word,
         G::NonspacingMark | G::SpacingMark | G::EnclosingMark => before,
         G::OtherSymbol | G::CurrencySymbol => Class::Symbol,
@@ -393,28 +474,10 @@ fn class(c: char, before: Class) -> Class {
     }
 }
 
-fn letter(c: char) -> Class {
-    let scripts = const { CodePointMapData::<Script>::new() };
-    let breaks = const { CodePointMapData::<LineBreak>::new() };
-    match scripts.get(c) {
-        Script::Han | Script::Hiragana | Script::Katakana | Script::Bopomofo | Script::Yi => Class::Unspaced,
-        // Lengthens a vowel, in both kinds of kana.
-        Script::Common if c == 'ー' => Class::Unspaced,
-        Script::Hangul => Class::Syllables,
-        _ if breaks.get(c) == LineBreak::ComplexContext => Class::Unspaced,
-        _ => Class::Word,
-    }
-}
-
 /// The characters of a run, each with the marks behind it.
-fn units(run: &str) -> Vec<&str> {
-    let category = const { CodePointMapData::<GeneralCategory>::new() };
-    let is_mark = |c| {
-        use GeneralCategory as G;
-        matches!(category.get(c), G::NonspacingMark | G::SpacingMark | G::EnclosingMark)
-    };
+pub(super) fn units(run: &str) -> Vec<&str> {
     let mut starts: Vec<usize> =
-        run.char_indices().filter(|&(at, c)| at == 0 || !is_mark(c)).map(|(at, _)| at).collect();
+        run.char_indices().filter(|&(at, c)| at == 0 || !scripts::is_mark(c)).map(|(at, _)| at).collect();
     starts.push(run.len());
     starts.windows(2).map(|pair| &run[pair[0]..pair[1]]).collect()
 }

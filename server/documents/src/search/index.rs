@@ -19,6 +19,7 @@ use tantivy::tokenizer::{PreTokenizedString, RawTokenizer, TextAnalyzer};
 use tantivy::{Index, IndexReader, IndexWriter, ReloadPolicy, TantivyDocument, TantivyError, Term};
 
 use super::analyzer::{Analyzer, VERSION};
+use super::cut::Cuts;
 use super::language;
 use crate::catalog::{Catalog, DocumentId, IndexedPassages, LanguageSetting, LogEntry};
 use crate::collections::remove_folder;
@@ -314,18 +315,19 @@ fn passages(
         LanguageSetting::Fixed(name) => Some(name.as_str()),
     };
     let known: Vec<_> = language.and_then(language::by_name).into_iter().collect();
-    let mut analyzer = Analyzer::new(&known);
+    let (mut analyzer, mut cuts) = (Analyzer::new(&known), Cuts::new(&text));
     let mut records = Vec::with_capacity(info.passages as usize);
     for (number, passage) in catalog.passages(&info)?.iter().enumerate() {
         // A passage that reaches beyond its text is damaged, and the catalog says so when it is read.
-        let Some(passage) = text.get(passage.place.bytes.clone()) else { continue };
+        let place = passage.place.bytes.clone();
+        let Some(passage) = text.get(place.clone()) else { continue };
         let mut record = TantivyDocument::default();
         record.add_bytes(fields.document, id.bytes());
         record.add_u64(fields.number, number as u64);
         if let Some(language) = language {
             record.add_text(fields.language, language);
         }
-        let tokens = analyzer.passage(passage);
+        let tokens = analyzer.passage(&mut cuts, place);
         record.add_pre_tokenized_text(fields.text, PreTokenizedString { text: String::new(), tokens });
         record.add_u64(fields.digest, passage_digest(passage));
         records.push(record);

@@ -1,16 +1,19 @@
 //! Collections of documents, and finding passages in them.
 //!
-//! `analyzer` turns texts into terms, `language` tells in which language, `index` holds the tantivy index that is derived from
-//! the catalog, `building` has it built anew, `query` ranks, `collection` is what others see, `legacy` reads what was kept before
-//! there was a catalog.
+//! `analyzer` turns texts into terms (`scripts`, `long` and `cut` are its parts), `language` tells in which language, `index` holds
+//! the tantivy index that is derived from the catalog, `building` has it built anew, `query` ranks, `collection` is what others
+//! see, `legacy` reads what was kept before there was a catalog.
 
 mod analyzer;
 mod building;
 mod collection;
+mod cut;
 mod index;
 mod language;
 pub(crate) mod legacy;
+mod long;
 mod query;
+mod scripts;
 #[cfg(test)]
 mod tests;
 

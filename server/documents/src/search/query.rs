@@ -17,7 +17,7 @@ use tantivy::schema::{Field, IndexRecordOption};
 use tantivy::tokenizer::Language;
 use tantivy::{DocAddress, Searcher, TantivyError, Term};
 
-use super::analyzer::{Analyzer, QueryWord};
+use super::analyzer::{Analyzer, QueryTerms, QueryWord};
 use super::collection::{Found, PassageTokens};
 use super::index::{DIGEST, DOCUMENT, Fields, NUMBER, passage_digest};
 use super::language;
@@ -31,6 +31,10 @@ const WORDS: usize = 64;
 const OTHER_FORMS: f32 = 0.1;
 /// Weight of a pair of neighbours beside that of a word.
 const PAIR: f32 = 0.3;
+/// Letters of a word that is also looked for in pieces, at most.
+const LONGEST_APART: usize = 24;
+/// Ways to cut a word into pieces, at most; those with two pieces come first.
+const MOST_APART: usize = 24;
 /// Passages of a collection in which pairs of the most frequent words are looked for too.
 const FEW: u64 = 64;
 /// Over what a passage's length is measured, as a share of the mean length. tantivy's BM25 has k1 = 1.2 and b = 0.75; over
@@ -81,8 +85,10 @@ pub(super) fn search(
     wanted: &dyn Fn() -> bool,
 ) -> Result<Option<Vec<Found>>, QueryError> {
     let mut analyzer = Analyzer::new(&languages(scope)?);
-    let Some(words) = analyzer.query(query, wanted) else { return Ok(None) };
+    let Some(QueryTerms { mut words, parts }) = analyzer.query(query, wanted) else { return Ok(None) };
     let text = Terms { searcher: scope.searcher, field: scope.fields.text };
+    let Some(parts) = text.parts(parts, wanted)? else { return Ok(None) };
+    words.extend(parts);
     let Some(ranked) = text.ranked(&words, wanted)? else { return Ok(None) };
     // More than one round only where all passages with the rarest words have been replaced meanwhile.
     for rarest in ranked.chunks(WORDS) {
@@ -143,6 +149,29 @@ impl Terms<'_> {
         self.searcher.doc_freq(&self.term(text))
     }
 
+    /// Parts of longer words to look for: none of a word of which some part is in no passage.
+    fn parts(&self, parts: Vec<Vec<String>>, wanted: &dyn Fn() -> bool) -> tantivy::Result<Option<Vec<QueryWord>>> {
+        let mut found = Vec::new();
+        for parts in parts {
+            if !wanted() {
+                return Ok(None);
+            }
+            let mut known = true;
+            for part in &parts {
+                known = known && self.passages_with(part)? > 0;
+            }
+            // They follow nothing: their places are all the same.
+            let word = |part: String| QueryWord {
+                stems: vec![part.clone()],
+                terms: vec![part],
+                place: usize::MAX,
+                apart: None,
+            };
+            found.extend(parts.into_iter().filter(|_| known).map(word));
+        }
+        Ok(Some(found))
+    }
+
     /// Whether both words are in some passages, and not both in more than half of them: such a pair tells little, and
     /// would cost a look at every place of the most frequent words there are. Among few passages it costs nothing.
     fn tell_passages_apart(&self, first: &str, second: &str) -> tantivy::Result<bool> {
@@ -156,7 +185,7 @@ impl Terms<'_> {
         words: &'w [QueryWord],
         wanted: &dyn Fn() -> bool,
     ) -> tantivy::Result<Option<Vec<&'w QueryWord>>> {
-        let mut seen = HashSet::new();
+        let (mut seen, mut taken_apart) = (HashSet::new(), 0);
         let mut ranked = Vec::new();
         for (number, word) in words.iter().enumerate() {
             if number % 256 == 0 && !wanted() {
@@ -170,12 +199,52 @@ impl Terms<'_> {
             for term in &word.terms {
                 passages = passages.max(self.passages_with(term)?);
             }
+            if passages == 0 && taken_apart < WORDS && word.apart.is_some() {
+                taken_apart += 1;
+                for pieces in self.apart(word)? {
+                    passages = passages.max(self.passages_with_all(&pieces)?);
+                }
+            }
             if passages > 0 {
                 ranked.push((passages, word));
             }
         }
         ranked.sort_by_key(|(passages, word)| (*passages, word.place));
         Ok(Some(ranked.into_iter().map(|(_, word)| word).collect()))
+    }
+
+    fn passages_with_all(&self, pieces: &[&str]) -> tantivy::Result<u64> {
+        let counts: tantivy::Result<Vec<u64>> = pieces.iter().map(|piece| self.passages_with(piece)).collect();
+        Ok(counts?.into_iter().min().unwrap_or(0))
+    }
+
+    /// The ways to write a word as two or three words that passages have: what one text writes together, another one
+    /// writes with spaces or non-joiners in between.
+    fn apart<'w>(&self, word: &'w QueryWord) -> tantivy::Result<Vec<Vec<&'w str>>> {
+        let Some(whole) = word.apart.as_deref() else { return Ok(Vec::new()) };
+        let mut found = Vec::new();
+        let cuts: Vec<usize> = whole.char_indices().map(|(at, _)| at).skip(1).collect();
+        if cuts.len() >= LONGEST_APART {
+            return Ok(found);
+        }
+        for (number, &cut) in cuts.iter().enumerate() {
+            let (first, rest) = whole.split_at(cut);
+            if self.passages_with(first)? == 0 {
+                continue;
+            }
+            if self.passages_with(rest)? > 0 {
+                found.push(vec![first, rest]);
+            }
+            for &next in &cuts[number + 1..] {
+                let pieces = vec![first, &whole[cut..next], &whole[next..]];
+                if self.passages_with_all(&pieces)? > 0 {
+                    found.push(pieces);
+                }
+            }
+        }
+        found.sort_by_key(Vec::len);
+        found.truncate(MOST_APART);
+        Ok(found)
     }
 
     fn query(&self, words: &[QueryWord], chosen: &[&QueryWord]) -> tantivy::Result<BooleanQuery> {
@@ -187,12 +256,18 @@ impl Terms<'_> {
                     forms.push(Box::new(TermQuery::new(self.term(term), IndexRecordOption::WithFreqs)));
                 }
             }
+            for pieces in self.apart(word)? {
+                forms.push(Box::new(PhraseQuery::new(pieces.iter().map(|piece| self.term(piece)).collect())));
+            }
             clauses.push((Occur::Should, best_of(forms)));
         }
         let keys: HashSet<&str> = chosen.iter().map(|word| word.terms[0].as_str()).collect();
         let mut seen = HashSet::new();
         for pair in words.windows(2) {
             let (first, second) = (&pair[0], &pair[1]);
+            if first.place.checked_add(1) != Some(second.place) {
+                continue;
+            }
             let both = keys.contains(first.terms[0].as_str()) && keys.contains(second.terms[0].as_str());
             if !both || !seen.insert((&first.terms[0], &second.terms[0])) {
                 continue;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use tantivy::schema::{IndexRecordOption, STORED, STRING, Schema, TextFieldIndexing, TextOptions};
 use tantivy::{Index, IndexWriter, TantivyDocument};
 
+use super::analyzer::VERSION;
 use super::{Collection, Found, index_dir};
 use crate::catalog::{LanguageSetting, NewDocument, NewPassage};
 use crate::error::DocumentsError;
-use crate::split::{ChunkSpan, Format, Span};
+use crate::split::{ChunkSpan, Format, Limits, Span, split};
 use crate::{Library, catalog_dir};
 
 const NAME: &str = "notes";
@@ -147,6 +148,22 @@ const SCRIPTS: &[(&str, &[&str], &str)] = &[
     ("ກະແຈສຳຮອງຢູ່ທີ່ຫ້ອງສະໝຸດ", &["ກະແຈ", "ຫ້ອງສະໝຸດ"], "ລົດໄຟ"),
     ("សោរបម្រុងនៅបណ្ណាល័យ", &["សោរ", "បណ្ណាល័យ"], "រថភ្លើង"),
     ("အရန်သော့သည်စာကြည့်တိုက်တွင်ရှိသည်", &["သော့", "စာကြည့်တိုက်"], "ရထား"),
+    ("ᥘᥣᥢᥲᥔᥤᥖᥥᥛᥬᥰᥙᥫᥢᥴ", &["ᥘᥣᥢᥲ", "ᥔᥤᥖᥥ", "ᥙᥫᥢᥴ"], "ᥐᥣᥭ"),
+    ("ᦂᦳᧃᦺᦑᦟᦹᧉᦵᦙᦲᧂ", &["ᦂᦳᧃ", "ᦺᦑ", "ᦵᦙᦲᧂ"], "ᦃᦣᦱ"),
+    ("ᨣᩤᩴᨾᩮᩬᩥᨦᩃ᩶ᩣ᩠ᨶᨶᩣ", &["ᨣᩤᩴᨾᩮᩬᩥᨦ", "ᩃ᩶ᩣ᩠ᨶᨶᩣ"], "ᨠᩣᨿ"),
+    ("ꪼꪕꪒꪾꪁꪫꪱꪣ", &["ꪼꪕꪒꪾ", "ꪁꪫꪱꪣ"], "ꪵꪀ"),
+    // Java, Bali, Sumatra, Sulawesi
+    ("ꦲꦏ꧀ꦱꦫꦗꦮꦲꦤꦕꦫꦏ", &["ꦲꦏ꧀ꦱꦫ", "ꦗꦮ", "ꦲꦤꦕꦫꦏ"], "ꦧꦭꦶ"),
+    ("ᬅᬓ᭄ᬱᬭᬩᬮᬶᬳᬦᬘᬭᬓ", &["ᬅᬓ᭄ᬱᬭ", "ᬩᬮᬶ"], "ᬚᬯ"),
+    ("ᯘᯮᯒᯖ᯲ᯅᯖᯂ᯲", &["ᯘᯮᯒᯖ᯲", "ᯅᯖᯂ᯲"], "ᯀᯞ"),
+    ("ᨒᨚᨈᨑᨕᨘᨁᨗ", &["ᨒᨚᨈᨑ", "ᨕᨘᨁᨗ"], "ᨅᨔ"),
+    // Syllables, and scripts of the ancients
+    ("ꆈꌠꁱꂷꌠꊈꊉ", &["ꆈꌠ", "ꁱꂷ", "ꊈ"], "ꀉꀊ"),
+    ("ꕙꔤꖢꗡꘂ", &["ꕙꔤ", "ꖢꗡ"], "ꔀꔁ"),
+    ("𗼇𗉘𘝞𗖰", &["𗼇𗉘", "𘝞"], "𗀀"),
+    ("𒀭𒂗𒆤𒈗𒆳𒆳𒊏", &["𒂗𒆤", "𒈗", "𒆳𒆳"], "𒁀"),
+    ("𓇋𓏠𓈖𓂋𓂝𓅱", &["𓇋𓏠𓈖", "𓂋𓂝"], "𓀀"),
+    ("བོད་ཀྱི་སྐད་ཡིག་སློབ་དེབ།", &["སྐད་ཡིག", "བོད", "སློབ་དེབ་", "ཡིག"], "རྒྱ"),
     // Accents, composed or not, or not typed
     (
         "The cafe\u{301} Zu\u{308}rich opens at seven. Her re\u{301}sume\u{301} is in drawer 12.",
@@ -171,7 +188,14 @@ const SCRIPTS: &[(&str, &[&str], &str)] = &[
     // Arabic and Hebrew with and without marks, Arabic letters with variants, elongation, Persian endings
     ("مُحَمَّدٌ كَتَبَ الرِّسالَةَ إلى أحمد فى المـــدرسة", &["محمد", "كتب", "الرساله", "احمد", "في", "المدرسة", "مُحَمَّدٌ"], "قلم"),
     ("محمد كتب", &["مُحَمَّدٌ"], "قلم"),
-    ("کتاب‌ها روی میز است", &["کتاب", "كتاب"], "قلم"),
+    ("کتاب‌ها روی میز است", &["کتاب", "كتاب", "کتابها", "کتاب ها", "كتابها"], "قلم"),
+    ("من به خانه می‌روم.", &["می‌روم", "میروم", "می روم", "ميروم", "خانه", "روم"], "آمد"),
+    ("من به خانه میروم.", &["می‌روم", "میروم", "می روم", "می\u{200c}\u{200c}روم"], "آمد"),
+    ("من به خانه می روم.", &["می‌روم", "میروم", "می روم", "مي روم"], "آمد"),
+    ("خانه‌ی بزرگ‌ترین‌ها", &["خانه‌ی", "خانهی", "خانه ی", "بزرگترینها", "بزرگ ترین ها", "بزرگترین"], "آمد"),
+    ("بزرگترینها", &["بزرگ‌ترین‌ها", "بزرگ ترین ها", "بزرگترینها"], "آمد"),
+    ("نمی‌ دانم", &["نمی‌دانم", "نمیدانم"], "آمد"),
+    ("Auf\u{200c}lage क्\u{200c}ष", &["Auflage", "auf\u{200c}lage", "क्ष"], "lage"),
     ("שָׁלוֹם עולם", &["שלום", "שָׁלוֹם"], "בוקר"),
     // Greek, Cyrillic, Devanagari
     ("Το κλειδί είναι στη βιβλιοθήκη. ΟΔΟΣ", &["κλειδι", "ΚΛΕΙΔΊ", "οδος"], "τρενο"),
@@ -184,7 +208,7 @@ const SCRIPTS: &[(&str, &[&str], &str)] = &[
             "ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ff",
             "AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34AB12CD34FF",
         ],
-        "ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34fe",
+        "ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd3eab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ff",
     ),
     ("Aprilia 🚲 for 40 €", &["🚲", "€"], "🚗"),
 ];
@@ -209,6 +233,90 @@ fn a_collection_of_all_scripts_and_languages_loses_no_word() {
             assert!(passages(&collection, query).contains(&text.to_string()), "{query}");
         }
     }
+}
+
+/// A word without end of one kind, and another one of the same kind.
+const LONG: [(&str, fn(u32) -> String); 4] = [
+    ("bases", |seed| drawn(seed, &["a", "c", "g", "t"])),
+    ("base64", |seed| drawn(seed, &["A", "b", "9", "x", "Q", "7", "m", "Z", "k", "0", "R"])),
+    ("compound", |seed| drawn(seed, &["Donau", "dampf", "schiff", "fahrts", "gesell", "schäfts", "Küchen", "straße"])),
+    ("greek", |seed| drawn(seed, &["άλφα", "βῆτα", "γάμμα", "δέλτα", "ος"])),
+];
+
+fn drawn(seed: u32, parts: &[&str]) -> String {
+    let mut state = seed;
+    (0..700)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            parts[(state >> 16) as usize % parts.len()]
+        })
+        .collect()
+}
+
+#[test]
+fn a_word_longer_than_a_passage_is_found_by_all_of_it_and_by_whatever_part_is_pasted() {
+    for (kind, word) in LONG {
+        let (word, other) = (word(1), word(2));
+        for overlap in [0, 20] {
+            let letters = |text: &str| -> Result<usize, std::convert::Infallible> { Ok(text.chars().count()) };
+            let text = format!("Before it.\n\nSample {word}, and the end of it.");
+            let limits = Limits { tokens: 120, overlap };
+            let split = |text: &str| -> NewDocument {
+                let places = split(text, Format::Text, limits, &letters).unwrap();
+                let passages = places.into_iter().map(|place| NewPassage { place, page: None, tokens: Vec::new() });
+                NewDocument { passages: passages.collect(), ..document("", text) }
+            };
+            let (_dir, collection) = collection(&[]);
+            let named = |name: &str, text: &str| NewDocument { name: name.into(), ..split(text) };
+            let documents = [named("/d/0.txt", &text), named("/d/1.txt", &format!("Sample {other}, and the end."))];
+            assert!(documents[0].passages.len() > 5, "it is in one passage");
+            put_all(&collection, &documents);
+            let documents_of = |query: &str| -> Vec<String> {
+                let found = search(&collection, query, 3);
+                found.iter().map(|found| found.path.display().to_string()).collect()
+            };
+            assert_eq!(documents_of(&word), ["/d/0.txt"; 3], "{kind}");
+            assert_eq!(documents_of(&word.to_uppercase())[0], "/d/0.txt", "{kind}");
+            assert_eq!(documents_of(&other)[0], "/d/1.txt", "{kind}");
+            let chars: Vec<char> = word.chars().collect();
+            for start in (0..chars.len() - 60).step_by(37) {
+                let part: String = chars[start..start + 40].iter().collect();
+                let found = search(&collection, &part, 4);
+                let place = text[..text.find(&part).unwrap()].chars().count();
+                let is_there = |found: &Found| {
+                    found.path == Path::new("/d/0.txt") && found.span.start < place + 40 && place < found.span.end
+                };
+                assert!(found.iter().any(is_there), "{kind}: {part} is not found");
+            }
+            assert_eq!(documents_of("before it")[0], "/d/0.txt", "{kind}");
+        }
+    }
+}
+
+#[test]
+fn a_word_across_the_edge_of_two_passages_is_found_in_both_and_a_pair_in_the_first() {
+    let (_dir, collection) = collection(&[]);
+    let put_cut = |name: &str, text: &str, cut: usize| {
+        let at = |chars: std::ops::Range<usize>| {
+            let byte = |char: usize| text.char_indices().nth(char).map_or(text.len(), |(at, _)| at);
+            let place = ChunkSpan {
+                bytes: byte(chars.start)..byte(chars.end),
+                chars: Span { start: chars.start, end: chars.end },
+            };
+            NewPassage { place, page: None, tokens: Vec::new() }
+        };
+        let passages = vec![at(0..cut), at(cut..text.chars().count())];
+        put_all(&collection, &[NewDocument { passages, ..document(name, text) }]);
+    };
+    put_cut("/d/0.txt", "In the lighthouse.", 12);
+    let mut found = passages(&collection, "lighthouse");
+    found.sort();
+    assert_eq!(found, ["In the light", "house."]);
+    assert_eq!(passages(&collection, "house"), ["house."]);
+    put_cut("/d/1.txt", "阿明在图书", 4);
+    assert_eq!(passages(&collection, "图书"), ["阿明在图"]);
+    put_cut("/d/2.txt", "Na\u{308}chste caf\u{e9}s", 2);
+    assert_eq!(passages(&collection, "nächste").len(), 2);
 }
 
 #[test]
@@ -496,7 +604,8 @@ fn an_index_that_is_damaged_missing_or_of_another_analyzer_is_built_again() {
         &|| std::fs::remove_dir_all(&index).unwrap(),
         &|| {
             let text = std::fs::read_to_string(&meta).unwrap();
-            std::fs::write(&meta, text.replace("analyzer\\\":2", "analyzer\\\":1")).unwrap();
+            let version = |version: u32| format!("analyzer\\\":{version}");
+            std::fs::write(&meta, text.replace(&version(VERSION), &version(VERSION - 1))).unwrap();
         },
         &|| {
             // Of a catalog that was written anew since.

@@ -254,6 +254,7 @@ impl Command {
             Command::Ingest { .. } => "ingest",
             Command::Documents(DocumentsCommand::List { .. }) => "ls",
             Command::Documents(DocumentsCommand::Collections) => "collections",
+            Command::Documents(DocumentsCommand::Rename { .. }) => "collections rename",
             Command::Documents(
                 DocumentsCommand::Remove { .. } | DocumentsCommand::Removed | DocumentsCommand::Restore { .. },
             ) => "rm",
@@ -292,6 +293,7 @@ impl Command {
                 true => whole(collection, true),
                 false => WriteAccess { alone: false, ..whole(collection, false) },
             },
+            Command::Documents(DocumentsCommand::Rename { collection, .. }) => whole(collection, false),
             Command::Documents(DocumentsCommand::Reclaim) => {
                 WriteAccess { collection: None, alone: false, removed: true, ingests: false }
             }

@@ -7,7 +7,7 @@ use super::event::{Event, Failure};
 use settings::Settings;
 
 /// The version of what goes over the socket: raised when commands or events change their meaning or their form.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 /// The version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 

@@ -30,6 +30,7 @@ fn told(library: &Library, command: DocumentsCommand) -> (Vec<String>, bool) {
         events.push(match event {
             DocumentsEvent::Document(document) => document.names.join("="),
             DocumentsEvent::Collection(sum) => format!("{} {}", sum.name, sum.documents),
+            DocumentsEvent::Renamed { name, to } => format!("{name}>{to}"),
             DocumentsEvent::Removed { name } => format!("-{name}"),
             DocumentsEvent::RemovedCollection { name, id, documents, .. } => format!("{name} {id} {documents}"),
             DocumentsEvent::Restored { name, replaced } => format!("+{name}{}", if replaced { "!" } else { "" }),
@@ -179,6 +180,45 @@ fn no_byte_of_what_is_removed_for_good_is_left_in_the_data_folder() {
         let reopened = Library::new(dir.path());
         assert!(whole || found(&reopened, marker) == 0 && found(&reopened, "harbour") == 1, "{way}");
     }
+}
+
+#[test]
+fn a_collection_gets_another_name_unless_that_is_taken_or_it_is_a_stores_id() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = Library::new(dir.path());
+    let rename = |name: &str, to: &str| {
+        let command = DocumentsCommand::Rename { collection: name.into(), to: to.into() };
+        manage_documents(&library, &command, &|| Ok(0), &mut |_| {}).map_err(|error| error.to_string())
+    };
+    put(&library, "/d/a.txt", "One lamp.");
+    assert_eq!(found(&library, "lamp"), 1);
+    library.collection_or_new("other").unwrap();
+    assert!(rename("notes", "other").unwrap_err().contains("`other` is there already"));
+    assert!(rename("notes", "notes").unwrap_err().contains("`notes` is there already"));
+    assert!(rename("notes", "../x").unwrap_err().contains("expected 1 to 64 letters"));
+    assert!(rename("absent", "x").unwrap_err().contains("there are: notes, other"));
+    rename("notes", "renamed").unwrap();
+    assert_eq!(library.search("renamed", "lamp", 5).unwrap().len(), 1);
+    assert!(library.search("notes", "lamp", 5).is_err());
+    // What is taken out of it under one name comes back under another one.
+    let removed = DocumentsCommand::Remove { collection: "renamed".into(), names: names(&["a.txt"]), now: false };
+    assert_eq!(told(&library, removed).0, ["-a.txt"]);
+    rename("renamed", "notes").unwrap();
+    assert_eq!(told(&library, restore(&["a.txt"])).0, ["+a.txt"]);
+    assert_eq!((found(&library, "lamp"), library.collections().unwrap().len()), (1, 2));
+    put(&library, "/d/b.txt", "Two lamps.");
+    assert_eq!(found(&library, "lamp"), 2);
+    // A removed one comes back once the new one of its name is called otherwise, as the message says.
+    assert_eq!(told(&library, remove(&[], false)).0, ["-notes"]);
+    put(&library, "/d/c.txt", "Three lamps.");
+    let refused = manage_documents(&library, &restore(&[]), &|| Ok(0), &mut |_| {}).unwrap_err().to_string();
+    assert!(refused.contains("quire collections rename notes NEW_NAME"), "{refused}");
+    rename("notes", "newer").unwrap();
+    assert_eq!(told(&library, restore(&[])).0, ["+notes"]);
+    assert_eq!((found(&library, "lamp"), library.search("newer", "lamp", 5).unwrap().len()), (2, 1));
+    let store = crate::ids::new_id("vs_");
+    library.collection_or_new(&store).unwrap();
+    assert!(rename(&store, "x").unwrap_err().contains("POST /v1/vector_stores/vs_"));
 }
 
 #[test]
