@@ -12,7 +12,7 @@ pub enum DocumentsError {
     /// A document is not UTF-8.
     #[error(
         "document {}: expected UTF-8 text, found an invalid byte at offset {offset}. Convert it, for example with \
-         `iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE` if it is Latin-1", path.display()
+         `iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE` if it is Latin-1, or from GB18030, SHIFT-JIS, UTF-16LE or whatever it is", path.display()
     )]
     NotUtf8 {
         /// The document.

@@ -12,8 +12,8 @@
 //! * Korean, whose particles cling to words: whole words, and pairs and single syllables as above.
 //! * Symbols, such as emoji: each is a term.
 //!
-//! Nothing is left out for being frequent: BM25 weighs that. Words too long for a term are replaced by their hash, and are
-//! found by parts too (`long.rs`). A word that the edge of a passage cuts is a term of both passages (`cut.rs`).
+//! Nothing is left out for being frequent: BM25 weighs that. Words too long for a term are replaced by their hash, and long
+//! ones are found by parts too (`long.rs`). A word that the edge of a passage cuts is a term of both passages (`cut.rs`).
 //!
 //! What Persian and its neighbours write with a zero-width non-joiner within a word is two words to an index. A query
 //! also stands for the other spellings: neighbouring words as one, and one word as two or three (`query.rs`).
@@ -28,7 +28,7 @@ use icu_properties::{CodePointMapData, CodePointSetData};
 use tantivy::tokenizer::{AsciiFoldingFilter, Language, RawTokenizer, Stemmer, TextAnalyzer, Token};
 
 use super::cut::{CutWord, Cuts};
-use super::long::{LONGEST_TERM, SHORTEST_PART, parts, term};
+use super::long::{LONGEST_TERM, SHORTEST_PART, is_long, parts, term};
 use super::scripts;
 
 /// To be raised whenever a text gets other terms than before, also by a new version of a library that is used here:
@@ -123,17 +123,17 @@ impl Analyzer {
                 [std::mem::take(&mut is_first).then_some(passage.start), runs.peek().is_none().then_some(passage.end)];
             match class {
                 Class::Word => {
-                    let mut is_long = run.len() > LONGEST_TERM;
+                    let mut found_by_parts = is_long(run);
                     let mut terms = self.word_terms(run);
                     for edge in edges.into_iter().flatten() {
                         let Some(whole) = cuts.word(edge, |whole| self.cut_word(whole)) else { continue };
-                        is_long |= whole.is_long;
+                        found_by_parts |= whole.is_long;
                         terms.extend(
                             whole.terms.iter().filter(|term| !terms.contains(term)).cloned().collect::<Vec<_>>(),
                         );
                     }
                     terms.iter().for_each(|term| tokens.add(term));
-                    if is_long {
+                    if found_by_parts {
                         // Parts that reach over the edge are this passage's.
                         let beyond =
                             edges[1].map(|edge| cuts.letters_behind(edge, SHORTEST_PART - 1)).unwrap_or_default();
@@ -179,7 +179,7 @@ impl Analyzer {
     fn cut_word(&mut self, whole: &str) -> CutWord {
         let (exact, folded) = (term(whole), term(&self.fold(whole)));
         let terms = if exact == folded { vec![exact] } else { vec![exact, folded] };
-        CutWord { terms, is_long: whole.len() > LONGEST_TERM }
+        CutWord { terms, is_long: is_long(whole) }
     }
 
     /// What a query looks for. `wanted` is asked from time to time; once nobody waits, `None`.

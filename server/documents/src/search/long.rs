@@ -1,19 +1,26 @@
-//! Words that are too long for a term: sequences of bases, encoded bytes, compounds without end.
+//! Long words: sequences of bases, hashes, encoded bytes, compounds without end.
 //!
-//! Such a word is a term by its hash, which finds it as a whole. Nobody types one; people paste a part of it. So it is also
-//! indexed by some of its parts, chosen by winnowing (Schleimer, Wilkerson and Aiken, "Winnowing: local algorithms for
+//! One that is too long for a term is a term by its hash, which finds it as a whole. Nobody types long words; people paste
+//! a part of them. So they are also indexed by some of their parts, chosen by winnowing (Schleimer, Wilkerson and Aiken, "Winnowing: local algorithms for
 //! document fingerprinting", 2003): of every [`WINDOW`] neighbouring parts of [`PART`] characters, the one with the least
 //! hash. A text and a query that share [`SHORTEST_PART`] characters in a row share a chosen part. A query counts as a part of a
 //! long word only if all of its chosen parts are known: most of what is merely alike has one that is not.
 
 /// Bytes of a term at most; a longer word is replaced by its hash.
 pub(super) const LONGEST_TERM: usize = 128;
+/// Characters of a word that is not found by parts, at most: few words that people write have more.
+const LONGEST_WHOLE: usize = 20;
 /// Characters of a part.
 const PART: usize = 10;
 /// Neighbouring parts of which one is chosen.
 const WINDOW: usize = 7;
 /// Characters of a long word that find it, wherever in it they stand.
 pub(super) const SHORTEST_PART: usize = PART + WINDOW - 1;
+
+/// Whether a word is also found by parts of it.
+pub(super) fn is_long(word: &str) -> bool {
+    word.len() > LONGEST_WHOLE && word.chars().nth(LONGEST_WHOLE).is_some()
+}
 
 /// A term for a run of characters.
 pub(super) fn term(run: &str) -> String {
