@@ -244,8 +244,10 @@ fn a_collection_of_all_scripts_and_languages_loses_no_word() {
     }
 }
 
-/// A word without end of one kind, and another one of the same kind.
-const LONG: [(&str, fn(u32) -> String); 4] = [
+/// A kind of words without end, each made of a seed.
+type Endless = (&'static str, fn(u32) -> String);
+
+const LONG: [Endless; 4] = [
     ("bases", |seed| drawn(seed, &["a", "c", "g", "t"])),
     ("base64", |seed| drawn(seed, &["A", "b", "9", "x", "Q", "7", "m", "Z", "k", "0", "R"])),
     ("compound", |seed| drawn(seed, &["Donau", "dampf", "schiff", "fahrts", "gesell", "schäfts", "Küchen", "straße"])),
