@@ -211,9 +211,9 @@ const SCRIPTS: &[(&str, &[&str], &str)] = &[
         "ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ab12cd3eab12cd34ab12cd34ab12cd34ab12cd34ab12cd34ff",
     ),
     (
-        "Key ab12cd34ef56ab78cd90ef12ab34cd56ef78ab90/Xq7LmZ0pTkW3vR9sYb2N+c4H of it.",
+        "Key ab12cd34ef56ab78cd90ef12ab34cd56ef78ab90/Xq7LmZ0pTkW3vR9sYb2NaK+c4H of it.",
         &[
-            "ab12cd34ef56ab78cd90ef12ab34cd56ef78ab90/Xq7LmZ0pTkW3vR9sYb2N+c4H",
+            "ab12cd34ef56ab78cd90ef12ab34cd56ef78ab90/Xq7LmZ0pTkW3vR9sYb2NaK+c4H",
             "34ef56ab78cd90ef12ab/",
             "xq7lmz0ptkw3vr9syb",
         ],
