@@ -153,6 +153,24 @@ named_values! {
     }
 }
 
+named_values! {
+    /// Why so much of a context was recomputed.
+    GateReason, "the reason" {
+        /// The gate is off: as the settings say.
+        Off = "off",
+        /// It saw no cause for more than the usual share.
+        Usual = "usual",
+        /// The chunks are small: each was computed with little before it.
+        SmallChunks = "small-chunks",
+        /// The question looks at many places: the usual share would have too little of what it attends.
+        Spread = "spread",
+        /// It looks everywhere, as counting and aggregating does: all of it.
+        Everywhere = "everywhere",
+        /// So few tokens are cached that choosing among them costs what reuse saves: all of them.
+        FewTokens = "few-tokens",
+    }
+}
+
 /// Settings of attention for one request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -244,11 +262,63 @@ pub struct BlendConfig {
     /// The layer on which `cacheblend` compares fresh and cached values, also where it stands in for `answer` and `question`.
     /// Up to it, everything is computed.
     pub check_layer: usize,
+    /// When `answer` and `question` recompute more than `ratio`; not with `mass`.
+    pub gate: GateConfig,
+}
+
+/// When more than the usual share is recomputed, by what reading the question over the cached chunks has shown.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GateConfig {
+    /// Whether it acts. Off: every request recomputes the share that the settings say.
+    pub on: bool,
+    /// Where the mean length of the chunks is below this, in tokens, at least `small_ratio` is recomputed.
+    pub small_tokens: usize,
+    /// See `small_tokens`.
+    pub small_ratio: f32,
+    /// So many tokens are recomputed as have this share of the scores, 0 to 1, where these are more than usual.
+    pub mass: f32,
+    /// But no more than this share of the tokens, where that is above the usual one.
+    pub most: f32,
+    /// Everything is recomputed where the scores are in as many chunks as this ([`GateReport::breadth`](crate::GateReport)); 0: never.
+    pub wide: f32,
+    /// Neighbours on either side, in its chunk, that are recomputed with a chosen token, within the same budget.
+    pub reach: usize,
+}
+
+impl Default for GateConfig {
+    fn default() -> Self {
+        GateConfig { on: false, small_tokens: 96, small_ratio: 0.17, mass: 0.0, most: 0.3, wide: 0.0, reach: 0 }
+    }
+}
+
+impl GateConfig {
+    /// See the field; 0 where the gate is off.
+    pub(crate) fn reach(&self) -> usize {
+        if self.on { self.reach } else { 0 }
+    }
+
+    fn validate(&self) -> Result<()> {
+        for (name, share) in [("small_ratio", self.small_ratio), ("mass", self.mass), ("most", self.most)] {
+            if !(0.0..=1.0).contains(&share) {
+                let problem = format!("expected {name} of the gate from 0 to 1, found {share}");
+                return Err(EngineError::RequestSetting { of: "blending", parameter: "blend_gate", problem });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Default for BlendConfig {
     fn default() -> Self {
-        BlendConfig { mode: BlendMode::Answer, ratio: 0.13, mass: None, correction: None, check_layer: 1 }
+        BlendConfig {
+            mode: BlendMode::Answer,
+            ratio: 0.13,
+            mass: None,
+            correction: None,
+            check_layer: 1,
+            gate: GateConfig::default(),
+        }
     }
 }
 
@@ -281,6 +351,7 @@ impl BlendConfig {
                 return Err(wrong("blend_mass", problem));
             }
         }
+        self.gate.validate()?;
         // On layer 0 keys and values depend on nothing but the token: there is nothing to compare.
         let checks = self.mode == BlendMode::CacheBlend || self.mode.asks();
         if checks && !(1..layers.max(2)).contains(&self.check_layer) {

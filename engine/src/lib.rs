@@ -16,6 +16,7 @@ mod blend;
 mod chat;
 mod chunk;
 mod config;
+mod divergence;
 mod engine;
 mod error;
 mod kv;
@@ -43,7 +44,10 @@ pub use backend::cuda::{
 };
 pub use chat::{ChatMessage, ChatTemplate, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};
-pub use config::{AttentionConfig, BlendConfig, BlendMode, Correction, DeviceChoice, EngineConfig, Strategy};
+pub use config::{
+    AttentionConfig, BlendConfig, BlendMode, Correction, DeviceChoice, EngineConfig, GateConfig, GateReason, Strategy,
+};
+pub use divergence::{kl_divergence, largest_logit};
 pub use engine::{Engine, EngineLoad, Model};
 pub use error::{EngineError, Result};
 pub use kv::codec::{CodecError, KvCodec};
@@ -54,7 +58,7 @@ pub use model::rope::{Rope, RopeScaling, RopeTable};
 pub use model::spec::{Family, ModelSpec};
 pub use prefix_cache::{PageKey, PrefixCache};
 pub use request::{
-    Alternative, AttentionInputs, ChunkAttention, DecodeStats, Event, EventStream, FinishReason, Finished,
+    Alternative, AttentionInputs, ChunkAttention, DecodeStats, Event, EventStream, FinishReason, Finished, GateReport,
     MAX_TOP_LOGPROBS, PrefillStats, PreparedContext, Prompt, Request, TokenEvent, TokenLogprob, Usage,
 };
 pub use sampler::{Sampled, Sampler, SamplingParams};

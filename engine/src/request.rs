@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::chunk::PromptChunk;
-use crate::config::{AttentionConfig, BlendConfig, BlendMode};
+use crate::config::{AttentionConfig, BlendConfig, BlendMode, GateReason};
 use crate::error::EngineError;
 use crate::kv::sequence::SequenceKv;
 use crate::sampler::SamplingParams;
@@ -263,6 +264,8 @@ pub struct PrefillStats {
     pub prompt_tokens: usize,
     /// Context tokens whose cached state was used.
     pub reused_tokens: usize,
+    /// Those of them whose state is exact: they stand behind the very tokens that they were computed behind. The others are composed.
+    pub exact_tokens: usize,
     /// Tokens at the beginning of a prompt without context whose state the prefix cache had.
     pub prefix_tokens: usize,
     /// Context tokens that were computed, at least from the check layer on.
@@ -282,12 +285,26 @@ pub struct PrefillStats {
     /// over the cached tokens that were not exact times all layers. A second pass over the question and the layers that only
     /// choose are counted. `None`: no such token.
     pub charged_share: Option<f32>,
+    /// What the gate decided; `None`: the rule does not ask the question, or nothing was to be chosen.
+    pub gate: Option<GateReport>,
     /// Positions, ascending, of the cached tokens that the rule chose to be recomputed.
     pub chosen: Vec<usize>,
     /// How far cached state was off where it was recomputed. `cacheblend`: the mean over cached tokens of |fresh - cached|^2 /
     /// |fresh|^2 of keys and values on the check layer. With a correction: the same of the means over recomputed tokens, by
     /// head, on all layers but the first. `None`: not seen.
     pub blend_deviation: Option<f32>,
+}
+
+/// How much the gate had recomputed, and what it went by.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GateReport {
+    /// Why so much.
+    pub reason: GateReason,
+    /// Share of the scores (the attention that the rule goes by) that the recomputed tokens have, 0 to 1.
+    pub held: f32,
+    /// In how many chunks the scores are, as if they were in all of them alike: the exponential of the entropy of the chunks'
+    /// shares. 0: not seen.
+    pub breadth: f32,
 }
 
 /// What decoding (and reading a suffix behind a context) did.

@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::divergence::largest_logit;
 use crate::error::{EngineError, Result};
 
 /// How tokens are chosen. The default is greedy.
@@ -259,7 +260,7 @@ impl Sampler {
         if !plain {
             self.adjust(logits);
         }
-        let likeliest = largest(logits);
+        let likeliest = largest_logit(logits).unwrap_or_default();
         if logits[likeliest as usize] == f32::NEG_INFINITY {
             return Err(EngineError::BadLogits { token: likeliest as usize, value: f32::NEG_INFINITY });
         }
@@ -356,17 +357,6 @@ pub(crate) fn likeliest(logits: &[f32], sampled: Sampled, count: usize) -> Vec<(
 /// [`EngineError::BadLogits`], as for sampling.
 pub(crate) fn logprob_of(id: u32, logits: &[f32]) -> Result<f32> {
     Ok(logits[id as usize] - log_sum_exp(logits)?)
-}
-
-/// The id of the largest logit, the lowest id among equals.
-fn largest(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as u32
 }
 
 /// The logarithm of the sum of exponentials; refuses what no model should produce.

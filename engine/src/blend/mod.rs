@@ -2,7 +2,7 @@
 //!
 //! `plan` says which parts of a context are exact, cached or to be computed; a rule chooses which cached tokens are recomputed,
 //! one file each (`answer`, `question`, `cacheblend`, `heads`, `epic`, `random`); `run` goes over the layers. What rules share stands
-//! apart: `paid` sees what the question attends, `select` takes the best within the budget, `correct` shifts what stays cached,
+//! apart: `paid` sees what the question attends, `gate` decides the budget, `select` takes the best within it, `correct` shifts what stays cached,
 //! and `stream` has the rows that are computed.
 
 mod answer;
@@ -11,6 +11,7 @@ mod correct;
 #[cfg(test)]
 mod emulator;
 mod epic;
+mod gate;
 mod heads;
 mod paid;
 mod plan;

@@ -11,7 +11,7 @@ use super::emulator::{Cache, Emulator, Kv, LAYERS, Seen, VOCAB, rotated};
 use super::run::Blended;
 use super::{Context, blend};
 use crate::chunk::{ChunkKv, ChunkSource, PromptChunk};
-use crate::config::{BlendConfig, BlendMode, Correction};
+use crate::config::{BlendConfig, BlendMode, Correction, GateConfig, GateReason};
 use crate::error::EngineError;
 use crate::kv::KvDtype;
 use crate::kv::sequence::SequenceKv;
@@ -266,7 +266,10 @@ fn what_is_exact_is_not_charged_and_takes_no_part_in_the_budget() {
     for mode in [BlendMode::Answer, BlendMode::CacheBlend, BlendMode::Reuse] {
         assert_eq!(share(&[40], &[], mode), None, "{mode}");
         let exact = Case::new(&mut rng, &[33], 4, &[]).blend(&BlendConfig { mode, ..BlendConfig::default() });
-        assert_eq!((exact.stats.recomputed_tokens, exact.stats.reused_tokens), (1, 33));
+        let stats = &exact.stats;
+        assert_eq!((stats.recomputed_tokens, stats.reused_tokens, stats.exact_tokens), (1, 33, 33));
+        let composed = Case::new(&mut rng, &[33, 40], 4, &[]).blend(&BlendConfig { mode, ..BlendConfig::default() });
+        assert_eq!(composed.stats.exact_tokens, 33, "{mode}");
     }
 }
 
@@ -295,6 +298,31 @@ fn a_mass_spends_what_the_question_needs() {
     let counts = [0.1, 0.5, 0.9, 1.0].map(count);
     assert!(counts.is_sorted() && counts[0] >= 1 && counts[1] < 50 && counts[2] < 100, "{counts:?}");
     assert_eq!(counts[3], 100);
+}
+
+#[test]
+fn what_the_gate_has_computed_whole_is_a_full_pass_and_is_charged_as_one() {
+    let mut rng = ChaCha8Rng::seed_from_u64(13);
+    let gate = |wide| GateConfig { on: true, wide, ..GateConfig::default() };
+    // Two chunks of 20 that a question of 40 is asked over; three of 40 that it looks at all of.
+    for (chunks, question, wide, reason) in
+        [(&[30, 20, 20][..], 40, 0.0, GateReason::FewTokens), (&[30, 40, 40, 40], 10, 1.1, GateReason::Everywhere)]
+    {
+        let case = Case::new(&mut rng, chunks, question, &[]);
+        let composed = case.candidates();
+        let config = BlendConfig { ratio: 0.2, gate: gate(wide), ..BlendConfig::default() };
+        let blended = case.blend(&config);
+        assert_eq!(blended.stats.gate.unwrap().reason, reason);
+        assert_eq!(blended.stats.chosen, composed);
+        let asked = if reason == GateReason::FewTokens { 0.0 } else { question as f32 };
+        let wanted = (asked + composed.len() as f32) / composed.len() as f32;
+        assert!((blended.stats.charged_share.unwrap() - wanted).abs() < 1e-6, "{reason}");
+        let full = MODEL.0.pass(&case.tokens, None, 0, false);
+        assert_eq!(wrong_rows(&blended, &full, case.composed.len(), 0), [], "{reason}");
+        let off = BlendConfig { gate: GateConfig { on: false, ..gate(wide) }, ..config };
+        let off = case.blend(&off).stats;
+        assert_eq!((off.gate.unwrap().reason, off.chosen.len()), (GateReason::Off, composed.len() / 5));
+    }
 }
 
 #[test]

@@ -18,13 +18,13 @@ use super::paid::{Paid, WATCHED, Watch};
 use super::plan::{BlendPlan, Span, Treatment};
 use super::select::{Budget, highest};
 use super::stream::{Stream, write_cached};
-use super::{answer, cacheblend, epic, heads, question, random};
+use super::{answer, cacheblend, epic, gate, heads, question, random};
 use crate::chunk::{ChunkLayer, ChunkSource, PromptChunk, read_layer};
 use crate::config::{BlendConfig, BlendMode, Correction};
 use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Rows, Transformer};
-use crate::request::PrefillStats;
+use crate::request::{GateReport, PrefillStats};
 
 /// Rows computed at a time, which bounds the memory of activations.
 const ROWS: usize = 1024;
@@ -168,6 +168,7 @@ struct Run<'a> {
     /// Layers of tokens that were computed, beyond those that had to be: see [`PrefillStats::charged_share`].
     charged: usize,
     deviation: Option<f32>,
+    gate: Option<GateReport>,
 }
 
 impl<'a> Run<'a> {
@@ -192,6 +193,7 @@ impl<'a> Run<'a> {
             cancelled,
             charged: 0,
             deviation: None,
+            gate: None,
         })
     }
 
@@ -213,13 +215,21 @@ impl<'a> Run<'a> {
                 self.once(picked(&composed, &chosen), correction)?
             }
             BlendMode::CacheBlend => self.checking(config.check_layer, config.ratio, correction)?,
+            BlendMode::Question | BlendMode::Answer
+                if gate::is_not_worth_asking(config, composed.len(), suffix.len()) =>
+            {
+                self.gate = Some(gate::unasked());
+                self.once(composed.clone(), Correction::None)?
+            }
             BlendMode::Question | BlendMode::Answer => {
                 let paid = self.asking(suffix)?;
                 let scores = match config.mode {
                     BlendMode::Question => picked(&question::scores(paid), &composed),
                     _ => answer::scores(&paid, &composed),
                 };
-                let chosen = picked(&composed, &highest(&scores, Budget::of(config)));
+                let choice = gate::choose(config, self.plan, &scores);
+                self.gate = Some(choice.report);
+                let chosen = picked(&composed, &choice.chosen);
                 self.again(chosen, correction, suffix.len())?
             }
         };
@@ -231,11 +241,13 @@ impl<'a> Run<'a> {
         let stats = PrefillStats {
             prompt_tokens: self.plan.tokens.len(),
             reused_tokens: self.plan.tokens.len() - self.held - fresh - recomputed,
+            exact_tokens: self.plan.positions(&[Treatment::Exact]).len(),
             recomputed_tokens: fresh + recomputed,
             rule: Some(rule),
             chosen,
             charged_share: (composed > 0).then(|| (self.charged as f64 / (composed * layers) as f64) as f32),
             blend_deviation: self.deviation,
+            gate: self.gate,
             ..PrefillStats::default()
         };
         Blended { kv: self.kv, stats }

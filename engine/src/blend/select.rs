@@ -15,33 +15,97 @@ impl Budget {
     pub(super) fn of(config: &BlendConfig) -> Budget {
         config.mass.map_or(Budget::Tokens(config.ratio), Budget::Mass)
     }
+}
 
-    /// How many of the tokens, the one with the best score first.
-    fn count(self, descending: impl ExactSizeIterator<Item = f32> + Clone) -> usize {
-        match self {
-            Budget::Tokens(ratio) => (descending.len() as f64 * f64::from(ratio)).round() as usize,
+/// Tokens by their scores, the best first. Ties go to the earlier token.
+pub(super) struct Ranking<'a> {
+    /// Not negative.
+    scores: &'a [f32],
+    /// Indices into `scores`.
+    order: Vec<usize>,
+}
+
+impl<'a> Ranking<'a> {
+    pub(super) fn new(scores: &'a [f32]) -> Ranking<'a> {
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        Ranking { scores, order }
+    }
+
+    /// The tokens that are ranked.
+    pub(super) fn len(&self) -> usize {
+        self.order.len()
+    }
+
+    /// How many tokens a budget pays for.
+    pub(super) fn count(&self, budget: Budget) -> usize {
+        let scores = self.order.iter().map(|token| f64::from(self.scores[*token]));
+        match budget {
+            Budget::Tokens(ratio) => (self.len() as f64 * f64::from(ratio)).round() as usize,
             Budget::Mass(share) => {
-                let goal = f64::from(share) * descending.clone().map(f64::from).sum::<f64>();
+                let goal = f64::from(share) * scores.clone().sum::<f64>();
                 let mut covered = 0.0;
-                let before = descending.take_while(|score| {
+                let before = scores.take_while(|score| {
                     let open = covered < goal;
-                    covered += f64::from(*score);
+                    covered += score;
                     open
                 });
                 before.count()
             }
         }
     }
+
+    /// `count` tokens as ascending indices: the best, each with up to `reach` neighbours on either side that are in its chunk. `chunks`: the
+    /// tokens of each, in their order.
+    pub(super) fn best(&self, count: usize, reach: usize, chunks: &[usize]) -> Vec<usize> {
+        let mut chosen = match reach {
+            0 => self.order[..count.min(self.len())].to_vec(),
+            _ => self.with_neighbours(count, reach, chunks),
+        };
+        chosen.sort_unstable();
+        chosen
+    }
+
+    fn with_neighbours(&self, count: usize, reach: usize, chunks: &[usize]) -> Vec<usize> {
+        let mut end = 0;
+        let ends: Vec<usize> = chunks
+            .iter()
+            .map(|tokens| {
+                end += tokens;
+                end
+            })
+            .collect();
+        let (mut chosen, mut taken) = (Vec::with_capacity(count), vec![false; self.len()]);
+        for &token in &self.order {
+            let chunk = ends.partition_point(|end| *end <= token);
+            let (start, end) =
+                (if chunk == 0 { 0 } else { ends[chunk - 1] }, ends.get(chunk).copied().unwrap_or(self.len()));
+            let near = token.saturating_sub(reach).max(start)..(token + reach + 1).min(end);
+            for neighbour in std::iter::once(token).chain(near) {
+                if chosen.len() == count {
+                    return chosen;
+                }
+                if !std::mem::replace(&mut taken[neighbour], true) {
+                    chosen.push(neighbour);
+                }
+            }
+        }
+        chosen
+    }
+
+    /// The share of all scores that these tokens have.
+    pub(super) fn held(&self, chosen: &[usize]) -> f64 {
+        let sum: f64 = self.scores.iter().map(|score| f64::from(*score)).sum();
+        let of: f64 = chosen.iter().map(|token| f64::from(self.scores[*token])).sum();
+        if sum > 0.0 { of / sum } else { 0.0 }
+    }
 }
 
 /// The best-scored tokens as far as the budget goes, as ascending indices into `scores`, which are not negative. Ties go to the
 /// earlier token.
 pub(super) fn highest(scores: &[f32], budget: Budget) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    order.truncate(budget.count(order.iter().map(|i| scores[*i])));
-    order.sort_unstable();
-    order
+    let ranking = Ranking::new(scores);
+    ranking.best(ranking.count(budget), 0, &[])
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! How far an answer and its distributions are from those of full recompute.
 
+use engine::{kl_divergence, largest_logit};
 use serde::{Deserialize, Serialize};
 
 /// What `full` answered, and its distribution in the place of each token.
@@ -7,7 +8,7 @@ pub(super) struct FullAnswer {
     /// With the end-of-text token, where the answer ended by one.
     pub(super) ids: Vec<u32>,
     pub(super) text: String,
-    /// Natural log-probabilities of all tokens in the place of each of `ids`.
+    /// Logits of all tokens in the place of each of `ids`.
     pub(super) places: Vec<Vec<f32>>,
     /// Tokens that are text, at least one place.
     pub(super) tokens: usize,
@@ -29,46 +30,21 @@ impl FullAnswer {
     /// `logits`: in the place of each of `ids`; `ended`: by an end-of-text token, the last of `ids`.
     pub(super) fn new(ids: Vec<u32>, text: String, logits: Vec<Vec<f32>>, ended: bool) -> FullAnswer {
         let tokens = (ids.len() - usize::from(ended)).max(1).min(ids.len());
-        FullAnswer { ids, text, places: logits.into_iter().map(log_softmax).collect(), tokens }
+        FullAnswer { ids, text, places: logits, tokens }
     }
 
     /// `logits`: of another configuration in the same places. Also whether it would choose the same token in each.
-    pub(super) fn compare(&self, logits: Vec<Vec<f32>>) -> BesideFull {
-        let same =
-            logits.len() == self.ids.len() && self.ids.iter().zip(&logits).all(|(id, row)| largest(row) == Some(*id));
-        let others = logits.into_iter().map(log_softmax);
-        let kl: Vec<f64> =
-            self.places.iter().zip(others).take(self.tokens).map(|(full, other)| divergence(full, &other)).collect();
+    pub(super) fn compare(&self, logits: &[Vec<f32>]) -> BesideFull {
+        let same = logits.len() == self.ids.len()
+            && self.ids.iter().zip(logits).all(|(id, row)| largest_logit(row) == Some(*id));
+        let places = self.places.iter().zip(logits).take(self.tokens);
+        let kl: Vec<f64> = places.map(|(full, other)| kl_divergence(full, other)).collect();
         BesideFull {
             kl_mean: kl.iter().sum::<f64>() / kl.len().max(1) as f64,
             kl_first: kl.first().copied().unwrap_or_default(),
             same,
         }
     }
-}
-
-/// The place of the largest, the first among equals, as greedy decoding chooses.
-fn largest(row: &[f32]) -> Option<u32> {
-    let mut best: Option<(u32, f32)> = None;
-    for (id, &value) in (0_u32..).zip(row) {
-        if best.is_none_or(|(_, most)| value > most) {
-            best = Some((id, value));
-        }
-    }
-    best.map(|(id, _)| id)
-}
-
-fn log_softmax(mut logits: Vec<f32>) -> Vec<f32> {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|logit| f64::from((logit - most).exp())).sum();
-    let log_sum = most + sum.ln() as f32;
-    logits.iter_mut().for_each(|logit| *logit -= log_sum);
-    logits
-}
-
-/// KL(p || q) of two distributions given by their natural logarithms, in nats.
-fn divergence(p: &[f32], q: &[f32]) -> f64 {
-    p.iter().zip(q).filter(|(p, _)| p.is_finite()).map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum()
 }
 
 #[cfg(test)]
@@ -88,7 +64,7 @@ mod tests {
             vec![logs(&[0.5, 0.25, 0.25]), logs(&[0.1, 0.8, 0.1]), logs(&[0.2, 0.2, 0.6])],
             true,
         );
-        let found = full.compare(vec![logs(&[0.25, 0.5, 0.25]), logs(&[0.1, 0.8, 0.1]), logs(&[0.9, 0.05, 0.05])]);
+        let found = full.compare(&[logs(&[0.25, 0.5, 0.25]), logs(&[0.1, 0.8, 0.1]), logs(&[0.9, 0.05, 0.05])]);
         let first = 0.5 * 2.0_f64.ln() + 0.25 * 0.5_f64.ln();
         assert!((found.kl_first - first).abs() < 1e-6, "{found:?}");
         assert!((found.kl_mean - first / 2.0).abs() < 1e-6, "the end of the text is no token of the answer: {found:?}");
@@ -99,12 +75,12 @@ mod tests {
     fn the_same_distributions_are_the_same_answer_and_the_end_counts_for_that() {
         let rows = || vec![logs(&[0.6, 0.4]), logs(&[0.3, 0.7])];
         let full = FullAnswer::new(vec![0, 1], "x".into(), rows(), true);
-        let found = full.compare(rows());
+        let found = full.compare(&rows());
         assert!(found.same && found.kl_mean.abs() < 1e-9);
-        let goes_on = full.compare(vec![logs(&[0.6, 0.4]), logs(&[0.7, 0.3])]);
+        let goes_on = full.compare(&[logs(&[0.6, 0.4]), logs(&[0.7, 0.3])]);
         assert!(!goes_on.same && goes_on.kl_mean.abs() < 1e-9, "it would go on where `full` ends");
         // Nothing but the end.
         let empty = FullAnswer::new(vec![1], String::new(), vec![logs(&[0.3, 0.7])], true);
-        assert!(empty.compare(vec![logs(&[0.4, 0.6])]).kl_mean > 0.0);
+        assert!(empty.compare(&[logs(&[0.4, 0.6])]).kl_mean > 0.0);
     }
 }

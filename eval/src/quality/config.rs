@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use ann_index::IndexKind;
-use engine::{AttentionConfig, BlendConfig, BlendMode, Correction, KvCodec, Strategy};
+use engine::{AttentionConfig, BlendConfig, BlendMode, Correction, GateConfig, KvCodec, Strategy};
 
 use super::QualityOptions;
 use crate::error::{EvalError, Result};
@@ -34,9 +34,10 @@ pub(crate) const FULL: &str = "full";
 const ON_DEMAND: [&str; 5] = ["retrieval-hnsw", "answer-15", "random-15", "epic", "question-15"];
 
 /// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a rule and the share of the cached
-/// tokens that it recomputes, such as `cacheblend-10`. `+none`, `+prompt` or `+chunk` behind it is the correction of tokens that stay
-/// cached, where another than the rule's own is wanted: `answer-15+none`. Last, `-int8` or `-kivi4` is how chunks are stored:
-/// `default-kivi4`.
+/// tokens that it recomputes, such as `cacheblend-10`; `MODE-mPERCENT` is a share of the attention instead. Parts behind a `+`: `none`,
+/// `prompt` or `chunk`, the correction of tokens that stay cached, where another than the rule's own is wanted (`answer-15+none`); `gate`,
+/// with which the gate acts, and its thresholds: `answer-13+gate:mass=80:most=30:small=17:below=96:wide=12:reach=2`, shares in percent.
+/// Last, `-int8` or `-kivi4` is how chunks are stored: `default-kivi4`. `NAME=CONFIGURATION` gives any of them a name for tables and records.
 #[must_use]
 pub fn config_names() -> Vec<&'static str> {
     NAMES.to_vec()
@@ -51,6 +52,8 @@ pub(crate) fn place(name: &str) -> usize {
 #[derive(Debug, Clone)]
 pub(super) struct Config {
     pub(super) name: String,
+    /// What it was asked for as, where that is not its name.
+    pub(super) what: String,
     /// How the KV of a context is made.
     pub(super) blend: BlendConfig,
     /// How the chunks' own KV is stored.
@@ -77,29 +80,44 @@ impl Config {
 pub(super) fn chosen(options: &QualityOptions) -> Result<Vec<Config>> {
     let all = || NAMES.iter().filter(|name| !ON_DEMAND.contains(name)).map(ToString::to_string).collect();
     let mut names: Vec<String> = if options.configs.is_empty() { all() } else { options.configs.clone() };
-    names.sort_by_key(|name| place(name));
+    names.sort_by_key(|name| place(name.split('=').next().unwrap_or(name)));
+    let mut configs = names.into_iter().map(|name| config(name, options)).collect::<Result<Vec<_>>>()?;
     let mut seen = HashSet::new();
-    names.retain(|name| seen.insert(name.clone()));
-    names.into_iter().map(|name| config(name, options)).collect()
+    configs.retain(|config| seen.insert(config.name.clone()));
+    Ok(configs)
+}
+
+/// What the names stand for that were given to configurations.
+pub(super) fn described(configs: &[Config]) -> Option<serde_json::Value> {
+    let named: serde_json::Map<_, _> = configs
+        .iter()
+        .filter(|config| config.what != config.name)
+        .map(|c| (c.name.clone(), c.what.clone().into()))
+        .collect();
+    (!named.is_empty()).then(|| named.into())
 }
 
 fn config(name: String, options: &QualityOptions) -> Result<Config> {
+    let (name, what) = match name.split_once('=').filter(|(name, _)| !name.contains(':')) {
+        Some((name, what)) => (name.to_owned(), what.to_owned()),
+        None => (name.clone(), name),
+    };
     let full = BlendConfig { mode: BlendMode::FullRecompute, ..BlendConfig::default() };
-    let (served, codec) = coded(&name);
+    let (served, codec) = coded(&what);
     let (blend, strategy, index) = match served {
         FULL => (full, Strategy::Full, IndexKind::Flat),
         "window" => (full, Strategy::Window, IndexKind::Flat),
         "retrieval-flat" => (full, Strategy::Retrieval, IndexKind::Flat),
         "retrieval-hnsw" => (full, Strategy::Retrieval, IndexKind::Hnsw),
         "default" => (BlendConfig::default(), Strategy::Full, IndexKind::Flat),
-        other => (blending(other).ok_or_else(|| unknown(&name))?, Strategy::Full, IndexKind::Flat),
+        other => (blending(other).ok_or_else(|| unknown(&what))?, Strategy::Full, IndexKind::Flat),
     };
     if codec != KvCodec::Raw && blend.mode == BlendMode::FullRecompute {
-        return Err(unknown(&name));
+        return Err(unknown(&what));
     }
     let attention =
         AttentionConfig { strategy, sinks: options.sinks, window: options.window, k: options.k, ef: options.ef, index };
-    Ok(Config { name, blend, codec, attention })
+    Ok(Config { name, what, blend, codec, attention })
 }
 
 /// What stands before the codec, where one is named, and the codec.
@@ -108,23 +126,55 @@ fn coded(name: &str) -> (&str, KvCodec) {
     parts.unwrap_or((name, KvCodec::Raw))
 }
 
-/// A rule that knows how much it recomputes, or a rule and a percentage; then perhaps a correction.
+/// A rule that knows how much it recomputes, or a rule and a percentage; then perhaps a correction and the gate, which is off
+/// without.
 fn blending(name: &str) -> Option<BlendConfig> {
-    let (rule, correction) = match name.split_once('+') {
-        Some((rule, correction)) => (rule, Some(correction.parse::<Correction>().ok()?)),
-        None => (name, None),
-    };
+    let mut parts = name.split('+');
+    let rule = parts.next()?;
+    let (mut correction, mut gate) = (None, GateConfig { on: false, ..GateConfig::default() });
+    for part in parts {
+        match part.strip_prefix("gate") {
+            Some(thresholds) => gate = gated(thresholds)?,
+            None => correction = Some(part.parse::<Correction>().ok()?),
+        }
+    }
     let whole = |mode: BlendMode| matches!(mode, BlendMode::Reuse | BlendMode::Epic);
-    let (mode, ratio) = match rule.parse::<BlendMode>() {
-        Ok(mode) => whole(mode).then_some((mode, 0.0))?,
+    let share = |percent: &str| Some(f32::from(percent.parse::<u8>().ok().filter(|percent| *percent <= 100)?) / 100.0);
+    let (mode, ratio, mass) = match rule.parse::<BlendMode>() {
+        Ok(mode) => whole(mode).then_some((mode, 0.0, None))?,
         Err(_) => {
             let (mode, percent) = rule.rsplit_once('-')?;
-            let (mode, percent) = (mode.parse().ok()?, percent.parse::<u8>().ok()?);
-            let fits = percent <= 100 && mode != BlendMode::FullRecompute && !whole(mode);
-            fits.then_some((mode, f32::from(percent) / 100.0))?
+            let mode: BlendMode = mode.parse().ok()?;
+            let found = match percent.strip_prefix('m') {
+                Some(percent) if mode.asks() => (mode, 0.0, Some(share(percent)?)),
+                Some(_) => return None,
+                None => (mode, share(percent)?, None),
+            };
+            (mode != BlendMode::FullRecompute && !whole(mode)).then_some(found)?
         }
     };
-    Some(BlendConfig { mode, ratio, correction, ..BlendConfig::default() })
+    Some(BlendConfig { mode, ratio, mass, correction, gate, ..BlendConfig::default() })
+}
+
+/// The gate with these thresholds, each behind a colon.
+fn gated(thresholds: &str) -> Option<GateConfig> {
+    let mut gate = GateConfig { on: true, ..GateConfig::default() };
+    let mut parts = thresholds.split(':');
+    parts.next().filter(|before| before.is_empty())?;
+    for part in parts {
+        let (name, value) = part.split_once('=')?;
+        let share = || Some(f32::from(value.parse::<u8>().ok().filter(|percent| *percent <= 100)?) / 100.0);
+        match name {
+            "mass" => gate.mass = share()?,
+            "most" => gate.most = share()?,
+            "small" => gate.small_ratio = share()?,
+            "below" => gate.small_tokens = value.parse().ok()?,
+            "wide" => gate.wide = value.parse().ok()?,
+            "reach" => gate.reach = value.parse().ok()?,
+            _ => return None,
+        }
+    }
+    Some(gate)
 }
 
 fn unknown(name: &str) -> EvalError {
@@ -167,6 +217,7 @@ mod tests {
         assert!(!config.is_shared() && named(&["epic+none"]).unwrap()[0].is_shared());
         let config = &named(&["default"]).unwrap()[0];
         assert_eq!(config.blend, BlendConfig::default());
+        assert_eq!(named(&["answer-m90"]).unwrap()[0].blend.mass, Some(0.9));
         assert!(!named(&["window"]).unwrap()[0].uses_chunks());
     }
 

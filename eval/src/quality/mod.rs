@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use engine::{BlendConfig, Engine};
+use engine::{BlendConfig, Engine, GateReport};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -125,6 +125,9 @@ pub(crate) struct AnswerCost {
     pub(crate) context_seconds: f64,
     pub(crate) failed_chunks: usize,
     pub(crate) charged_share: Option<f64>,
+    /// Absent in answers from before there was a gate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gate: Option<GateReport>,
     pub(crate) cold_keys: u64,
     pub(crate) keys_scored: u64,
     pub(crate) keys_attended: u64,
@@ -183,6 +186,9 @@ pub fn run_quality(
     used["data"] = options.data.to_string().into();
     used["seed"] = options.seed.into();
     used["limit"] = options.limit.into();
+    if let Some(named) = config::described(&configs) {
+        used["named"] = named;
+    }
     used["threads"] = engine.threads().into();
     used["model"] = engine.numerics().into();
     let info = RunInfo::start(&options.output).with_config(used);

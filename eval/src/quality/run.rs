@@ -150,7 +150,7 @@ impl Runner<'_> {
         let Some(full) = full else { return Ok((ask(self.engine, asked.request.clone())?, None)) };
         let forced = Request { forced: Some(full.ids.clone().into()), report_logits: true, ..asked.request.clone() };
         let mut answer = ask(self.engine, forced)?;
-        let beside = full.compare(std::mem::take(&mut answer.logits));
+        let beside = full.compare(&std::mem::take(&mut answer.logits));
         if beside.same {
             answer.text.clone_from(&full.text);
         } else {
@@ -258,6 +258,7 @@ fn cost_of(made: &PrefillStats, decode: &DecodeStats, shared: bool) -> AnswerCos
         context_seconds: made.seconds,
         failed_chunks: made.failed_chunks,
         charged_share: made.charged_share.map(f64::from),
+        gate: made.gate,
         cold_keys: decode.cold_keys,
         keys_scored: decode.keys_scored,
         keys_attended: decode.keys_attended,

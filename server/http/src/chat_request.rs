@@ -137,6 +137,7 @@ impl ChatRequest {
                 "ratio" => blend.ratio = share(&name, value)?,
                 "blend_mass" => blend.mass = Some(share(&name, value)?),
                 "correction" => blend.correction = Some(named(&name, value)?),
+                "blend_gate" => blend.gate.on = boolean(&name, value)?,
                 "check_layer" => blend.check_layer = size(&name, value, 0)?,
                 _ if retrieval.field(key, &name, value)? => {}
                 _ => return Err(QuireError::UnsupportedParameter { param: name, hint: QUIRE_FIELDS }),
@@ -187,7 +188,7 @@ impl ChatRequest {
 }
 
 const QUIRE_FIELDS: &str = "`quire` takes collection, top_chunks, query, score_threshold, passages, strategy, \
-                            sinks, window, k, ef, index, blend, ratio, blend_mass, correction and \
+                            sinks, window, k, ef, index, blend, ratio, blend_mass, blend_gate, correction and \
                             check_layer";
 
 fn choices(value: &Value, most: usize) -> Result<usize> {

@@ -168,9 +168,16 @@ async fn every(period: Duration, round: impl Fn()) {
     }
 }
 
-/// Has files that are attached read in the background, until the server stops.
+/// Has files that are attached read in the background, and a share of the questions compared, until the server stops.
 fn begin_work(app: &App) {
     let Some(service) = app.loaded().map(Arc::clone) else { return };
+    if app.settings().monitor_share > 0.0 {
+        let watched = Arc::clone(&service);
+        let started = std::thread::Builder::new().name("monitor".into()).spawn(move || watched.watch());
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for the monitor: no question is compared with full recompute");
+        }
+    }
     let started = std::thread::Builder::new().name("background".into()).spawn(move || service.work());
     if let Err(error) = started {
         tracing::error!(%error, "no thread for work in the background: files that are attached wait for the next start");

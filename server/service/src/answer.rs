@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, PrefillStats, TokenLogprob, Usage};
+use engine::{DecodeStats, Event, EventStream, FinishReason, Finished, GateReport, PrefillStats, TokenLogprob, Usage};
 use serde::{Deserialize, Serialize};
 
 use super::Options;
@@ -53,6 +53,10 @@ pub struct Stats {
     pub completion_tokens: usize,
     /// Context tokens whose cached state was used.
     pub reused_tokens: usize,
+    /// Prompt tokens from a cache whose state is exact: of the prefix cache, and of chunks behind the tokens that they were computed behind.
+    pub cached_exact_tokens: usize,
+    /// Prompt tokens from the chunk store whose state was computed behind other tokens than those before them here.
+    pub cached_composed_tokens: usize,
     /// Context tokens that were computed.
     pub recomputed_tokens: usize,
     /// Tokens at the beginning of a prompt without documents whose state the prefix cache had.
@@ -98,6 +102,8 @@ pub struct Stats {
     /// What blending computed beyond reading the question once: its share of computing the cached tokens anew; absent where no
     /// cached token stood behind others than it was computed behind.
     pub charged_share: Option<f32>,
+    /// How much the gate had recomputed, and why; absent where the rule does not ask the question, or nothing was to be chosen.
+    pub gate: Option<GateReport>,
     /// The decode strategy.
     pub strategy: String,
     /// The blend mode.
@@ -286,6 +292,8 @@ impl Tally {
         let stats = &mut self.stats;
         stats.prompt_tokens = prefill.prompt_tokens;
         stats.reused_tokens = prefill.reused_tokens;
+        stats.cached_exact_tokens = prefill.exact_tokens + prefill.prefix_tokens;
+        stats.cached_composed_tokens = prefill.reused_tokens - prefill.exact_tokens;
         stats.recomputed_tokens = prefill.recomputed_tokens;
         stats.prefix_tokens = prefill.prefix_tokens;
         stats.suffix_tokens = prefill.suffix_tokens;
@@ -295,6 +303,7 @@ impl Tally {
         stats.blend_deviation = prefill.blend_deviation;
         stats.rule = prefill.rule.map(|rule| rule.to_string());
         stats.charged_share = prefill.charged_share;
+        stats.gate = prefill.gate;
         stats.ttft_seconds = self.started.elapsed().as_secs_f64();
         self.metrics.first_token(prefill, stats.ttft_seconds);
         if prefill.failed_chunks > 0 {

@@ -7,11 +7,15 @@ use engine::{BlendMode, ChatMessage, EngineError, Prompt, PromptChunk};
 
 use super::answer::Answering;
 use super::length::{Room, refuse_overlong};
+use super::monitor::{Level, Sample};
 use super::passages::{GivenChunk, GivenPassage};
 use super::{Options, Service};
 use crate::store::Origin;
 use documents::{Collection, Found};
 use settings::Result;
+
+/// What the monitor calls the passages that come with questions, all of them; no collection can be called so.
+const GIVEN: &str = "(given)";
 
 /// A question over passages.
 #[derive(Clone, Debug)]
@@ -125,12 +129,21 @@ impl Service {
     /// As [`answer`](Service::answer), and [`EngineError::Cancelled`].
     pub fn answer_while(&self, question: &Question, wanted: &dyn Fn() -> bool) -> Result<Answering> {
         let started = Instant::now();
-        let options = &question.options;
+        let mut options = question.options.clone();
         options.blend.validate(self.engine.spec().layers)?;
         let mut notes = Vec::new();
+        let collection = match &question.passages {
+            Passages::Search(search) => self.collection_name(&search.collection)?,
+            Passages::Given(_) => GIVEN.into(),
+        };
+        let level = self.monitor.level(&collection, &options.blend, &self.options.blend);
+        if let Some(level) = level {
+            level.apply(&mut options.blend);
+            notes.extend(level.note(&collection));
+        }
         let (frame, chosen) = match &question.passages {
             Passages::Search(search) => {
-                let collection = self.library.collection(&self.collection_name(&search.collection)?)?;
+                let collection = self.library.collection(&collection)?;
                 let frame = self.frame(question, wanted)?;
                 let chosen = self.retrieve(&collection, search, frame.room.passages, wanted, &mut notes)?;
                 (frame, chosen)
@@ -144,10 +157,16 @@ impl Service {
         let length = chosen.iter().map(|candidate| candidate.tokens.len()).sum();
         notes.extend(frame.room.clip(length, options.max_tokens));
         let retrieved = started.elapsed().as_secs_f64();
-        let (prompt, context) = self.prepare(frame, chosen, options, wanted)?;
+        let (prompt, context) = self.prepare(frame, chosen, &options, wanted)?;
         let prepared = started.elapsed().as_secs_f64();
-        let stream = self.engine.submit(options.request(prompt))?;
-        let answering = Answering::new(stream, started, Arc::clone(&self.metrics), options);
+        let request = options.request(prompt);
+        let drawn = level.is_some_and(|level| level < Level::Computed) && !context.is_empty() && self.monitor.draws();
+        let sample = drawn.then(|| Sample { collection, request: request.clone() });
+        let stream = self.engine.submit(request)?;
+        if sample.is_some_and(|sample| !self.monitor.offer(sample)) {
+            self.metrics.sample_dropped();
+        }
+        let answering = Answering::new(stream, started, Arc::clone(&self.metrics), &options);
         Ok(answering.with_context(context, retrieved, prepared - retrieved).with_notes(notes))
     }
 

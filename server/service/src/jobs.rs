@@ -128,8 +128,9 @@ impl Service {
         }
     }
 
-    /// Has [`work`](Self::work) end behind the chunk at hand. What waits is read after the next start.
+    /// Has [`work`](Self::work) end behind the chunk at hand, and [`watch`](Self::watch). What waits is read after the next start.
     pub fn stop_working(&self) {
+        self.monitor.stop();
         self.jobs.lock().stopped = true;
         self.jobs.changed.notify_all();
     }

@@ -7,6 +7,8 @@
 //! * [`store`]: the engine's chunks in the chunk store, and the one conversion between their layouts;
 //! * [`control`]: the use cases of the command line as data, and the socket over which a running server is asked for them;
 //! * [`metrics`]: what is counted and under which names.
+//!
+//! `monitor` compares a share of the questions with full recompute, in the background.
 
 mod answer;
 mod context;
@@ -20,6 +22,7 @@ mod jobs;
 mod length;
 mod manage;
 pub mod metrics;
+mod monitor;
 mod paging;
 mod passages;
 pub mod store;
@@ -122,6 +125,7 @@ pub struct Service {
     /// How files that clients attach are ingested.
     ingesting: IngestOptions,
     jobs: jobs::JobQueue,
+    monitor: monitor::Monitor,
     /// Held by whoever changes a file of a vector store: row and document change together.
     attaching: std::sync::Mutex<()>,
 }
@@ -174,6 +178,7 @@ impl Service {
             data_dir: settings.data_dir.clone(),
             ingesting: IngestOptions::from_settings(settings)?,
             jobs: jobs::JobQueue::default(),
+            monitor: monitor::Monitor::new(settings),
             attaching: std::sync::Mutex::default(),
             chunk_suffix,
             options,
@@ -291,6 +296,12 @@ impl Service {
     /// What the engine refuses: the context limit, a wrong parameter, a full queue.
     pub fn generate(&self, messages: &[ChatMessage], options: &Options) -> Result<Answering> {
         generate(&self.engine, &self.metrics, messages, options)
+    }
+
+    /// Compares a share of the questions with full recompute, as the settings say, until [`stop_working`](Self::stop_working): in the
+    /// background, while the engine has nothing else to do.
+    pub fn watch(&self) {
+        self.monitor.work(&self.engine, &self.metrics);
     }
 
     /// Brings the metrics of states up to date, for a scrape.

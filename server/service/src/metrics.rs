@@ -9,6 +9,7 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::monitor::Level;
 use settings::{QuireError, Result};
 
 const SECONDS: &[f64] = &[
@@ -19,6 +20,9 @@ const TOKEN_SECONDS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0];
 const KEYS: &[f64] = &[0.0, 1e2, 1e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 1e8];
 const DEVIATION: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0];
+
+const DIVERGENCE: &[f64] = &[0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.6, 5.0];
+const SHARE: &[f64] = &[0.05, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5];
 
 /// Installs the recorder of this process; what it gathered is rendered by the handle.
 ///
@@ -31,6 +35,8 @@ pub fn install() -> Result<PrometheusHandle> {
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("inter_token_latency_seconds".into()), TOKEN_SECONDS))
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("keys_scanned_per_token".into()), KEYS))
         .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("blend_deviation".into()), DEVIATION))
+        .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("blend_charged_share".into()), SHARE))
+        .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("monitor_divergence".into()), DIVERGENCE))
         .map_err(failed)?
         .install_recorder()
         .map_err(failed)?;
@@ -73,6 +79,26 @@ fn describe_http() {
         "quire:commands_total",
         "Commands of the command line by name and outcome: done, failed, cancelled"
     );
+    describe_counter!(
+        "quire:monitor_samples_total",
+        "Questions compared with full recompute, by collection and whether their first tokens were the same"
+    );
+    describe_counter!(
+        "quire:monitor_dropped_total",
+        "Questions that were to be compared and were not: no time for them"
+    );
+    describe_histogram!(
+        "quire:monitor_divergence",
+        "Mean divergence of blended questions from full recompute, in nats"
+    );
+    describe_gauge!(
+        "quire:monitor_level",
+        "How a collection is blended: 0 as set, 1 with more recomputed, 2 not at all"
+    );
+    describe_counter!(
+        "quire:blend_gate_total",
+        "Contexts blended by the question, by the gate's reason for what was recomputed"
+    );
     describe_gauge!("quire:connections", "Open connections");
     describe_counter!("quire:connections_cut_total", "Connections that ended early: timeout, evicted, client");
     connections(0);
@@ -104,6 +130,7 @@ pub struct Metrics {
     tokens_reused: Counter,
     tokens_recomputed: Counter,
     deviation: Histogram,
+    charged: Histogram,
     keys_scanned: Histogram,
     index_build: Histogram,
     corruption: Counter,
@@ -157,6 +184,10 @@ impl Metrics {
                 "quire:blend_deviation".into(),
                 "Deviation of cached state from fresh state, where they were compared",
             ),
+            charged: histogram_of(
+                "quire:blend_charged_share".into(),
+                "What blending computed, over what computing the cached tokens would have been",
+            ),
             keys_scanned: histogram_of("quire:keys_scanned_per_token".into(), "Cold keys the index read per token"),
             index_build: histogram_of("quire:index_build_seconds".into(), "Building indexes over cold keys"),
             corruption: counter_of("quire:corruption_found_total".into(), "Damaged layers found in the chunk store"),
@@ -184,6 +215,29 @@ impl Metrics {
         if let Some(deviation) = stats.blend_deviation {
             self.deviation.record(f64::from(deviation));
         }
+        if let Some(share) = stats.charged_share {
+            self.charged.record(f64::from(share));
+        }
+        if let Some(gate) = stats.gate {
+            let labels = [("model_name", self.model.clone()), ("reason", gate.reason.to_string())];
+            counter!("quire:blend_gate_total", &labels).increment(1);
+        }
+    }
+
+    /// A question over a collection was compared with full recompute: how far it was apart, in nats, whether its first tokens were the
+    /// same, and how the collection's questions are blended from now on.
+    pub(crate) fn sample(&self, collection: &str, divergence: f64, same: bool, level: Level) {
+        let labels = || [("model_name", self.model.clone()), ("collection", collection.to_owned())];
+        let [model, collection] = labels();
+        let outcome = ("outcome", if same { "same" } else { "differs" }.to_owned());
+        counter!("quire:monitor_samples_total", &[model, collection, outcome]).increment(1);
+        histogram!("quire:monitor_divergence", &labels()).record(divergence);
+        gauge!("quire:monitor_level", &labels()).set(f64::from(level.number()));
+    }
+
+    /// A question that was to be compared was not: the server was never idle, or too many waited.
+    pub(crate) fn sample_dropped(&self) {
+        counter!("quire:monitor_dropped_total", "model_name" => self.model.clone()).increment(1);
     }
 
     /// Another token came, so many seconds after the one before.

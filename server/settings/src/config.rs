@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use ann_index::IndexKind;
 use chunk_cache::EvictionPolicy;
 use engine::{
-    AttentionConfig, BlendConfig, BlendMode, Correction, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig,
-    KvDtype, SamplingParams, Strategy,
+    AttentionConfig, BlendConfig, BlendMode, Correction, CudaConfig, DeviceChoice, EngineConfig, GateConfig,
+    GenerationConfig, KvDtype, SamplingParams, Strategy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -285,6 +285,8 @@ settings! {
         blend_mass: Option<f32> = None, "none";
         /// How tokens that stay cached are corrected: none, prompt or chunk
         correction: Option<Named<Correction>> = None, "chunk for answer and question, else none";
+        /// Recompute more where a question turns out to need it, up to everything (answer and question, not with blend_mass)
+        blend_gate: bool = false, "false";
         /// Layer on which cacheblend compares fresh and cached values
         check_layer: usize = 1, "1";
     }
@@ -319,6 +321,10 @@ settings! {
         drain_seconds: u64 = 30, "30";
         /// Seconds between comments that keep a silent stream open
         keepalive_seconds: u64 = 15, "15";
+        /// Share of the questions that are also read in full in the background, to compare, 0 to 1
+        monitor_share: f32 = 0.0, "0: none";
+        /// Mean divergence of a collection's answers from full recompute, in nats, from which on more is recomputed there
+        monitor_limit: f32 = 0.2, "0.2";
         /// Prefix of the metrics that vLLM also has
         metrics_prefix: String = "vllm".into(), "vllm";
     }
@@ -419,6 +425,12 @@ impl Settings {
                 return refuse("blend_mass", problem);
             }
         }
+        if !(0.0..=1.0).contains(&self.monitor_share) {
+            return refuse("monitor_share", format!("expected 0 to 1, found {}", self.monitor_share));
+        }
+        if !(self.monitor_limit > 0.0 && self.monitor_limit.is_finite()) {
+            return refuse("monitor_limit", format!("expected above 0, found {}", self.monitor_limit));
+        }
         if let Some(key) = &self.api_key {
             check_key(key).or_else(|problem| refuse("api_key", problem.into()))?;
         }
@@ -473,6 +485,7 @@ impl Settings {
             mass: self.blend_mass,
             correction: self.correction.map(|named| named.0),
             check_layer: self.check_layer,
+            gate: GateConfig { on: self.blend_gate, ..GateConfig::default() },
         }
     }
 

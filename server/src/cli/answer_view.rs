@@ -1,6 +1,7 @@
 //! How an answer is shown to people.
 
 use super::output::{Out, count, grouped, place, seconds};
+use engine::GateReason;
 use service::{Citation, Stats};
 
 /// Characters of a passage that are shown.
@@ -62,6 +63,9 @@ pub(super) fn stats(stats: &Stats, out: &Out) {
     ));
     out.note(&format!("  prompt of {}: {}", count(stats.prompt_tokens, "token"), tokens(stats)));
     out.note(&format!("  chunks: {} cached, {} computed", stats.chunks_cached, stats.chunks_computed));
+    if let Some(line) = blending(stats) {
+        out.note(&line);
+    }
     if let (Some(scored), Some(attended)) = (stats.scored_share, stats.attended_share) {
         out.note(&format!(
             "  cold keys: {:.1} % read by the index, {:.1} % attended ({})",
@@ -70,6 +74,13 @@ pub(super) fn stats(stats: &Stats, out: &Out) {
             stats.strategy
         ));
     }
+}
+
+/// What blending cost, and why so much.
+fn blending(stats: &Stats) -> Option<String> {
+    let (rule, charged) = (stats.rule.as_ref()?, stats.charged_share?);
+    let gate = stats.gate.filter(|gate| gate.reason != GateReason::Off).map(|gate| format!(", gate: {}", gate.reason));
+    Some(format!("  blended by {rule}: {:.1} % of computing it all{}", 100.0 * charged, gate.unwrap_or_default()))
 }
 
 /// Where the tokens of a prompt came from.

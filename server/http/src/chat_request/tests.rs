@@ -171,7 +171,7 @@ fn everything_supported_arrives() {
         "top_p": 0.9, "seed": -1, "stop": "x", "logit_bias": {"5": -100}, "presence_penalty": 1, "min_tokens": 2, "n": 3,
         "logprobs": true, "top_logprobs": 4,
         "quire": {"collection": "c", "top_chunks": 3, "score_threshold": 0.25, "strategy": "retrieval", "k": 9, "index": "hnsw",
-                  "blend": "question", "ratio": 0.3, "blend_mass": 0.75, "correction": "prompt"},
+                  "blend": "question", "ratio": 0.3, "blend_mass": 0.75, "blend_gate": true, "correction": "prompt"},
     }))
     .unwrap();
     // Parts are lines, and are searched for.
@@ -182,7 +182,7 @@ fn everything_supported_arrives() {
     assert_eq!((o.sampling.seed, o.attention.k), (Some(u64::MAX), 9));
     assert_eq!((o.sampling.logit_bias.as_slice(), o.stop.len()), ([(5, -100.0)].as_slice(), 1));
     assert_eq!((o.blend.mode, o.blend.ratio, o.blend.mass), (engine::BlendMode::Question, 0.3, Some(0.75)));
-    assert_eq!(o.blend.correction, Some(engine::Correction::Prompt));
+    assert_eq!((o.blend.correction, o.blend.gate.on), (Some(engine::Correction::Prompt), true));
     assert!(request.stream && request.include_usage);
     let all = parse(json!({"logprobs": true, "max_tokens": -1, "top_k": -1})).unwrap().options;
     assert_eq!((all.logprobs, all.max_tokens, all.sampling.top_k), (Some(0), None, 0));
