@@ -162,9 +162,11 @@ named_values! {
         Usual = "usual",
         /// The chunks are small: each was computed with little before it.
         SmallChunks = "small-chunks",
-        /// The question looks at many places: the usual share would have too little of what it attends.
+        /// The scores are spread over many tokens: the usual share would have too little of them.
         Spread = "spread",
-        /// It looks everywhere, as counting and aggregating does: all of it.
+        /// The question looks at many chunks: its answer is put together from facts that span them.
+        ManyChunks = "many-chunks",
+        /// It looks at so many of them, as counting and aggregating does, that all of it is computed.
         Everywhere = "everywhere",
         /// So few tokens are cached that choosing among them costs what reuse saves: all of them.
         FewTokens = "few-tokens",
@@ -280,15 +282,27 @@ pub struct GateConfig {
     pub mass: f32,
     /// But no more than this share of the tokens, where that is above the usual one.
     pub most: f32,
-    /// Everything is recomputed where the scores are in as many chunks as this ([`GateReport::breadth`](crate::GateReport)); 0: never.
+    /// `most` is recomputed where the scores are in as many chunks as this ([`GateReport::breadth`](crate::GateReport)), unless
+    /// these are small; 0: never.
     pub wide: f32,
+    /// The same for everything.
+    pub whole: f32,
     /// Neighbours on either side, in its chunk, that are recomputed with a chosen token, within the same budget.
     pub reach: usize,
 }
 
 impl Default for GateConfig {
     fn default() -> Self {
-        GateConfig { on: false, small_tokens: 96, small_ratio: 0.17, mass: 0.0, most: 0.3, wide: 0.0, reach: 0 }
+        GateConfig {
+            on: false,
+            small_tokens: 96,
+            small_ratio: 0.17,
+            mass: 0.0,
+            most: 0.3,
+            wide: 0.0,
+            whole: 0.0,
+            reach: 0,
+        }
     }
 }
 

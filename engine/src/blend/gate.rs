@@ -45,14 +45,21 @@ fn decide(config: &BlendConfig, chunks: &[usize], ranking: &Ranking<'_>, breadth
     if !gate.on || config.mass.is_some() {
         return (GateReason::Off, usual);
     }
-    if gate.wide > 0.0 && breadth >= f64::from(gate.wide) {
+    let is_small = (ranking.len() as f64) < gate.small_tokens as f64 * chunks.len() as f64;
+    let reaches = |from: f32| from > 0.0 && !is_small && breadth >= f64::from(from);
+    if reaches(gate.whole) {
         return (GateReason::Everywhere, ranking.len());
     }
     let most = ranking.count(Budget::Tokens(gate.most)).max(usual);
     let spread = ranking.count(Budget::Mass(gate.mass)).min(most);
-    let mean = ranking.len() as f64 / chunks.len().max(1) as f64;
-    let small = if mean < gate.small_tokens as f64 { ranking.count(Budget::Tokens(gate.small_ratio)) } else { 0 };
-    let reasons = [(GateReason::Usual, usual), (GateReason::SmallChunks, small), (GateReason::Spread, spread)];
+    let small = if is_small { ranking.count(Budget::Tokens(gate.small_ratio)) } else { 0 };
+    let many = if reaches(gate.wide) { most } else { 0 };
+    let reasons = [
+        (GateReason::Usual, usual),
+        (GateReason::SmallChunks, small),
+        (GateReason::ManyChunks, many),
+        (GateReason::Spread, spread),
+    ];
     // The first of equal ones.
     reasons.into_iter().rev().max_by_key(|(_, count)| *count).unwrap_or((GateReason::Usual, usual))
 }
@@ -98,7 +105,16 @@ mod tests {
     }
 
     fn never() -> GateConfig {
-        GateConfig { on: true, small_tokens: 0, small_ratio: 0.0, mass: 0.0, most: 0.0, wide: 0.0, reach: 0 }
+        GateConfig {
+            on: true,
+            small_tokens: 0,
+            small_ratio: 0.0,
+            mass: 0.0,
+            most: 0.0,
+            wide: 0.0,
+            whole: 0.0,
+            reach: 0,
+        }
     }
 
     /// Scores of 4 chunks of 50 tokens: `peaks` tokens, spread over all, have all but a thousandth of each.
@@ -140,16 +156,22 @@ mod tests {
     }
 
     #[test]
-    fn what_looks_everywhere_is_computed_whole() {
-        let at = |wide| choose(&config(GateConfig { wide, ..never() }), &plan(&[50; 4]), &peaked(20));
-        let all = at(3.9);
-        assert_eq!((all.report.reason, all.chosen.len()), (GateReason::Everywhere, 200));
+    fn what_looks_at_many_chunks_pays_the_limit_and_what_looks_at_more_is_computed_whole() {
+        let at = |gate: GateConfig| choose(&config(gate), &plan(&[50; 4]), &peaked(20));
+        let all = at(GateConfig { whole: 3.9, ..never() });
+        assert_eq!(all.report.reason, GateReason::Everywhere);
         assert_eq!(all.chosen, (0..200).collect::<Vec<_>>());
         assert!(all.report.held > 0.999);
-        assert_eq!(at(4.1).report.reason, GateReason::Usual);
+        let many = at(GateConfig { wide: 3.9, whole: 4.1, most: 0.25, ..never() });
+        assert_eq!((many.report.reason, many.chosen.len()), (GateReason::ManyChunks, 50));
+        assert_eq!(at(GateConfig { wide: 4.1, most: 0.25, ..never() }).report.reason, GateReason::Usual);
+        // Of small chunks there are many in any case.
+        let small =
+            at(GateConfig { wide: 3.0, whole: 3.0, most: 0.25, small_tokens: 51, small_ratio: 0.15, ..never() });
+        assert_eq!((small.report.reason, small.chosen.len()), (GateReason::SmallChunks, 30));
         let mut one_chunk = vec![0.0; 200];
         one_chunk[60..90].fill(1.0);
-        let narrow = choose(&config(GateConfig { wide: 1.5, ..never() }), &plan(&[50; 4]), &one_chunk);
+        let narrow = choose(&config(GateConfig { wide: 1.5, whole: 1.5, ..never() }), &plan(&[50; 4]), &one_chunk);
         assert_eq!((narrow.report.reason, narrow.report.breadth), (GateReason::Usual, 1.0));
     }
 
@@ -177,7 +199,7 @@ mod tests {
 
     #[test]
     fn scores_that_are_nothing_decide_nothing() {
-        let gate = GateConfig { mass: 0.9, most: 0.5, wide: 0.5, ..never() };
+        let gate = GateConfig { mass: 0.9, most: 0.5, wide: 0.5, whole: 0.5, ..never() };
         let choice = choose(&config(gate), &plan(&[50; 2]), &[0.0; 100]);
         assert_eq!((choice.report.reason, choice.report.held, choice.report.breadth), (GateReason::Usual, 0.0, 0.0));
         assert_eq!(choice.chosen.len(), 10);

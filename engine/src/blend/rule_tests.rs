@@ -303,14 +303,14 @@ fn a_mass_spends_what_the_question_needs() {
 #[test]
 fn what_the_gate_has_computed_whole_is_a_full_pass_and_is_charged_as_one() {
     let mut rng = ChaCha8Rng::seed_from_u64(13);
-    let gate = |wide| GateConfig { on: true, wide, ..GateConfig::default() };
+    let gate = |whole| GateConfig { on: true, whole, small_tokens: 0, ..GateConfig::default() };
     // Two chunks of 20 that a question of 40 is asked over; three of 40 that it looks at all of.
     for (chunks, question, wide, reason) in
         [(&[30, 20, 20][..], 40, 0.0, GateReason::FewTokens), (&[30, 40, 40, 40], 10, 1.1, GateReason::Everywhere)]
     {
         let case = Case::new(&mut rng, chunks, question, &[]);
         let composed = case.candidates();
-        let config = BlendConfig { ratio: 0.2, gate: gate(wide), ..BlendConfig::default() };
+        let config = BlendConfig { ratio: 0.2, gate: gate(whole), ..BlendConfig::default() };
         let blended = case.blend(&config);
         assert_eq!(blended.stats.gate.unwrap().reason, reason);
         assert_eq!(blended.stats.chosen, composed);
@@ -319,7 +319,7 @@ fn what_the_gate_has_computed_whole_is_a_full_pass_and_is_charged_as_one() {
         assert!((blended.stats.charged_share.unwrap() - wanted).abs() < 1e-6, "{reason}");
         let full = MODEL.0.pass(&case.tokens, None, 0, false);
         assert_eq!(wrong_rows(&blended, &full, case.composed.len(), 0), [], "{reason}");
-        let off = BlendConfig { gate: GateConfig { on: false, ..gate(wide) }, ..config };
+        let off = BlendConfig { gate: GateConfig { on: false, ..gate(whole) }, ..config };
         let off = case.blend(&off).stats;
         assert_eq!((off.gate.unwrap().reason, off.chosen.len()), (GateReason::Off, composed.len() / 5));
     }

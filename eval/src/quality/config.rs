@@ -36,7 +36,7 @@ const ON_DEMAND: [&str; 5] = ["retrieval-hnsw", "answer-15", "random-15", "epic"
 /// Names of configurations, in the order of tables. Beside these, any `MODE-PERCENT` is one: a rule and the share of the cached
 /// tokens that it recomputes, such as `cacheblend-10`; `MODE-mPERCENT` is a share of the attention instead. Parts behind a `+`: `none`,
 /// `prompt` or `chunk`, the correction of tokens that stay cached, where another than the rule's own is wanted (`answer-15+none`); `gate`,
-/// with which the gate acts, and its thresholds: `answer-13+gate:mass=80:most=30:small=17:below=96:wide=12:reach=2`, shares in percent.
+/// with which the gate acts, and its thresholds: `answer-13+gate:mass=80:most=30:small=17:below=96:wide=12:whole=16:reach=2`, shares in percent.
 /// Last, `-int8` or `-kivi4` is how chunks are stored: `default-kivi4`. `NAME=CONFIGURATION` gives any of them a name for tables and records.
 #[must_use]
 pub fn config_names() -> Vec<&'static str> {
@@ -170,6 +170,7 @@ fn gated(thresholds: &str) -> Option<GateConfig> {
             "small" => gate.small_ratio = share()?,
             "below" => gate.small_tokens = value.parse().ok()?,
             "wide" => gate.wide = value.parse().ok()?,
+            "whole" => gate.whole = value.parse().ok()?,
             "reach" => gate.reach = value.parse().ok()?,
             _ => return None,
         }
@@ -179,7 +180,8 @@ fn gated(thresholds: &str) -> Option<GateConfig> {
 
 fn unknown(name: &str) -> EvalError {
     let known = format!(
-        "{}, and MODE-PERCENT for any rule that recomputes a share, each with +none, +prompt or +chunk for another correction; behind it -int8 or -kivi4 for chunks that are stored so",
+        "{}, and MODE-PERCENT for any rule that recomputes a share, each with +none, +prompt or +chunk for another correction, \
+         and +gate:THRESHOLD=NUMBER:... (mass, most, small, below, wide, whole, reach), and behind it all -int8 or -kivi4 for chunks that are stored so",
         NAMES.join(", ")
     );
     EvalError::UnknownName { what: "configuration", name: name.into(), known }
@@ -239,6 +241,27 @@ mod tests {
     }
 
     #[test]
+    fn the_gate_is_off_unless_named_and_takes_its_thresholds_from_the_name() {
+        let gate = |name: &str| named(&[name]).unwrap()[0].blend.gate.clone();
+        let known = GateConfig::default();
+        assert!(!gate("answer-13").on && !gate("answer-13+prompt").on);
+        assert_eq!(gate("answer-13+gate"), GateConfig { on: true, ..known.clone() });
+        let wanted = GateConfig {
+            on: true,
+            small_tokens: 70,
+            small_ratio: 0.2,
+            mass: 0.8,
+            most: 0.4,
+            wide: 12.5,
+            whole: 15.0,
+            reach: 3,
+        };
+        assert_eq!(gate("answer-13+none+gate:mass=80:most=40:small=20:below=70:wide=12.5:whole=15:reach=3"), wanted);
+        let named = &named(&["best=answer-13+gate:mass=80"]).unwrap()[0];
+        assert_eq!((named.name.as_str(), named.blend.gate.mass), ("best", 0.8));
+    }
+
+    #[test]
     fn other_names_are_refused_with_what_is_known() {
         for name in [
             "fast",
@@ -249,6 +272,11 @@ mod tests {
             "full-recompute-5",
             "answer",
             "answer-15+x",
+            "answer-15+gates",
+            "answer-15+gate:mass=101",
+            "answer-15+gate:depth=2",
+            "cacheblend-m90",
+            "a=b",
             "default-kivi2",
             "full-kivi4",
             "window-int8",

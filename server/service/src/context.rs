@@ -7,15 +7,12 @@ use engine::{BlendMode, ChatMessage, EngineError, Prompt, PromptChunk};
 
 use super::answer::Answering;
 use super::length::{Room, refuse_overlong};
-use super::monitor::{Level, Sample};
+use super::monitor::{GIVEN, Level, Sample};
 use super::passages::{GivenChunk, GivenPassage};
 use super::{Options, Service};
 use crate::store::Origin;
 use documents::{Collection, Found};
 use settings::Result;
-
-/// What the monitor calls the passages that come with questions, all of them; no collection can be called so.
-const GIVEN: &str = "(given)";
 
 /// A question over passages.
 #[derive(Clone, Debug)]

@@ -15,8 +15,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use engine::{BlendConfig, BlendMode, Engine, Request};
 
 use crate::metrics::Metrics;
-pub(super) use policy::Level;
 use policy::Policy;
+pub(super) use policy::{GIVEN, Level};
 use settings::Settings;
 
 /// Samples that wait. Each holds on to the chunks that it is about; a further one is dropped.

@@ -13,6 +13,9 @@ const COLLECTIONS: usize = 1024;
 /// By how much the budget rises.
 const RAISE: f32 = 1.5;
 
+/// What stands for the passages that come with questions, all of them; no collection can be called so.
+pub(crate) const GIVEN: &str = "(given)";
+
 /// How questions over a collection are blended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
@@ -52,9 +55,11 @@ impl Level {
             Level::Raised => "more of the cached passages was recomputed than usual",
             Level::Computed => "all passages were computed anew",
         };
-        Some(format!(
-            "{told}: answers from the cache over the collection `{collection}` have drifted from full recompute"
-        ))
+        let over = match collection {
+            GIVEN => "passages that come with questions".into(),
+            name => format!("the collection `{name}`"),
+        };
+        Some(format!("{told}: answers from cached state over {over} have drifted from full recompute"))
     }
 
     /// What the log says when a collection comes here.
@@ -183,7 +188,10 @@ mod tests {
         assert!((raised.mass.unwrap_or_default() - 0.8).abs() < 1e-6 && raised.gate.most > usual.gate.most);
         assert!(raised.validate(8).is_ok());
         assert_eq!(at(Level::Computed).mode, BlendMode::FullRecompute);
-        assert!(Level::Computed.note("papers").is_some_and(|note| note.contains("`papers`")));
+        assert!(
+            Level::Computed.note("papers").is_some_and(|note| note.contains("the collection `papers` have drifted"))
+        );
+        assert!(Level::Raised.note(GIVEN).is_some_and(|note| note.contains("that come with questions")));
     }
 
     proptest! {
