@@ -383,6 +383,8 @@ mod tests {
         refusal(&[("QUIRE_K", "many")], &none, &["`k`", "environment", "many"]);
         refusal(&[("QUIRE_STRATEGY", "magic")], &none, &["strategy", "retrieval", "magic"]);
         refusal(&[("QUIRE_RATIO", "1.5")], &none, &["`ratio`", "environment QUIRE_RATIO", "0 to 1", "1.5"]);
+        refusal(&[("QUIRE_MONITOR_SHARE", "1.5")], &none, &["monitor_share", "0 to 1", "1.5"]);
+        refusal(&[("QUIRE_MONITOR_LIMIT", "0")], &none, &["monitor_limit", "above 0"]);
         refusal(&[("QUIRE_CHUNK_OVERLAP", "200")], &none, &["chunk_overlap", "half of chunk_tokens"]);
         refusal(&[("QUIRE_COLLECTION", "../x")], &none, &["collection", "../x"]);
         let (_dir, folder) = file("top_chunk = 3\n");
