@@ -8,9 +8,11 @@
 //! * `flags`: which type a flag takes;
 //! * `values`: sizes, names, secrets;
 //! * `access`: who may reach a server;
+//! * `blending`: what becomes of cached chunks, and how a server watches that;
 //! * `layers`: which of flags, environment and files wins.
 
 mod access;
+mod blending;
 mod flags;
 mod layers;
 mod values;
@@ -20,8 +22,8 @@ use std::path::{Path, PathBuf};
 use ann_index::IndexKind;
 use chunk_cache::EvictionPolicy;
 use engine::{
-    AttentionConfig, BlendConfig, BlendMode, Correction, CudaConfig, DeviceChoice, EngineConfig, GateConfig,
-    GenerationConfig, KvDtype, SamplingParams, Strategy,
+    AttentionConfig, BlendMode, Correction, CudaConfig, DeviceChoice, EngineConfig, GenerationConfig, KvDtype,
+    SamplingParams, Strategy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -413,24 +415,7 @@ impl Settings {
         if let Some(temperature) = self.temperature.filter(|t| !(0.0..=2.0).contains(t)) {
             return refuse("temperature", format!("expected 0 to 2, as in the OpenAI API, found {temperature}"));
         }
-        if !(0.0..=1.0).contains(&self.ratio) {
-            return refuse("ratio", format!("expected 0 to 1, found {}", self.ratio));
-        }
-        if let Some(mass) = self.blend_mass {
-            if !(mass > 0.0 && mass <= 1.0) {
-                return refuse("blend_mass", format!("expected above 0, up to 1, found {mass}"));
-            }
-            if !self.blend.0.asks() {
-                let problem = format!("expected only with blend answer or question, found with {}", self.blend.0);
-                return refuse("blend_mass", problem);
-            }
-        }
-        if !(0.0..=1.0).contains(&self.monitor_share) {
-            return refuse("monitor_share", format!("expected 0 to 1, found {}", self.monitor_share));
-        }
-        if !(self.monitor_limit > 0.0 && self.monitor_limit.is_finite()) {
-            return refuse("monitor_limit", format!("expected above 0, found {}", self.monitor_limit));
-        }
+        self.check_blending().or_else(|(setting, problem)| refuse(setting, problem))?;
         if let Some(key) = &self.api_key {
             check_key(key).or_else(|problem| refuse("api_key", problem.into()))?;
         }
@@ -474,19 +459,6 @@ impl Settings {
             GenerationSource::None => GenerationConfig::default(),
         };
         Ok(GenerationConfig { temperature: self.temperature.or(generation.temperature), ..generation }.sampling())
-    }
-
-    /// What becomes of cached chunks.
-    #[must_use]
-    pub fn blending(&self) -> BlendConfig {
-        BlendConfig {
-            mode: self.blend.0,
-            ratio: self.ratio,
-            mass: self.blend_mass,
-            correction: self.correction.map(|named| named.0),
-            check_layer: self.check_layer,
-            gate: GateConfig { on: self.blend_gate, ..GateConfig::default() },
-        }
     }
 
     /// Settings of a GPU.
