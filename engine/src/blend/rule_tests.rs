@@ -305,7 +305,7 @@ fn what_the_gate_has_computed_whole_is_a_full_pass_and_is_charged_as_one() {
     let mut rng = ChaCha8Rng::seed_from_u64(13);
     let gate = |whole| GateConfig { on: true, whole, small_tokens: 0, ..GateConfig::default() };
     // Two chunks of 20 that a question of 40 is asked over; three of 40 that it looks at all of.
-    for (chunks, question, wide, reason) in
+    for (chunks, question, whole, reason) in
         [(&[30, 20, 20][..], 40, 0.0, GateReason::FewTokens), (&[30, 40, 40, 40], 10, 1.1, GateReason::Everywhere)]
     {
         let case = Case::new(&mut rng, chunks, question, &[]);
