@@ -72,7 +72,7 @@ fn crates_depend_in_one_direction() {
 /// that is not named belongs to the one that contains it.
 const LAYERS: &[&[&str]] = &[
     // Words that everything uses, and plain decisions without tensors.
-    &["error", "memory", "stop", "unwind", "prefix_cache", "scheduler"],
+    &["error", "memory", "stop", "unwind", "divergence", "prefix_cache", "scheduler"],
     // What a model's folder says.
     &["weights", "sampler", "model/spec", "model/config", "model/generation", "model/rope"],
     // Arithmetic on the CPU.
