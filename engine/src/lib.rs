@@ -40,7 +40,8 @@ mod weights;
 pub use attention::AttentionState;
 pub use backend::cpu::Isa;
 pub use backend::cuda::{
-    AttentionShape, CudaConfig, copy_bandwidth, decode_attention, find_gpu, missing_libraries as missing_cuda_libraries,
+    AttentionShape, CudaConfig, ScatteredAttention, copy_bandwidth, decode_attention, find_gpu,
+    missing_libraries as missing_cuda_libraries, scattered_attention,
 };
 pub use chat::{ChatMessage, ChatTemplate, ContextPrompt, PromptFormat};
 pub use chunk::{ChunkKv, ChunkLayer, ChunkSource, PromptChunk};

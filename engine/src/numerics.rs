@@ -18,14 +18,14 @@ pub(crate) enum Activations {
     Bits24,
     /// Two bf16 numbers: matrix tiles, and GPUs.
     Bits16,
-    /// One bf16 number: GPUs with `fast_prefill`.
+    /// One bf16 number, gates of the MLP before their product too: GPUs with `fast_prefill`.
     Bits8,
 }
 
 /// The name of a way to compute state that is kept in `kv`.
 pub(crate) fn name(activations: Activations, kv: KvDtype) -> String {
     let bits = match (activations, kv) {
-        (Activations::Bits8, _) => "8",
+        (Activations::Bits8, _) => "8, gates too",
         // bf16 keeps 8 bits of what is stored.
         (Activations::Bits16 | Activations::Bits24, KvDtype::Bf16) => "16 or more",
         (Activations::Bits16, KvDtype::F32) => "16",

@@ -167,6 +167,24 @@ pub(crate) enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// A GPU's attention of query rows that lie scattered over a context, beside that of a whole prompt
+    AttentionScattered {
+        /// Tokens of context
+        #[arg(long, default_value_t = 32_768)]
+        tokens: usize,
+        /// Rows, in percent of them
+        #[arg(long, default_value_t = 10)]
+        percent: u32,
+        /// Timed calls
+        #[arg(long, default_value_t = 20)]
+        repeats: usize,
+        /// First part of the records' case
+        #[arg(long, default_value = "8b")]
+        label: String,
+        /// Records.
+        #[command(flatten)]
+        records: RecordArgs,
+    },
     /// Indexes: recall against keys read and time, beside hnswlib, faiss and usearch
     Index(Box<IndexArgs>),
     /// Read bandwidth of memory

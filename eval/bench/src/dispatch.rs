@@ -8,9 +8,9 @@ use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
     AttentionOptions, AttentionSumsOptions, BlendBenchOptions, CheckpointOptions, DrillOptions, DrillReport,
     FaultsOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions,
-    SourceProvider, SpeedOptions, StoreBenchOptions, TemplateOptions, bench_attention_sums, bench_blend, bench_decode,
-    bench_faults, bench_index, bench_membw, bench_prefill, bench_store, bench_templates, default_results_dir,
-    drill_bitflips, drill_full_disk, write_checkpoint, write_report,
+    ScatteredOptions, SourceProvider, SpeedOptions, StoreBenchOptions, TemplateOptions, bench_attention_sums,
+    bench_blend, bench_decode, bench_faults, bench_index, bench_membw, bench_prefill, bench_store, bench_templates,
+    default_results_dir, drill_bitflips, drill_full_disk, write_checkpoint, write_report,
 };
 
 use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
@@ -106,6 +106,11 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
                 output: output(&records)?,
             };
             blend(settings, &options, out)
+        }
+        BenchCommand::AttentionScattered { tokens, percent, repeats, label, records } => {
+            let output = output(&records)?;
+            let options = ScatteredOptions { tokens, percent, repeats, model_label: label, output };
+            load::attention_scattered(settings, &options, out)
         }
         BenchCommand::Index(args) => index(settings, *args, out),
         BenchCommand::Membw { repeats, records } => {

@@ -3,7 +3,8 @@
 use engine::{CudaConfig, Engine, EngineConfig, ModelSpec, SamplingParams, find_gpu};
 use eval::{
     AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions,
-    PromptSource, bench_attention_decode, bench_batch_decode, bench_mixed_load, time_decode_peers,
+    PromptSource, Scattered, ScatteredOptions, bench_attention_decode, bench_batch_decode, bench_mixed_load,
+    bench_scattered, time_decode_peers,
 };
 
 use super::args::{DecodeArgs, PromptArg, ServeBenchArgs};
@@ -96,6 +97,17 @@ pub(super) fn mixed_load(settings: &Settings, args: &ServeBenchArgs, out: &Out) 
 pub(super) fn attention_decode(settings: &Settings, options: &AttentionOptions, out: &Out) -> Result<()> {
     let mut gpu = Gpu::find(settings.cuda())?;
     let report = with_progress(out, |progress| Ok(bench_attention_decode(&mut gpu, options, progress)?))?;
+    print(&report, &report.table(), out);
+    Ok(())
+}
+
+pub(super) fn attention_scattered(settings: &Settings, options: &ScatteredOptions, out: &Out) -> Result<()> {
+    let gpu = Gpu::find(settings.cuda())?;
+    let report = bench_scattered(options, &mut |tokens, share, repeats| {
+        let found = engine::scattered_attention(&gpu.config, tokens, share, repeats)?;
+        let engine::ScatteredAttention { scattered, causal, share } = found;
+        Ok(Scattered { device: gpu.name.clone(), scattered, causal, share })
+    })?;
     print(&report, &report.table(), out);
     Ok(())
 }

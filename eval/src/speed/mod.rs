@@ -15,6 +15,7 @@ mod prefill;
 mod prompt;
 mod random;
 mod rate;
+mod scattered;
 mod store;
 mod streams;
 
@@ -41,6 +42,7 @@ pub use index::{HeadOptions, IndexBenchOptions, IndexData, bench_index};
 pub use membw::{MembwOptions, MembwReport, bench_membw};
 pub use mixed::{MixedLoadOptions, bench_mixed_load};
 pub use prefill::bench_prefill;
+pub use scattered::{Scattered, ScatteredOptions, bench_scattered};
 pub use store::{StoreBenchOptions, StoreBenchReport, bench_store};
 
 /// The program that is measured beside this one: Hugging Face transformers on PyTorch, on the CPU.

@@ -150,12 +150,14 @@ impl CudaModel {
             }
             (Path::Product(parts), down) => {
                 self.normed(pending, norm, n, parts)?;
-                self.product(&layer.gate_up, &w.split, &w.gate_up, n, parts)?;
+                // Where activations are rounded anyway, the widest of them is at once: its bytes take longer than the rest.
+                let rounded = parts == 1 && layer.gate_up.low().is_none();
+                self.product_as(&layer.gate_up, &w.split, &w.gate_up, n * parts, rounded)?;
                 let out = match down {
                     Path::Vector => Activated::F32(&w.hidden),
                     Path::Product(parts) => Activated::Split(&w.split_hidden, parts),
                 };
-                self.ops.swiglu(&w.gate_up, parts, bias, out, n, width)?;
+                self.ops.swiglu(&w.gate_up, (parts, rounded), bias, out, n, width)?;
             }
         }
         match down {
@@ -178,7 +180,12 @@ impl CudaModel {
 
     /// `y = x W^T`, where `x` and `y` are in `parts`. The halves of a matrix of two are added in `y`.
     fn product(&self, matrix: &Matrix, x: &Memory, y: &Memory, n: usize, parts: usize) -> Result<()> {
-        let shape = ProductShape { rows: n * parts, outputs: matrix.outputs, inputs: matrix.inputs };
+        self.product_as(matrix, x, y, n * parts, false)
+    }
+
+    /// The same for so many rows; `rounded`: to bf16, of a matrix of one part.
+    fn product_as(&self, matrix: &Matrix, x: &Memory, y: &Memory, rows: usize, rounded: bool) -> Result<()> {
+        let shape = ProductShape { rows, outputs: matrix.outputs, inputs: matrix.inputs, rounded };
         let (x, y) = (x.address(), y.address());
         self.gemm.product(shape, x, matrix.memory.address(), y, false)?;
         matrix.low().map_or(Ok(()), |low| self.gemm.product(shape, x, low, y, true))

@@ -26,9 +26,11 @@ pub(crate) struct ProductShape {
     pub(crate) rows: usize,
     pub(crate) outputs: usize,
     pub(crate) inputs: usize,
+    /// Outputs are rounded to bf16.
+    pub(crate) rounded: bool,
 }
 
-/// `y = x W^T` for bf16 `x` and `W`, f32 `y`.
+/// `y = x W^T` for bf16 `x` and `W`, f32 or bf16 `y`.
 pub(crate) struct Gemm {
     device: Arc<Device>,
     handle: sys::cublasLtHandle_t,
@@ -122,7 +124,7 @@ impl Plan {
     /// A plan with cuBLASLt's first choice. In its column-major terms the product is
     /// `Y^T [outputs, rows] = W [inputs, outputs]^T X^T [inputs, rows]`.
     fn new(handle: sys::cublasLtHandle_t, shape: ProductShape) -> Result<Plan> {
-        let ProductShape { rows, outputs, inputs } = shape;
+        let ProductShape { rows, outputs, inputs, rounded } = shape;
         let layout = |kind, rows: usize, columns: usize| {
             lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
                 .map_err(failed("describe a matrix"))
@@ -133,7 +135,7 @@ impl Plan {
                 .map_err(failed("describe a product"))?,
             weights: layout(bf16, inputs, outputs)?,
             input: layout(bf16, inputs, rows)?,
-            output: layout(f32, outputs, rows)?,
+            output: layout(if rounded { bf16 } else { f32 }, outputs, rows)?,
             // SAFETY: plain numbers, overwritten below.
             algorithm: unsafe { std::mem::zeroed() },
         };

@@ -1,12 +1,13 @@
 //! The engine on an NVIDIA GPU.
 //!
 //! `probe` finds the libraries, `device` holds context, stream and memory, `copies` brings keys and values over beside the kernels, `module` compiles and loads the kernels of
-//! `engine/kernels`, `launch` starts them, `ops` knows each kernel's arguments and shape, `gemm` multiplies matrices,
+//! `engine/kernels`, `launch` starts them, `ops` knows each kernel's arguments and shape, `gemm` multiplies matrices, `prefill` divides attention of many rows among multiprocessors,
 //! `weights` brings a model over, `repair` sees what a question attends and corrects cached rows, `batch` lays out a step's inputs, `sample` chooses tokens, `forward` is the pass over the layers, `graph` replays
 //! decode steps, `host_work` does what strategies leave to the CPU, `model` ties them together.
 
 mod batch;
 mod bench;
+mod bench_scattered;
 mod copies;
 mod device;
 mod forward;
@@ -19,6 +20,7 @@ mod module;
 mod ops;
 #[cfg(test)]
 mod parity;
+mod prefill;
 mod probe;
 mod repair;
 mod sample;
@@ -28,6 +30,7 @@ mod weights;
 pub(crate) use batch::Batch;
 pub(crate) use bench::copy_bandwidth_of;
 pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
+pub use bench_scattered::{ScatteredAttention, scattered_attention};
 pub(crate) use device::{Device, Memory, Pinned};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};

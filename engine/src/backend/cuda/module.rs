@@ -21,7 +21,7 @@ macro_rules! sources {
 }
 
 /// The files that are compiled, one program each.
-const SOURCES: [(&str, &str); 18] = sources![
+const SOURCES: [(&str, &str); 19] = sources![
     "embed.cu",
     "norm.cu",
     "rope_append.cu",
@@ -40,6 +40,7 @@ const SOURCES: [(&str, &str); 18] = sources![
     "attention_merge.cu",
     "attention_any.cu",
     "attention_paid.cu",
+    "attention_paid_mma.cu",
 ];
 /// What they include.
 const HEADERS: [(&str, &str); 4] =

@@ -8,7 +8,8 @@ use super::device::{Device, Memory};
 use super::forward::{Pending, Qkv, VECTOR_ROWS};
 use super::launch::{Shape, arguments};
 use super::model::{CudaModel, Limits};
-use super::module::{Kernel, Modules, PREFILL, PREFILL_HOPPER};
+use super::module::{Kernel, Modules};
+use super::prefill::{Prefill, PrefillRows};
 use super::repair::RepairKernels;
 use super::weights::{Format, Matrix};
 use crate::error::{EngineError, Result};
@@ -18,9 +19,8 @@ use crate::model::spec::ModelSpec;
 
 /// Query heads that share a KV head's products in `attention_decode.cu`.
 pub(super) const DECODE_HEADS: usize = 8;
-/// Threads of a block of `attention_decode.cu` and `attention_any.cu`, and of the other attention kernels.
+/// Threads of a block of `attention_decode.cu` and `attention_any.cu`.
 pub(super) const DECODE_THREADS: usize = 256;
-const ATTENTION_THREADS: usize = 128;
 /// Dynamic shared memory of `attention_decode.cu`.
 pub(super) const DECODE_SHARED: usize = 131_072;
 /// Threads of a block of most kernels.
@@ -61,44 +61,6 @@ struct Vectors {
     swiglu: [Kernel; 4],
 }
 
-/// Prefill attention: the kernel with its launch, and room for partial states.
-struct Prefill {
-    kernel: Kernel,
-    /// Rows (tokens times heads of a group) of a block, with activations in one part and in two.
-    block_rows: [usize; 2],
-    threads: usize,
-    shared: usize,
-    partial: Memory,
-    partial_lse: Memory,
-}
-
-/// Numbers of the partial states of prefill attention, and keys that are not worth dividing.
-const PREFILL_PARTIAL: usize = 8 << 20;
-const PREFILL_PART_KEYS: usize = 1024;
-
-impl Prefill {
-    fn new(device: &Arc<Device>, modules: &Modules, spec: &ModelSpec) -> Result<Prefill> {
-        let dim = spec.head_dim;
-        let name = format!("attention_prefill_d{dim}");
-        let hopper = modules.has(PREFILL_HOPPER);
-        let (file, shared) = if hopper { (PREFILL_HOPPER, 1536 * dim) } else { (PREFILL, 768 * dim) };
-        Ok(Prefill {
-            kernel: modules.kernel(file, &name, shared)?,
-            block_rows: if hopper { [192, 192] } else { [128, 64] },
-            threads: if hopper { 512 } else { ATTENTION_THREADS },
-            shared,
-            partial: device.allocate(PREFILL_PARTIAL * 4, "partial states of attention")?,
-            partial_lse: device.allocate(PREFILL_PARTIAL / dim * 4, "partial states of attention")?,
-        })
-    }
-
-    /// Parts that the keys of a launch with so many blocks are divided into, so that the GPU is filled.
-    fn parts(&self, device: &Device, blocks: usize, numbers: usize, keys: usize) -> usize {
-        let idle = (2 * device.multiprocessors / blocks.max(1)).min(keys / PREFILL_PART_KEYS);
-        idle.min(PREFILL_PARTIAL / numbers.max(1)).max(1)
-    }
-}
-
 /// Loaded kernels, and what they need beside a step's memory.
 pub(crate) struct Ops {
     device: Arc<Device>,
@@ -109,7 +71,8 @@ pub(crate) struct Ops {
     add_norm: Kernel,
     rope_append: Kernel,
     write_rows: Kernel,
-    swiglu: Kernel,
+    /// Of f32, of bf16.
+    swiglu: [Kernel; 2],
     split: Kernel,
     merge: Kernel,
     vectors: Vectors,
@@ -166,7 +129,7 @@ impl Ops {
             add_norm: plain("norm.cu", "add_norm")?,
             rope_append: plain("rope_append.cu", &format!("rope_append_{kv}"))?,
             write_rows: plain("kv_rows.cu", &format!("write_rows_{kv}"))?,
-            swiglu: plain("swiglu.cu", "swiglu")?,
+            swiglu: [plain("swiglu.cu", "swiglu")?, plain("swiglu.cu", "swiglu_bf16")?],
             split: plain("split.cu", "split")?,
             merge: plain("merge.cu", "merge")?,
             vectors: Vectors { norm: vectors("norm")?, add: vectors("add")?, swiglu: vectors("swiglu")? },
@@ -178,10 +141,10 @@ impl Ops {
             attention_decode: tuned
                 .then(|| modules.kernel("attention_decode.cu", &format!("attention_decode_d{dim}"), DECODE_SHARED))
                 .transpose()?,
-            attention_prefill: tuned.then(|| Prefill::new(device, modules, spec)).transpose()?,
+            attention_prefill: tuned.then(|| Prefill::new(device, modules, dim)).transpose()?,
             attention_merge: plain("attention_merge.cu", "attention_merge")?,
             attention_any: plain("attention_any.cu", &format!("attention_any_{kv}"))?,
-            repair: RepairKernels::new(&plain, kv)?,
+            repair: RepairKernels::new(&plain, kv, tuned.then_some(dim))?,
             cos: device.upload(&cos, "the table of rotations")?,
             sin: device.upload(&sin, "the table of rotations")?,
             partial: device.allocate(blocks * 16 * (dim + 2) * 4, "partial states of attention")?,
@@ -263,11 +226,11 @@ impl Ops {
         self.device.launch(self.split, shape, arguments![x, out, parts, n, width])
     }
 
-    /// `[n, 2 width]` gates and ups in parts to `[n, width]`.
+    /// `[n, 2 width]` gates and ups in parts, of f32 or rounded to bf16, to `[n, width]`.
     pub(crate) fn swiglu(
         &self,
         gate_up: &Memory,
-        parts: usize,
+        (parts, rounded): (usize, bool),
         bias: Option<&Memory>,
         out: Activated<'_>,
         n: usize,
@@ -279,7 +242,7 @@ impl Ops {
         };
         let shape = Shape { grid: (width.div_ceil(4 * THREADS), n.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
         let arguments = arguments![gate_up, parts, bias, plain, split, split_parts, n, width];
-        self.device.launch(self.swiglu, shape, arguments)
+        self.device.launch(self.swiglu[usize::from(rounded)], shape, arguments)
     }
 
     /// `y = W norm(x) + bias`; without a norm's weight, of `x` as it is.
@@ -391,39 +354,22 @@ impl Ops {
                 self.device.launch(kernel, shape, arguments)
             }
             (Span::Prefill { table, extent, window, .. }, _, Some(kernel)) => {
-                let numbers = rows.len() * heads * dim;
-                let block_rows = kernel.block_rows[model.parts_of(batch) - 1];
-                let blocks = kv_heads * (rows.len() * (heads / kv_heads)).div_ceil(block_rows);
-                let parts = kernel.parts(&self.device, blocks, numbers, extent.end - extent.start);
-                let (to_out, to_lse) = match parts {
-                    1 => (out, lse),
-                    _ => (kernel.partial.address(), kernel.partial_lse.address()),
-                };
-                let arguments = arguments![
+                let rows = PrefillRows {
                     q,
                     positions,
-                    kv,
-                    batch.table(*table),
-                    extent.first,
-                    extent.start,
-                    extent.end,
-                    rows.len(),
+                    rows: rows.len(),
+                    table: batch.table(*table),
+                    extent: *extent,
                     heads,
                     kv_heads,
-                    *window,
-                    model.scale,
-                    i32::from(model.parts_of(batch) == 2),
-                    to_out,
-                    to_lse,
-                ];
-                let shape = Shape { grid: (blocks, parts), block: kernel.threads, shared: kernel.shared, early: true };
-                self.device.launch(kernel.kernel, shape, arguments)?;
-                if parts == 1 {
-                    return Ok(());
-                }
-                let count = rows.len() * heads;
-                let shape = Shape::new(count.div_ceil(4), ATTENTION_THREADS);
-                self.device.launch(self.attention_merge, shape, arguments![to_out, to_lse, parts, count, dim, out, lse])
+                    dim,
+                    window: *window,
+                    scale: model.scale,
+                    parts: model.parts_of(batch),
+                    out,
+                    lse,
+                };
+                kernel.attend(&self.device, self.attention_merge, kv, &rows)
             }
             (Span::Decode { window, .. } | Span::Prefill { window, .. }, _, _) => {
                 let table_of = match span {

@@ -4,7 +4,7 @@
 //! Small random models of every shape that kernels are specialised for go through both backends: what is compared are
 //! keys, values and queries of every layer, logits, and chosen tokens. These passes launch embed.cu, norm.cu, rope_append.cu,
 //! swiglu.cu, split.cu, gemv.cu, sample.cu, draw.cu, attention_decode.cu, attention_prefill.cu or on Hopper attention_prefill_sm90.cu
-//! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending), attention_paid.cu and
+//! with attention_merge.cu, attention_any.cu, kv_rows.cu (blending), attention_paid.cu, attention_paid_mma.cu and
 //! kv_shift.cu (blending by the question, with correction) and merge.cu (sinks, cold tokens); products and single
 //! kernels are also compared alone, in double precision. fill.cu only makes inputs of benches.
 
@@ -335,6 +335,21 @@ fn a_context_is_blended_beside_pages_of_all_memory() {
     }
 }
 
+/// Activations of 8 bits, so that errors are of 2^-9 in every one.
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_fast_prefill() {
+    for tiny in [PLAIN, SHAPES[2], SHAPES[4]] {
+        let (host, device) = tiny.pair_as(34, &CudaConfig { fast_prefill: true, ..config() }, LIMITS);
+        let text = tokens(&mut rng(35), 600);
+        let run = |model: &Transformer| {
+            let mut kv = model.new_kv();
+            [logits(model, &mut kv, &text[..530], None), logits(model, &mut kv, &text[530..], None)].concat()
+        };
+        assert_close(&run(&device), &run(&host), 3e-2, &format!("{tiny:?}"));
+    }
+}
+
 /// Whoever lets prompts be read fast still decodes exactly.
 #[test]
 #[ignore = "needs a GPU"]
@@ -461,7 +476,7 @@ fn parity_of_products_in_double_precision() {
             let split = model.device.allocate(4 * n * inputs, "split").unwrap();
             model.ops.split(at.address(), &split, 2, n, inputs).unwrap();
             gemm.product(
-                ProductShape { rows: 2 * n, outputs, inputs },
+                ProductShape { rows: 2 * n, outputs, inputs, rounded: false },
                 split.address(),
                 matrix.memory.address(),
                 y.address(),

@@ -13,7 +13,7 @@ use crate::error::{EngineError, Result};
 use crate::kv::device::{DeviceRun, PAGE};
 use crate::kv::sequence::SequenceKv;
 
-/// The kernels of `attention_paid.cu` and `kv_shift.cu`.
+/// The kernels of `attention_paid.cu`, or `attention_paid_mma.cu`, and `kv_shift.cu`.
 pub(crate) struct RepairKernels {
     paid: Kernel,
     within: Kernel,
@@ -23,10 +23,18 @@ pub(crate) struct RepairKernels {
 }
 
 impl RepairKernels {
-    /// `kernel`: finds one in a file; `kv`: the suffix of those for the KV format.
-    pub(super) fn new(kernel: &dyn Fn(&str, &str) -> Result<Kernel>, kv: &str) -> Result<RepairKernels> {
+    /// `kernel`: finds one in a file; `kv`: the suffix of those for the KV format; `tuned`: the heads' dimension, where the matrix
+    /// unit's kernels serve it.
+    pub(super) fn new(
+        kernel: &dyn Fn(&str, &str) -> Result<Kernel>,
+        kv: &str,
+        tuned: Option<usize>,
+    ) -> Result<RepairKernels> {
         Ok(RepairKernels {
-            paid: kernel("attention_paid.cu", &format!("attention_paid_{kv}"))?,
+            paid: match tuned {
+                Some(dim) => kernel("attention_paid_mma.cu", &format!("attention_paid_d{dim}"))?,
+                None => kernel("attention_paid.cu", &format!("attention_paid_{kv}"))?,
+            },
             within: kernel("attention_paid.cu", "attention_within")?,
             sums: kernel("kv_shift.cu", &format!("kv_sums_{kv}"))?,
             shifts: kernel("kv_shift.cu", "kv_shifts")?,

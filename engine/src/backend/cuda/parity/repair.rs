@@ -1,4 +1,4 @@
-//! Blending by the question: what it attends (attention_paid.cu), the correction (kv_shift.cu), and whole blends.
+//! Blending by the question: what it attends (attention_paid.cu, attention_paid_mma.cu), the correction (kv_shift.cu), and whole blends.
 
 use std::sync::Arc;
 
