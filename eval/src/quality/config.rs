@@ -276,7 +276,6 @@ mod tests {
             "answer-15+gate:mass=101",
             "answer-15+gate:depth=2",
             "cacheblend-m90",
-            "a=b",
             "default-kivi2",
             "full-kivi4",
             "window-int8",
@@ -284,5 +283,6 @@ mod tests {
             let error = named(&["full", name]).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("MODE-PERCENT"), "{error}");
         }
+        assert!(named(&["full", "best=fast"]).unwrap_err().to_string().contains("`fast`"));
     }
 }
