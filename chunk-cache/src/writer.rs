@@ -132,8 +132,7 @@ impl Core {
                 bytes
             }
             Err(error) => {
-                // Whoever waits for them is told.
-                tracing::debug!(%error, chunks = admitted.len(), "chunks could not be stored");
+                tracing::warn!(%error, chunks = admitted.len(), "chunks could not be stored");
                 admitted.iter().for_each(|put| self.settle(put, Err(error.clone())));
                 0
             }
