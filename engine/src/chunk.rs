@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rayon::prelude::*;
 
 use crate::backend::cpu::Isa;
-use crate::backend::cpu::pool::Shards;
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
 use crate::kv::codec::{CodecError, KvCodec};
-use crate::model::transformer::{Piece, Transformer, Want};
+use crate::model::transformer::Transformer;
 use crate::unwind::guarded;
 
 /// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`, as their codec has them: with
@@ -52,42 +52,57 @@ pub struct ChunkKv {
     pub layers: Vec<ChunkLayer>,
 }
 
-impl ChunkKv {
-    /// KV of `tokens` behind `prefix`, computed in isolation, `step` tokens at a time.
+/// Keys (not rotated) and values of every layer, as a forward pass gives them: `[tokens, kv_heads, head_dim]` each.
+pub(crate) type Tapped = Vec<(Vec<f32>, Vec<f32>)>;
+
+/// KV of a chunk that has been computed and is not encoded yet.
+pub(crate) struct ComputedChunk {
+    /// Tokens before the chunk's, in whose sight it was computed.
+    pub(crate) skip: usize,
+    /// Tokens of the chunk.
+    pub(crate) tokens: usize,
+    pub(crate) tapped: Tapped,
+}
+
+impl ComputedChunk {
+    /// In the engine's KV format. Not for the engine's thread: while it works, others would wait for their tokens.
     ///
     /// # Errors
     /// [`EngineError::NotFinite`]: such numbers must not be stored.
-    pub(crate) fn compute(model: &Transformer, prefix: &[u32], tokens: &[u32], step: usize) -> Result<ChunkKv> {
-        let shape = model.shape;
-        let mut kv = model.new_kv();
-        let mut tap = Vec::new();
-        for part in [prefix, tokens].concat().chunks(step.min(model.most_rows())) {
-            let mut pieces = [Piece { tap: Some(&mut tap), ..Piece::exact(&mut kv, part, Want::Nothing) }];
-            model.forward(&mut pieces)?;
-        }
-        let skip = prefix.len() * shape.width();
-        let mut layers: Vec<Option<ChunkLayer>> = vec![None; tap.len()];
-        let parts = Shards::new(&mut layers);
-        model.cpu.pool.run(tap.len(), |layer| {
-            let (keys, values) = &tap[layer];
-            if keys.iter().chain(values).all(|x| x.is_finite()) {
-                let encoded = |side: &[f32]| {
-                    let mut bytes = Vec::new();
-                    shape.dtype.encode(&side[skip..], &mut bytes);
-                    Bytes::from(bytes)
-                };
-                let encoded = ChunkLayer::raw(encoded(keys), encoded(values));
-                // SAFETY: one part a layer.
-                let part = unsafe { parts.part(layer..layer + 1) };
-                part[0] = Some(encoded);
+    pub(crate) fn encoded(self, model: &Transformer) -> Result<ChunkKv> {
+        let ComputedChunk { skip, tokens, tapped } = self;
+        let (shape, skip) = (model.shape, skip * model.shape.width());
+        let encode = |(layer, (keys, values)): (usize, &(Vec<f32>, Vec<f32>))| {
+            if !keys.iter().chain(values).all(|x| x.is_finite()) {
+                return Err(EngineError::NotFinite { layer });
             }
-        });
-        if let Some(layer) = layers.iter().position(Option::is_none) {
-            return Err(EngineError::NotFinite { layer });
-        }
-        Ok(ChunkKv { tokens: tokens.len(), layers: layers.into_iter().flatten().collect() })
+            let encoded = |side: &[f32]| {
+                let mut bytes = Vec::new();
+                shape.dtype.encode(&side[skip..], &mut bytes);
+                Bytes::from(bytes)
+            };
+            Ok(ChunkLayer::raw(encoded(keys), encoded(values)))
+        };
+        let layers = model.cpu.cores.read(|| tapped.par_iter().enumerate().map(encode).collect::<Result<Vec<_>>>())?;
+        Ok(ChunkKv { tokens, layers })
     }
+}
 
+#[cfg(test)]
+impl ChunkKv {
+    /// KV of `tokens` behind `prefix`, computed in isolation, `step` tokens at a time.
+    pub(crate) fn compute(model: &Transformer, prefix: &[u32], tokens: &[u32], step: usize) -> Result<ChunkKv> {
+        use crate::model::transformer::{Piece, Want};
+        let mut kv = model.new_kv();
+        let mut tapped = Vec::new();
+        for part in [prefix, tokens].concat().chunks(step.min(model.most_rows())) {
+            model.forward(&mut [Piece { tap: Some(&mut tapped), ..Piece::exact(&mut kv, part, Want::Nothing) }])?;
+        }
+        ComputedChunk { skip: prefix.len(), tokens: tokens.len(), tapped }.encoded(model)
+    }
+}
+
+impl ChunkKv {
     /// The chunk as `codec` stores it. Layers that are coded already stay as they are.
     ///
     /// # Errors

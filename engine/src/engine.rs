@@ -15,6 +15,7 @@ use crate::chat::{ChatMessage, PromptFormat};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, DeviceChoice, EngineConfig, Strategy};
 use crate::error::{EngineError, Result};
+use crate::job::Computation;
 use crate::kv::building::cold_bytes;
 use crate::kv::prefix::page_size;
 use crate::kv::{KvDtype, KvShape};
@@ -26,8 +27,8 @@ use crate::prefix_cache::PageKey;
 use crate::request::{
     AttentionInputs, ChunkAttention, EventStream, MAX_TOP_LOGPROBS, PreparedContext, Prompt, Request,
 };
-use crate::runner::{Command, Computation, Load, Runner, ask, never_fits};
-use crate::scheduler::{Bytes, Limits};
+use crate::runner::{Command, Load, Runner, ask, never_fits};
+use crate::scheduler::{Bytes, JOBS, Limits};
 use crate::sequence::{Submitted, Waiting};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -370,7 +371,8 @@ impl Engine {
         self.check_length(prefix.len() + tokens.len())?;
         self.check_budget(prefix.len() + tokens.len())?;
         let (prefix, tokens) = (prefix.to_vec(), tokens.to_vec());
-        ask(&self.inner.commands, |reply| Computation::Chunk { prefix, tokens, reply })
+        let computed = ask(&self.inner.commands, |reply| Computation::Chunk { prefix, tokens, reply })?;
+        computed.encoded(&self.inner.model)
     }
 
     /// Queries and keys of every layer for a text that is read alone, for measurements of what attention looks at.
@@ -508,7 +510,7 @@ fn load_model(spec: ModelSpec, weights: &Weights, config: &EngineConfig, max_con
     let limits = StepLimits {
         // A part of a prompt that is read whole may exceed the budget of tokens.
         rows: config.step_tokens.max(config.prefill_chunk).max(1) + config.max_sequences.max(1),
-        sequences: config.max_sequences.max(1),
+        sequences: config.max_sequences.max(1) + JOBS,
         context: max_context,
         kv_bytes: config.kv_budget_bytes,
     };

@@ -19,6 +19,7 @@ mod config;
 mod divergence;
 mod engine;
 mod error;
+mod job;
 mod kv;
 mod logprobs;
 mod memory;

@@ -1,29 +1,28 @@
 //! The engine's thread: takes commands and executes the steps that the scheduler plans.
 
+mod room;
+
 use std::any::Any;
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::blend::{Context, blend};
-use crate::chunk::{ChunkKv, PromptChunk};
-use crate::config::{BlendConfig, EngineConfig};
+use crate::config::EngineConfig;
 use crate::error::{EngineError, Result};
+use crate::job::{Computation, Job};
 use crate::kv::prefix::SharedPage;
-use crate::model::transformer::{ChunkSums, Piece, Transformer, Want};
+use crate::model::transformer::{Piece, States, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
 use crate::request::Event;
-use crate::request::{AttentionInputs, ChunkAttention, PreparedContext};
 use crate::sampler::Choice;
-use crate::scheduler::{Bytes, Entry, Limits, Step, plan};
-use crate::sequence::{Phase, Sequence, Submitted};
+use crate::scheduler::{Bytes, Entry, Limits, Queued, Step, plan};
+use crate::sequence::{Blending, Phase, Sequence, Submitted};
 use crate::tokenizer::Tokenizer;
 use crate::unwind::{guarded, message};
 
-/// How often the engine looks whether something has changed while all that run wait for indexes.
+/// How often the engine looks whether something has changed while all that run wait for indexes or for cached layers.
 const LOOK: Duration = Duration::from_millis(2);
 
 /// What the engine's thread is told.
@@ -31,30 +30,6 @@ pub(crate) enum Command {
     Submit(Submitted),
     Compute(Computation),
     Shutdown,
-}
-
-/// KV to compute that is no request's.
-pub(crate) enum Computation {
-    Chunk { prefix: Vec<u32>, tokens: Vec<u32>, reply: Sender<Result<ChunkKv>> },
-    AttentionInputs { tokens: Vec<u32>, reply: Sender<Result<Vec<AttentionInputs>>> },
-    ChunkAttention { prefix: Vec<u32>, chunks: Vec<Vec<u32>>, reply: Sender<Result<ChunkAttention>> },
-    Context { prefix: Vec<u32>, chunks: Vec<PromptChunk>, blend: BlendConfig, reply: Sender<Result<PreparedContext>> },
-}
-
-impl Computation {
-    /// Tokens whose KV it holds while it runs.
-    fn tokens(&self) -> usize {
-        match self {
-            Computation::Chunk { prefix, tokens, .. } => prefix.len() + tokens.len(),
-            Computation::AttentionInputs { tokens, .. } => tokens.len(),
-            Computation::ChunkAttention { prefix, chunks, .. } => {
-                prefix.len() + chunks.iter().map(Vec::len).sum::<usize>()
-            }
-            Computation::Context { prefix, chunks, .. } => {
-                prefix.len() + chunks.iter().map(|c| c.tokens.len()).sum::<usize>()
-            }
-        }
-    }
 }
 
 /// What other threads may read of the engine's state.
@@ -78,13 +53,16 @@ pub(crate) struct Load {
     pub(crate) lost: AtomicBool,
 }
 
-/// All requests by age, of which the first run, and the pages they share.
+/// All requests by age, of which the first run, and the pages they share; beside them what is computed for none.
 pub(crate) struct Queue {
     sequences: Vec<Sequence>,
     running: usize,
     cache: PrefixCache<SharedPage>,
-    /// In the order in which they came.
-    computations: VecDeque<Computation>,
+    /// By age; the first have begun.
+    jobs: Vec<Job>,
+    begun: usize,
+    /// Requests and jobs that have come.
+    come: u64,
     /// Pages of a GPU that could be had when the scheduler, which does not know of all pages, had let in one too many:
     /// nobody is let in until there are more, or a request has ended.
     full_at: Option<usize>,
@@ -96,7 +74,9 @@ impl Queue {
             sequences: Vec::new(),
             running: 0,
             cache: PrefixCache::new(),
-            computations: VecDeque::new(),
+            jobs: Vec::new(),
+            begun: 0,
+            come: 0,
             full_at: None,
         }
     }
@@ -104,16 +84,35 @@ impl Queue {
     /// Ends all that runs and waits, saying why.
     fn fail_all(&mut self, why: &str) {
         self.sequences.iter_mut().for_each(|sequence| sequence.fail(EngineError::Stopped(why.into())));
+        self.jobs.iter_mut().for_each(|job| job.fail(EngineError::Stopped(why.into())));
     }
 
     fn is_empty(&self) -> bool {
-        self.sequences.is_empty() && self.computations.is_empty()
+        self.sequences.is_empty() && self.jobs.is_empty()
     }
 
     /// Bytes that those that run hold.
     fn used(&self, page: Bytes) -> Bytes {
         let private = self.sequences[..self.running].iter().map(|s| s.private_bytes(page)).sum::<Bytes>();
-        private + page.times(self.cache.in_use())
+        let jobs = self.jobs[..self.begun].iter().map(Job::bytes).sum::<Bytes>();
+        private + jobs + page.times(self.cache.in_use())
+    }
+
+    /// The age of who comes now.
+    fn next_age(&mut self) -> u64 {
+        self.come += 1;
+        self.come
+    }
+
+    /// Contexts that are in the making.
+    fn blending(&self) -> usize {
+        let requests = self.sequences.iter().filter(|sequence| sequence.is_blending()).count();
+        requests + self.jobs.iter().filter(|job| job.is_blending()).count()
+    }
+
+    /// Whether one of them waits for memory that the others have.
+    fn holds_back(&self) -> bool {
+        self.sequences.iter().any(Sequence::is_held_back) || self.jobs.iter().any(Job::is_held_back)
     }
 }
 
@@ -154,13 +153,9 @@ impl Runner {
         }
     }
 
-    /// A computation and a step; whether there was anything to do. A panic that nothing narrower has caught ends all that run.
+    /// A step; whether there was anything to do. A panic that nothing narrower has caught ends all that run.
     fn round(&self, queue: &mut Queue) -> bool {
-        let round = || {
-            let computed = self.compute(queue);
-            self.cycle(queue) || computed
-        };
-        let done = catch_unwind(AssertUnwindSafe(round));
+        let done = catch_unwind(AssertUnwindSafe(|| self.cycle(queue)));
         done.unwrap_or_else(|panic| {
             self.recover(queue, &*panic);
             true
@@ -180,6 +175,10 @@ impl Runner {
             !sequence.runs()
         });
         queue.running = 0;
+        for mut job in queue.jobs.drain(..queue.begun) {
+            job.fail(EngineError::Panicked { doing: "running a step", message: message.clone() });
+        }
+        queue.begun = 0;
         queue.full_at = None;
         self.report(queue);
     }
@@ -198,16 +197,19 @@ impl Runner {
     fn cycle(&self, queue: &mut Queue) -> bool {
         self.settle(queue);
         let mut busy = self.remove_ended(queue);
-        if !queue.sequences.is_empty() {
-            let entries = self.entries(queue);
-            let mut step = plan(&self.limits, queue.used(self.limits.page_bytes), &entries, queue.running);
+        if !queue.is_empty() {
+            let (requests, jobs) = self.entries(queue);
+            let (running, begun, used) = (queue.running, queue.begun, queue.used(self.limits.page_bytes));
+            let queued = Queued { requests: &requests, running, jobs: &jobs, begun, used };
+            let mut step = plan(&self.limits, &queued);
             if let Some(needed) = step.out_of_memory {
                 self.arrange(queue, &step.preempted, queue.running - step.preempted.len());
                 queue.sequences[0].out_of_memory(needed, self.limits.budget);
             } else {
                 self.arrange(queue, &step.preempted, step.tokens.len());
+                self.begin_jobs(queue, &mut step);
                 self.make_room(queue, &mut step);
-                busy |= self.execute(queue, &step.tokens);
+                busy |= self.execute(queue, &step);
             }
             busy |= self.remove_ended(queue);
         }
@@ -215,20 +217,22 @@ impl Runner {
         busy
     }
 
-    /// What the scheduler sees: no more than may run. While a computation waits for memory, nobody is admitted before it,
-    /// and nobody where one more was too many before.
-    fn entries(&self, queue: &mut Queue) -> Vec<Entry> {
+    /// What the scheduler sees of requests and jobs. Nobody is admitted where one more was too many before.
+    fn entries(&self, queue: &mut Queue) -> (Vec<Entry>, Vec<Entry>) {
         let (chunk, page) = (self.config.prefill_chunk.max(1), self.limits.page_bytes);
         queue.full_at = queue.full_at.filter(|then| self.pages_to_be_had(queue, then + 1) <= *then);
-        let full = queue.full_at.is_some();
-        let waits =
-            queue.running > 0 && (full || queue.computations.front().is_some_and(|first| !self.fits(queue, first)));
-        let Queue { sequences, running, cache, .. } = queue;
+        let full = queue.running > 0 && queue.full_at.is_some();
+        if queue.blending() == 0 {
+            queue.sequences.iter_mut().for_each(Sequence::let_go);
+            queue.jobs.iter_mut().for_each(Job::let_go);
+        }
+        let Queue { sequences, running, cache, jobs, .. } = queue;
         let (run, wait) = sequences.split_at_mut(*running);
-        let free = if waits { 0 } else { self.limits.max_sequences - run.len() };
+        let free = if full { 0 } else { self.limits.max_sequences - run.len() };
         let wait = wait.iter_mut().take(free);
-        let run = run.iter().map(|s| s.running_entry(cache, chunk, page));
-        run.chain(wait.map(|s| s.waiting_entry(cache, chunk))).collect()
+        let run = run.iter_mut().map(|s| s.running_entry(&self.model, cache, chunk, page));
+        let requests = run.chain(wait.map(|s| s.waiting_entry(cache, chunk))).collect();
+        (requests, jobs.iter_mut().map(|job| job.entry(&self.model, chunk)).collect())
     }
 
     /// Takes what has been sent, waiting for it when there is nothing to do, and a moment when all that run wait (`idle`).
@@ -248,7 +252,10 @@ impl Runner {
             };
             match command {
                 Ok(Command::Submit(submitted)) => self.enqueue(queue, submitted),
-                Ok(Command::Compute(computation)) => queue.computations.push_back(computation),
+                Ok(Command::Compute(computation)) => {
+                    let age = queue.next_age();
+                    queue.jobs.push(Job::new(computation, age, self.identity, &self.model));
+                }
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => {
                     self.load.stopping.store(true, Ordering::Release);
@@ -260,74 +267,26 @@ impl Runner {
 
     fn enqueue(&self, queue: &mut Queue, submitted: Submitted) {
         let events = submitted.events.clone();
-        match guarded("taking a request", || Ok(self.sequence(submitted))) {
+        let age = queue.next_age();
+        match guarded("taking a request", || Ok(self.sequence(submitted, age))) {
             Ok(sequence) => queue.sequences.push(sequence),
             Err(error) => drop(events.send(Event::Failed(error))),
         }
     }
 
-    /// Runs the first of the computations that wait, if there is room for its KV: at most one between two steps, as
-    /// whoever asks for one may ask again at once. Where nothing runs, nothing else will make room. Whether one ran.
-    fn compute(&self, queue: &mut Queue) -> bool {
-        let Some(first) = queue.computations.front() else { return false };
-        if queue.running > 0 && !self.fits(queue, first) {
-            return false;
-        }
-        let Some(first) = queue.computations.pop_front() else { return false };
-        self.make_room_for(queue, first.tokens());
-        // Whoever asked may have gone away: then the reply is dropped.
-        match first {
-            Computation::Chunk { prefix, tokens, reply } => {
-                let step = self.config.prefill_chunk.max(1);
-                let compute = || ChunkKv::compute(&self.model, &prefix, &tokens, step);
-                drop(reply.send(self.watched(guarded("computing a chunk", compute))));
-            }
-            Computation::AttentionInputs { tokens, reply } => {
-                let compute = || self.attention_inputs(&tokens);
-                drop(reply.send(self.watched(guarded("computing a text", compute))));
-            }
-            Computation::ChunkAttention { prefix, chunks, reply } => {
-                let compute = || self.chunk_attention(&prefix, &chunks);
-                drop(reply.send(self.watched(guarded("reading chunks", compute))));
-            }
-            Computation::Context { prefix, chunks, blend, reply } => {
-                let compute = || self.prepare(&prefix, &chunks, &blend);
-                drop(reply.send(self.watched(guarded("preparing a context", compute))));
-            }
-        }
-        true
-    }
-
-    /// Whether there is room for a computation's KV beside what the running requests hold.
-    fn fits(&self, queue: &Queue, computation: &Computation) -> bool {
-        let (page, pages) = (self.limits.page_bytes, self.pages(computation.tokens()));
-        (queue.used(page) + page.times(pages)).fits(self.limits.budget) && pages <= self.pages_to_be_had(queue, pages)
-    }
-
-    /// Pages of a GPU that are free, or would be without those that nobody uses; `most` if there are more.
-    fn pages_to_be_had(&self, queue: &Queue, most: usize) -> usize {
-        let Some(device) = self.model.device() else { return most };
-        let free = device.pool.pages().1.min(most);
-        free + queue.cache.unused(most - free, &SharedPage::is_last)
-    }
-
-    /// Pages of KV that no request accounts for; one more for where a page is copied.
-    fn pages(&self, tokens: usize) -> usize {
-        tokens.div_ceil(self.limits.page_tokens) + 1
-    }
-
-    fn sequence(&self, submitted: Submitted) -> Sequence {
+    fn sequence(&self, submitted: Submitted, age: u64) -> Sequence {
         let request = &submitted.request;
         let context = request.context.as_ref().map_or(0, |c| c.len());
         let room = self.max_context.saturating_sub(context + request.prompt.len());
         let forced = request.forced.as_ref().map_or(room, |tokens| tokens.len());
         let limit = request.max_tokens.unwrap_or(room).min(room).min(forced);
-        Sequence::new(submitted, &self.model, &self.tokenizer, limit, self.root, self.config.wait_for_index)
+        Sequence::new(submitted, age, &self.model, &self.tokenizer, limit, self.root, self.config.wait_for_index)
     }
 
     /// Forgets what is done and what nobody waits for any more; whether there was any.
     fn remove_ended(&self, queue: &mut Queue) -> bool {
-        let before = queue.sequences.len();
+        let before_jobs = queue.jobs.len();
+        let before = queue.sequences.len() + before_jobs;
         let (mut place, mut running) = (0, queue.running);
         queue.sequences.retain_mut(|sequence| {
             let ran = place < queue.running;
@@ -343,7 +302,9 @@ impl Runner {
             !ended
         });
         queue.running = running;
-        queue.sequences.len() < before
+        queue.jobs.retain(|job| !job.has_ended());
+        queue.begun -= before_jobs - queue.jobs.len();
+        queue.sequences.len() + queue.jobs.len() < before
     }
 
     /// Has those at the places `preempted` (ascending) lose their KV and become the first of those that wait, and makes the
@@ -381,84 +342,100 @@ impl Runner {
         }
     }
 
-    /// Pages that nobody uses give way to those that a step takes. Where a GPU has too few even so, as some are taken that no
-    /// request accounts for (by prepared contexts), the youngest that hold some give way too, or wait.
-    fn make_room(&self, queue: &mut Queue, step: &mut Step) {
-        let tokens = &mut step.tokens;
-        let growth = queue.sequences.iter().zip(&*tokens).map(|(s, n)| self.limits.bytes(n.saturating_sub(s.room())));
-        let growth = growth.sum();
-        self.evict_for(queue, growth);
-        let missing = |queue: &Queue, tokens: &[usize]| -> usize {
-            queue.sequences.iter().zip(tokens).map(|(s, n)| s.missing_on_device(*n)).sum()
-        };
-        while !self.make_free(queue, missing(queue, tokens)) {
-            let frees = |place: &usize| {
-                let entry = queue.sequences[*place].running_entry(&queue.cache, 1, self.limits.page_bytes);
-                entry.own.device > 0
-            };
-            if let Some(place) = (1..tokens.len()).rev().find(frees) {
-                tokens.remove(place);
-                self.arrange(queue, &[place], tokens.len());
-            } else if let Some(tokens) = tokens.iter_mut().skip(1).rev().find(|tokens| **tokens > 0) {
-                *tokens = 0;
-            } else {
-                // Nobody is left to give way. Where no answer has begun, reading says what is missing.
-                if tokens.first().is_some_and(|tokens| *tokens > 0) && queue.sequences[0].cut() {
-                    tokens[0] = 0;
-                }
-                break;
-            }
-            queue.full_at = Some(self.pages_to_be_had(queue, usize::MAX - 1));
-        }
-    }
-
-    /// Pages that nobody uses give way to KV of so many tokens that no request accounts for.
-    fn make_room_for(&self, queue: &mut Queue, tokens: usize) {
-        let pages = self.pages(tokens);
-        self.evict_for(queue, self.limits.page_bytes.times(pages));
-        self.make_free(queue, pages);
-    }
-
-    /// Pages that nobody uses give way until so many bytes fit into the budget.
-    fn evict_for(&self, queue: &mut Queue, bytes: Bytes) {
-        let page = self.limits.page_bytes;
-        let unused = page.times(queue.cache.len() - queue.cache.in_use());
-        let held = queue.used(page) + unused + bytes;
-        queue.cache.evict(self.limits.pages_over(held), &|_| true);
-    }
-
-    /// On a GPU: cached pages give way until so many are free, or none is left that nobody uses. Whether so many are free.
-    fn make_free(&self, queue: &mut Queue, pages: usize) -> bool {
-        let Some(device) = self.model.device() else { return true };
-        queue.cache.evict(pages.saturating_sub(device.pool.pages().1), &SharedPage::is_last);
-        pages <= device.pool.pages().1
-    }
-
-    /// Blends contexts, and reads the tokens of all others in one batch; whether there was any.
-    fn execute(&self, queue: &mut Queue, tokens: &[usize]) -> bool {
-        let (mut batch, mut busy) = (Vec::new(), false);
-        for (sequence, &tokens) in queue.sequences.iter_mut().zip(tokens).filter(|(_, tokens)| **tokens > 0) {
-            match sequence.phase {
-                Phase::Context => {
-                    busy = true;
-                    let blended = self.watched(sequence.blend(&self.model, &mut queue.cache));
-                    blended.unwrap_or_else(|error| sequence.fail(error));
-                }
-                // One that was admitted in this step may have begun to build an index.
-                Phase::Text if sequence.waits_for_index() => {}
-                Phase::Text => batch.push((sequence, tokens)),
-                Phase::Done => {}
+    /// Goes on with contexts, and reads the tokens of all others in one batch; whether there was any. Where all that is left waits
+    /// for a cached layer, waits for the oldest's a while.
+    fn execute(&self, queue: &mut Queue, step: &Step) -> bool {
+        // Who blends in this step reads no text in it: that is not what it was granted.
+        let reads: Vec<bool> = queue.sequences.iter().map(|sequence| sequence.phase == Phase::Text).collect();
+        let mut busy = self.blend(queue, step);
+        let Queue { sequences, jobs, cache, .. } = &mut *queue;
+        let mut batch = Vec::new();
+        for ((sequence, &tokens), reads) in sequences.iter_mut().zip(&step.tokens).zip(reads) {
+            // One that was admitted in this step may have begun to build an index.
+            if reads && tokens > 0 && sequence.phase == Phase::Text && !sequence.waits_for_index() {
+                batch.push((sequence, tokens));
             }
         }
-        if !batch.is_empty() {
+        let jobs = jobs.iter_mut().zip(&step.jobs).filter(|(job, tokens)| **tokens > 0 && job.is_text());
+        let mut texts: Vec<(&mut Job, usize)> = jobs.map(|(job, tokens)| (job, *tokens)).collect();
+        if !batch.is_empty() || !texts.is_empty() {
             busy = true;
-            self.forward(&mut batch, &mut queue.cache);
+            self.forward(&mut batch, &mut texts, cache);
+        }
+        if !busy && queue.blending() > 0 {
+            let mut waiting = queue.sequences.iter_mut().filter(|sequence| sequence.is_blending());
+            match (waiting.next(), queue.jobs.iter_mut().find(|job| job.is_blending())) {
+                (Some(sequence), _) => sequence.wait_for_layer(LOOK),
+                (None, Some(job)) => job.wait_for_layer(LOOK),
+                (None, None) => false,
+            };
+            return true;
         }
         busy
     }
 
-    fn forward(&self, batch: &mut [(&mut Sequence, usize)], cache: &mut PrefixCache<SharedPage>) {
+    /// Goes on with the contexts that are granted something; whether anything was done.
+    fn blend(&self, queue: &mut Queue, step: &Step) -> bool {
+        let mut busy = false;
+        for (place, &tokens) in step.tokens.iter().enumerate() {
+            let (held_back, blending) = (queue.holds_back(), queue.blending());
+            let Queue { sequences, cache, .. } = &mut *queue;
+            let sequence = &mut sequences[place];
+            // None begins while there is no memory for another one.
+            let goes_on = sequence.is_blending();
+            if tokens == 0 || sequence.phase != Phase::Context || (held_back && !goes_on) {
+                continue;
+            }
+            let others = blending > usize::from(goes_on);
+            match self.watched(sequence.go_on_blending(&self.model, tokens, cache)) {
+                Ok(Blending::Waits) => {}
+                Ok(Blending::Went) => busy = true,
+                Ok(Blending::Read(states)) => {
+                    busy = true;
+                    let chosen = self.choose(sequence, &states);
+                    chosen.unwrap_or_else(|error| sequence.fail(error));
+                }
+                Err(EngineError::OutOfMemory { .. }) if others => sequence.hold_back(),
+                Err(error) => sequence.fail(error),
+            }
+        }
+        for (place, &tokens) in step.jobs.iter().enumerate() {
+            let (held_back, blending) = (queue.holds_back(), queue.blending());
+            let job = &mut queue.jobs[place];
+            let goes_on = job.is_blending();
+            if tokens == 0 || job.is_text() || (held_back && !goes_on) {
+                continue;
+            }
+            let others = blending > usize::from(goes_on);
+            match self.watched(job.go_on_blending(&self.model, tokens)) {
+                Ok(done) => busy |= done,
+                Err(EngineError::OutOfMemory { .. }) if others => job.hold_back(),
+                Err(error) => job.fail(error),
+            }
+        }
+        busy
+    }
+
+    /// Chooses what follows the last token of a prompt whose final state is there.
+    fn choose(&self, sequence: &mut Sequence, states: &States) -> Result<()> {
+        let choice = if self.model.device().is_some() { sequence.choice() } else { Choice::Logits };
+        let next = guarded("choosing tokens", || self.model.next(states, &[choice]));
+        let next = self.watched(next)?.pop();
+        next.map_or_else(
+            || Err(EngineError::Internal("no token follows a prompt".into())),
+            |next| sequence.accept(next),
+        )
+    }
+
+    /// Reads tokens of requests and of jobs, and chooses what follows those that have read all they have.
+    fn forward(
+        &self,
+        batch: &mut [(&mut Sequence, usize)],
+        jobs: &mut [(&mut Job, usize)],
+        cache: &mut PrefixCache<SharedPage>,
+    ) {
         let mut pieces: Vec<Piece<'_>> = batch.iter_mut().map(|(s, tokens)| s.piece(*tokens)).collect();
+        pieces.extend(jobs.iter_mut().filter_map(|(job, tokens)| job.piece(*tokens)));
         let states = guarded("reading tokens", || self.model.forward(&mut pieces));
         let read: Vec<_> = pieces.into_iter().map(|p| (p.stats, p.want == Want::Last, p.failed)).collect();
         let on_gpu = self.model.device().is_some();
@@ -468,10 +445,13 @@ impl Runner {
         let nexts = match self.watched(nexts) {
             Ok(nexts) => nexts,
             // One step, one fate: which sequence was at fault is not known.
-            Err(error) => return batch.iter_mut().for_each(|(s, _)| s.fail(for_each(&error))),
+            Err(error) => {
+                batch.iter_mut().for_each(|(s, _)| s.fail(for_each(&error)));
+                return jobs.iter_mut().for_each(|(job, _)| job.fail(for_each(&error)));
+            }
         };
-        let mut nexts = nexts.into_iter();
-        for ((sequence, tokens), (stats, last, failed)) in batch.iter_mut().zip(read) {
+        let (mut nexts, mut read) = (nexts.into_iter(), read.into_iter());
+        for ((sequence, tokens), (stats, last, failed)) in batch.iter_mut().zip(read.by_ref()) {
             let next = if last { nexts.next() } else { None };
             if let Some(error) = failed {
                 sequence.fail(error);
@@ -484,6 +464,12 @@ impl Runner {
                 sequence.fail(error);
             }
         }
+        for ((job, tokens), (.., failed)) in jobs.iter_mut().zip(read) {
+            match failed {
+                Some(error) => job.fail(error),
+                None => job.advance(*tokens, &self.model),
+            }
+        }
     }
 
     fn report(&self, queue: &Queue) {
@@ -493,48 +479,6 @@ impl Runner {
         let here = |bytes: Bytes| if page.device > 0 { bytes.device } else { bytes.host };
         load.kv_bytes.store(here(queue.used(page)), Ordering::Relaxed);
         load.cached_bytes.store(here(page.times(cache.len() - cache.in_use())), Ordering::Relaxed);
-    }
-
-    /// What every layer's attention sees of a text that is read alone.
-    fn attention_inputs(&self, tokens: &[u32]) -> Result<Vec<AttentionInputs>> {
-        let mut kv = self.model.new_kv();
-        let (mut tap, mut query_tap) = (Vec::new(), Vec::new());
-        for part in tokens.chunks(self.model.most_rows()) {
-            let piece = Piece::exact(&mut kv, part, Want::Nothing);
-            let piece = Piece { tap: Some(&mut tap), query_tap: Some(&mut query_tap), ..piece };
-            self.model.forward(&mut [piece])?;
-        }
-        let rows = self.model.rows((0..tokens.len()).collect());
-        let layers = tap.into_iter().zip(query_tap);
-        Ok(layers
-            .map(|((keys, _), queries)| AttentionInputs {
-                queries,
-                keys: self.model.rotated(&rows, keys),
-                scale: self.model.softmax_scale(),
-            })
-            .collect())
-    }
-
-    /// What the tokens of chunks attend.
-    fn chunk_attention(&self, prefix: &[u32], chunks: &[Vec<u32>]) -> Result<ChunkAttention> {
-        let begun = Instant::now();
-        let lengths: Vec<usize> = chunks.iter().map(Vec::len).collect();
-        let mut sums = ChunkSums::new(&self.model, prefix.len(), &lengths)?;
-        let mut kv = self.model.new_kv();
-        let step = self.config.prefill_chunk.max(1).min(self.model.most_rows());
-        for part in [prefix.to_vec(), chunks.concat()].concat().chunks(step) {
-            let piece = Piece::exact(&mut kv, part, Want::Nothing);
-            self.model.forward(&mut [Piece { sums: Some(&mut sums), ..piece }])?;
-        }
-        let [own, prefix] = sums.finish(&self.model)?;
-        Ok(ChunkAttention { own, prefix, seconds: begun.elapsed().as_secs_f64() })
-    }
-
-    fn prepare(&self, prefix: &[u32], chunks: &[PromptChunk], config: &BlendConfig) -> Result<PreparedContext> {
-        let begun = Instant::now();
-        let mut blended = blend(&self.model, &Context::unasked(prefix, chunks), config, &|| false)?;
-        blended.stats.seconds = begun.elapsed().as_secs_f64();
-        Ok(PreparedContext { kv: blended.kv, stats: blended.stats, engine: self.identity })
     }
 }
 

@@ -1,27 +1,30 @@
 //! One request, from its admission to its end.
 
+mod answer;
+mod context;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::answer_text::{AnswerPiece, AnswerText};
+use crate::answer_text::AnswerText;
 use crate::attention::cold::ColdStats;
-use crate::backend::cuda::Next;
-use crate::blend::{Context, blend_behind};
+use crate::blend::Blend;
 use crate::config::Strategy;
 use crate::error::Result;
 use crate::kv::prefix::{SharedPage, SharedPages};
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
 use crate::prefix_cache::{PageKey, PrefixCache};
-use crate::request::{DecodeStats, Event, FinishReason, Finished, PrefillStats, Prompt, Request, TokenEvent, Usage};
+use crate::request::{Event, FinishReason, PrefillStats, Request};
 use crate::runner::{Load, never_fits};
-use crate::sampler::{Choice, Sampled, Sampler, likeliest, logprob_of};
+use crate::sampler::Sampler;
 use crate::scheduler::{Bytes, Entry, Work};
 use crate::tokenizer::Tokenizer;
 use crate::unwind::guarded;
+pub(crate) use context::Blending;
 
 /// Where a request stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +70,12 @@ pub(crate) struct Sequence {
     request: Request,
     kv: SequenceKv,
     pub(crate) phase: Phase,
+    /// Its place among all that have come: the smaller, the older.
+    age: u64,
+    /// The context's KV in the making, which then is what `kv` holds.
+    blend: Option<Box<Blend>>,
+    /// Whether there was no memory for its blend beside others: it begins again once those are done.
+    held_back: bool,
     /// `None` while it runs.
     waiting: Option<Waiting>,
     events: UnboundedSender<Event>,
@@ -104,9 +113,11 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// `limit`: tokens of the answer at most; `root`: of the prefix cache, if there is one.
+    /// `age`: its place among all that have come; `limit`: tokens of the answer at most; `root`: of the prefix cache, if there
+    /// is one.
     pub(crate) fn new(
         submitted: Submitted,
+        age: u64,
         model: &Transformer,
         tokenizer: &Tokenizer,
         limit: usize,
@@ -128,6 +139,9 @@ impl Sequence {
         let kv = model.new_kv();
         Sequence {
             phase: first_phase(&request),
+            age,
+            blend: None,
+            held_back: false,
             waiting: Some(waiting),
             wait_for_index,
             events,
@@ -218,20 +232,41 @@ impl Sequence {
 
     /// As the scheduler sees it while it runs. `chunk`: tokens of a prompt that are read in a step at most; `page`:
     /// bytes of a page.
-    pub(crate) fn running_entry(&self, cache: &PrefixCache<SharedPage>, chunk: usize, page: Bytes) -> Entry {
+    pub(crate) fn running_entry(
+        &mut self,
+        model: &Transformer,
+        cache: &PrefixCache<SharedPage>,
+        chunk: usize,
+        page: Bytes,
+    ) -> Entry {
+        let work = match &mut self.blend {
+            _ if self.held_back => Work::Wait,
+            Some(blend) => match blend.is_ready() {
+                true => Work::Blend { tokens: blend.left(model), takes: blend.takes() },
+                false => Work::Wait,
+            },
+            None => self.work(self.kv.len(), chunk),
+        };
+        let (own, shared) = self.own_bytes(cache, page);
+        Entry {
+            work,
+            ahead: self.context + self.text.len() - self.kv.len(),
+            room: self.kv.room(),
+            own,
+            shared,
+            age: self.age,
+        }
+    }
+
+    /// Bytes that only it holds, and those that it holds together with others. `page`: bytes of a page.
+    pub(crate) fn own_bytes(&self, cache: &PrefixCache<SharedPage>, page: Bytes) -> (Bytes, Bytes) {
         let (held, alone) = self.shared.as_ref().map_or((0, 0), |s| (s.held(), s.held_alone(cache)));
         let own = match &self.request.context {
             // Others may go on from the same context.
             Some(_) => self.kv.exclusive_bytes(),
             None => self.bytes().minus(page.times(held)) + page.times(alone),
         };
-        Entry {
-            work: self.work(self.kv.len(), chunk),
-            ahead: self.context + self.text.len() - self.kv.len(),
-            room: self.kv.room(),
-            own,
-            shared: page.times(held - alone),
-        }
+        (own, page.times(held - alone))
     }
 
     /// As the scheduler sees it while it waits.
@@ -246,18 +281,19 @@ impl Sequence {
             room: 0,
             own: Bytes::default(),
             shared: Bytes::default(),
+            age: self.age,
         }
     }
 
     /// What is to be done behind the first `held` tokens of context and text.
     fn work(&self, held: usize, chunk: usize) -> Work {
         if self.phase == Phase::Context {
-            // A question that is asked first takes pages, too.
-            let asked = if self.request.blend.mode.asks() { self.prompt } else { 0 };
-            return Work::Context((self.context - held + asked).max(1));
+            // A blend that is still to begin. The question takes its pages with the context.
+            let tokens = (self.context - held).max(1);
+            return Work::Blend { tokens, takes: self.context - held + self.prompt };
         }
         if self.waits_for_index() {
-            return Work::Index;
+            return Work::Wait;
         }
         let read = held - self.context;
         let rest = self.text.len() - read;
@@ -289,9 +325,19 @@ impl Sequence {
         self.kv.room()
     }
 
-    /// Pages of a GPU's pool that its next `tokens` take.
-    pub(crate) fn missing_on_device(&self, tokens: usize) -> usize {
-        self.kv.device().map_or(0, |kv| kv.recent.missing(tokens))
+    /// Tokens by which its KV grows when it is granted so many.
+    pub(crate) fn takes(&self, granted: usize) -> usize {
+        match (&self.blend, self.phase) {
+            (Some(blend), _) if granted > 0 => blend.takes(),
+            (None, Phase::Context) => self.work(self.kv.len(), 1).takes(granted),
+            (Some(_), _) => 0,
+            (None, Phase::Text | Phase::Done) => granted,
+        }
+    }
+
+    /// Pages of a GPU's pool that it takes when it is granted so many tokens.
+    pub(crate) fn missing_on_device(&self, granted: usize) -> usize {
+        self.kv.device().map_or(0, |kv| kv.recent.missing(self.takes(granted)))
     }
 
     /// Begins to run, with the KV that is there. When it does so for the first time and the prefix cache was asked:
@@ -321,6 +367,8 @@ impl Sequence {
         self.release(cache);
         self.index_seconds += self.kv.index_seconds();
         self.index_failures += self.kv.index_failures();
+        self.blend = None;
+        self.held_back = false;
         self.kv = model.new_kv();
         self.read = 0;
         self.phase = first_phase(&self.request);
@@ -332,24 +380,6 @@ impl Sequence {
         if let Some(shared) = &mut self.shared {
             shared.release(cache);
         }
-    }
-
-    /// Makes the context's KV.
-    pub(crate) fn blend(&mut self, model: &Transformer, cache: &mut PrefixCache<SharedPage>) -> Result<()> {
-        let (Prompt { prefix, chunks, .. }, events) = (&self.request.prompt, &self.events);
-        let cancelled = || events.is_closed();
-        // The question as it was asked: an answer that is computed again must not change what is recomputed.
-        let context = Context { prefix, chunks, suffix: &self.text[..self.prompt] };
-        let blend = || blend_behind(model, &self.kv, &context, &self.request.blend, &cancelled);
-        let blended = guarded("blending a context", blend)?;
-        self.kv = blended.kv;
-        self.phase = Phase::Text;
-        // What a second time costs, after its memory was taken, is not the request's.
-        if !std::mem::replace(&mut self.blended, true) {
-            self.prefill = PrefillStats { prefix_tokens: self.prefill.prefix_tokens, ..blended.stats };
-        }
-        self.share(cache);
-        Ok(())
     }
 
     /// Shares what has been computed and depends on nothing but the tokens.
@@ -391,129 +421,6 @@ impl Sequence {
             self.seen = self.read;
         }
         self.share(cache);
-    }
-
-    /// The prompt has been read.
-    fn begin_answer(&mut self) {
-        let (now, admitted) = (Instant::now(), self.admitted.unwrap_or(self.submitted));
-        self.decoding = Some(now);
-        self.prefill.suffix_tokens = self.prompt;
-        self.prefill.prompt_tokens = self.context + self.prompt;
-        self.prefill.queue_seconds = (admitted - self.submitted).as_secs_f64();
-        self.prefill.seconds = (now - admitted).as_secs_f64();
-        let _ = self.events.send(Event::Started(self.prefill.clone()));
-    }
-
-    /// What the choice of the next token needs.
-    pub(crate) fn choice(&mut self) -> Choice {
-        if self.request.forced.is_some() {
-            return Choice::Logits;
-        }
-        let choice = self.sampler.choice();
-        if self.wants_logits() { Choice::WithLogits(Box::new(choice)) } else { choice }
-    }
-
-    /// Tokens that are reported in the place of each.
-    fn top(&self) -> usize {
-        self.request.logprobs.unwrap_or(0)
-    }
-
-    /// Whether what is reported of a token needs the logits in its place.
-    fn wants_logits(&self) -> bool {
-        self.top() > 0 || self.request.report_logits
-    }
-
-    /// The next token, and the logits in its place where they are wanted, as the model gave them.
-    fn choose(&mut self, next: Next) -> Result<(Sampled, Vec<f32>)> {
-        let (sampled, raw) = match next {
-            Next::Token(sampled) => (sampled, Vec::new()),
-            Next::TokenOf(sampled, raw) => (sampled, raw),
-            Next::Logits(logits) => match self.forced_token() {
-                Some(id) => (Sampled { id, logprob: logprob_of(id, &logits)? }, logits),
-                None => {
-                    let raw = if self.wants_logits() { logits.clone() } else { Vec::new() };
-                    return Ok((self.sample(logits)?, raw));
-                }
-            },
-        };
-        self.sampler.chosen(sampled.id);
-        Ok((sampled, raw))
-    }
-
-    /// The next token, where the request says which.
-    fn forced_token(&self) -> Option<u32> {
-        self.request.forced.as_ref().and_then(|tokens| tokens.get(self.written()).copied())
-    }
-
-    fn sample(&mut self, mut logits: Vec<f32>) -> Result<Sampled> {
-        let banned = if self.goes_on() { &self.eos[..] } else { &[] };
-        self.sampler.sample_without(&mut logits, banned)
-    }
-
-    /// Takes what follows the last token, chooses where that is still to be done, and reports it.
-    pub(crate) fn accept(&mut self, next: Next) -> Result<()> {
-        guarded("writing an answer", || self.take(next))
-    }
-
-    fn take(&mut self, next: Next) -> Result<()> {
-        if self.decoding.is_none() {
-            self.begin_answer();
-        } else {
-            self.steps += 1;
-        }
-        if self.limit == 0 {
-            return self.finish(FinishReason::Length);
-        }
-        let (sampled, raw) = self.choose(next)?;
-        let Sampled { id, logprob } = sampled;
-        let top = likeliest(&raw, sampled, self.top());
-        let logits = if self.request.report_logits { raw } else { Vec::new() };
-        let at = Instant::now();
-        self.text.push(id);
-        if self.eos.contains(&id) {
-            let (text, logprobs) = (String::new(), Vec::new());
-            let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs, logits }));
-            return self.finish(FinishReason::Stop);
-        }
-        let may_stop = self.written() > self.request.min_tokens;
-        let AnswerPiece { text, logprobs, stopped } = self.answer.push(sampled, top, may_stop)?;
-        let _ = self.events.send(Event::Token(TokenEvent { id, text, logprob, at, logprobs, logits }));
-        if stopped {
-            return self.finish(FinishReason::StopString);
-        }
-        if self.written() >= self.limit {
-            return self.finish(FinishReason::Length);
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self, reason: FinishReason) -> Result<()> {
-        let rest = if reason == FinishReason::StopString { AnswerPiece::default() } else { self.answer.finish()? };
-        let AnswerPiece { text, logprobs, .. } = rest;
-        let finished = Finished {
-            reason,
-            text,
-            logprobs,
-            usage: Usage {
-                prompt_tokens: self.prefill.prompt_tokens,
-                reused_tokens: self.prefill.reused_tokens,
-                prefix_tokens: self.prefill.prefix_tokens,
-                recomputed_tokens: self.prefill.recomputed_tokens,
-                completion_tokens: self.written(),
-            },
-            decode: DecodeStats {
-                seconds: self.decoding.map_or(0.0, |since| since.elapsed().as_secs_f64()),
-                steps: self.steps,
-                cold_keys: self.cold.cold_keys,
-                keys_scored: self.cold.keys_scored,
-                keys_attended: self.cold.keys_attended,
-                index_build_seconds: self.index_seconds + self.kv.index_seconds(),
-                index_failures: self.index_failures + self.kv.index_failures(),
-            },
-        };
-        self.phase = Phase::Done;
-        let _ = self.events.send(Event::Finished(finished));
-        Ok(())
     }
 }
 

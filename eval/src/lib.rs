@@ -62,7 +62,8 @@ pub use speed::{
     IndexBenchOptions, IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource, Scattered,
     ScatteredOptions, SourceProvider, SpeedOptions, SpeedReport, StoreBenchOptions, StoreBenchReport,
     bench_attention_decode, bench_attention_sums, bench_batch_decode, bench_blend, bench_decode, bench_index,
-    bench_membw, bench_mixed_load, bench_prefill, bench_scattered, bench_store, time_decode_peers, write_checkpoint,
+    bench_ingest_load, bench_membw, bench_mixed_load, bench_prefill, bench_scattered, bench_store, time_decode_peers,
+    write_checkpoint,
 };
 pub use stats::{bootstrap_mean95, mean, median, percentile, wilson95};
 pub use tasks::{

@@ -95,7 +95,7 @@ const LAYERS: &[&[&str]] = &[
     // The same on a GPU, which fuses all of the above.
     &["backend", "backend/cuda"],
     // Many requests.
-    &["sequence", "runner"],
+    &["sequence", "job", "runner"],
     &["engine"],
 ];
 

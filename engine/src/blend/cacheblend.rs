@@ -1,6 +1,8 @@
 //! The rule `cacheblend` (CacheBlend, arXiv 2405.16444, section 4.3): all tokens are computed up to a check layer; those whose
 //! values there are farthest from the cached ones go on, the same set on all later layers, as the published code has it.
 
+use std::ops::Range;
+
 use super::plan::{BlendPlan, Span, Treatment};
 use super::select::{Budget, highest};
 use super::stream::Stream;
@@ -8,6 +10,7 @@ use crate::chunk::ChunkLayer;
 use crate::error::Result;
 use crate::kv::KvShape;
 use crate::kv::sequence::SequenceKv;
+use crate::model::transformer::Transformer;
 
 /// What the check layer says.
 pub(super) struct Checked {
@@ -19,38 +22,51 @@ pub(super) struct Checked {
     pub(super) deviation: f32,
 }
 
-/// Compares the rows of `stream` with what is cached of them in `layer`, block by block.
-pub(super) fn check(
-    stream: &Stream<'_>,
-    layer: usize,
-    blocks: impl Iterator<Item = std::ops::Range<usize>>,
-    cached: &Cached<'_>,
-    kv: &SequenceKv,
-    ratio: f32,
-) -> Result<Checked> {
-    let width = cached.shape.width();
-    let (mut candidates, mut deviation, mut relative) = (Vec::new(), Vec::new(), 0.0);
-    for block in blocks {
-        let (fresh_keys, fresh_values) = stream.keys_and_values(layer, block.clone(), kv)?;
+/// The comparison of the rows of a stream with what is cached of them, block by block.
+#[derive(Default)]
+pub(super) struct Check {
+    /// Rows of the stream whose state is composed, and how far the values of each are off.
+    candidates: Vec<usize>,
+    deviation: Vec<f32>,
+    relative: f32,
+}
+
+impl Check {
+    /// Compares the rows of `block` in `layer`.
+    pub(super) fn compare(
+        &mut self,
+        model: &Transformer,
+        stream: &Stream,
+        (layer, block): (usize, Range<usize>),
+        cached: &Cached<'_>,
+        kv: &SequenceKv,
+    ) -> Result<()> {
+        let width = model.shape.width();
+        let (fresh_keys, fresh_values) = stream.keys_and_values(model, layer, block.clone(), kv)?;
         for i in 0..block.len() {
             let Some((keys, values)) = cached.row(stream.position(block.start + i)) else { continue };
             let row = i * width..(i + 1) * width;
             let (k, size_k) = distance(&fresh_keys[row.clone()], &keys);
             let (v, size_v) = distance(&fresh_values[row], &values);
-            candidates.push(block.start + i);
-            deviation.push(v);
-            relative += (k + v) / (size_k + size_v).max(f32::MIN_POSITIVE);
+            self.candidates.push(block.start + i);
+            self.deviation.push(v);
+            self.relative += (k + v) / (size_k + size_v).max(f32::MIN_POSITIVE);
         }
+        Ok(())
     }
-    let mut keep = vec![true; stream.len()];
-    candidates.iter().for_each(|row| keep[*row] = false);
-    let mut chosen = Vec::new();
-    for best in highest(&deviation, Budget::Tokens(ratio)) {
-        keep[candidates[best]] = true;
-        chosen.push(stream.position(candidates[best]));
+
+    /// What all rows of the stream together say.
+    pub(super) fn finish(self, stream: &Stream, ratio: f32) -> Checked {
+        let mut keep = vec![true; stream.len()];
+        self.candidates.iter().for_each(|row| keep[*row] = false);
+        let mut chosen = Vec::new();
+        for best in highest(&self.deviation, Budget::Tokens(ratio)) {
+            keep[self.candidates[best]] = true;
+            chosen.push(stream.position(self.candidates[best]));
+        }
+        let kept = (0..keep.len()).filter(|row| keep[*row]).collect();
+        Checked { kept, chosen, deviation: self.relative / self.candidates.len().max(1) as f32 }
     }
-    let kept = (0..keep.len()).filter(|row| keep[*row]).collect();
-    Ok(Checked { kept, chosen, deviation: relative / candidates.len().max(1) as f32 })
 }
 
 /// One layer's cached rows.

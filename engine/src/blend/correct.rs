@@ -24,8 +24,7 @@ const LEAST: usize = 4;
 pub(crate) const PRIOR: f64 = 8.0;
 
 /// The rows of a context that are recomputed and those that stay, by the chunks that they belong to.
-pub(super) struct Corrector<'a> {
-    model: &'a Transformer,
+pub(super) struct Corrector {
     by_chunk: bool,
     /// The first layer that is corrected.
     first: usize,
@@ -50,17 +49,17 @@ struct HostSides {
     before: Vec<f64>,
 }
 
-impl<'a> Corrector<'a> {
+impl Corrector {
     /// `chosen`: positions, ascending, of the recomputed tokens among those of the plan's composed spans; `first`: the first layer
     /// that is corrected, 1 at least. `None`: there is nothing to correct, or too little to go by.
     pub(super) fn new(
-        model: &'a Transformer,
+        model: &Transformer,
         plan: &BlendPlan,
         chosen: &[usize],
         correction: Correction,
         first: usize,
         kv: &SequenceKv,
-    ) -> Result<Option<Corrector<'a>>> {
+    ) -> Result<Option<Corrector>> {
         let (mut ends, mut stale, mut groups) = (Vec::new(), Vec::new(), Vec::new());
         for (group, span) in plan.composed().enumerate() {
             let here = chosen.partition_point(|p| *p < span.positions.start);
@@ -84,7 +83,7 @@ impl<'a> Corrector<'a> {
             })),
             Some(device) => Sides::Device(Box::new(device.shift_rows(kv, chosen, &ends, &stale, &groups)?)),
         };
-        Ok(Some(Corrector { model, by_chunk, first, rows, deviations: Vec::new() }))
+        Ok(Some(Corrector { by_chunk, first, rows, deviations: Vec::new() }))
     }
 
     /// Whether a layer is corrected.
@@ -93,34 +92,34 @@ impl<'a> Corrector<'a> {
     }
 
     /// Before the recomputed rows of a layer are written, while the pages hold them as cached.
-    pub(super) fn before(&mut self, layer: usize, kv: &SequenceKv) -> Result<()> {
+    pub(super) fn before(&mut self, model: &Transformer, layer: usize, kv: &SequenceKv) -> Result<()> {
         match &mut self.rows {
             Sides::Host(rows) => {
-                rows.before = rows.sums(self.model, layer, kv);
+                rows.before = rows.sums(model, layer, kv);
                 Ok(())
             }
-            Sides::Device(rows) => self.model.device().map_or(Ok(()), |device| device.shift_before(layer, rows)),
+            Sides::Device(rows) => model.device().map_or(Ok(()), |device| device.shift_before(layer, rows)),
         }
     }
 
     /// Corrects a layer, once all its recomputed rows are written.
-    pub(super) fn after(&mut self, layer: usize, kv: &mut SequenceKv) -> Result<()> {
+    pub(super) fn after(&mut self, model: &Transformer, layer: usize, kv: &mut SequenceKv) -> Result<()> {
         match &mut self.rows {
             Sides::Host(rows) => {
-                let shift = Shift::of(rows, rows.sums(self.model, layer, kv), self.by_chunk, &self.model.shape);
+                let shift = Shift::of(rows, rows.sums(model, layer, kv), self.by_chunk, &model.shape);
                 self.deviations.push(shift.deviation);
-                rows.apply(self.model, layer, kv, &shift.rows);
+                rows.apply(model, layer, kv, &shift.rows);
                 Ok(())
             }
             Sides::Device(rows) => {
-                self.model.device().map_or(Ok(()), |device| device.shift_after(layer, rows, self.by_chunk))
+                model.device().map_or(Ok(()), |device| device.shift_after(layer, rows, self.by_chunk))
             }
         }
     }
 
     /// See [`PrefillStats::blend_deviation`](crate::PrefillStats).
-    pub(super) fn deviation(mut self) -> Result<Option<f32>> {
-        if let (Sides::Device(rows), Some(device)) = (&self.rows, self.model.device()) {
+    pub(super) fn deviation(mut self, model: &Transformer) -> Result<Option<f32>> {
+        if let (Sides::Device(rows), Some(device)) = (&self.rows, model.device()) {
             self.deviations = device.shift_deviations(rows)?;
         }
         let mean = self.deviations.iter().sum::<f64>() / self.deviations.len().max(1) as f64;

@@ -20,8 +20,7 @@ pub(super) struct Paid {
 }
 
 /// Adds up what the last rows of a stream pay.
-pub(super) struct Watch<'a> {
-    model: &'a Transformer,
+pub(super) struct Watch {
     /// Rows of the stream that are looked at: its last.
     rows: Range<usize>,
     sums: Sums,
@@ -45,14 +44,14 @@ pub(super) struct Attended<'a> {
     pub(super) positions: &'a [usize],
 }
 
-impl<'a> Watch<'a> {
+impl Watch {
     /// For a stream of `rows` rows, of which the last `suffix` stand behind a context of so many tokens.
-    pub(super) fn new(model: &'a Transformer, context: usize, rows: usize, suffix: usize) -> Result<Watch<'a>> {
+    pub(super) fn new(model: &Transformer, context: usize, rows: usize, suffix: usize) -> Result<Watch> {
         let sums = match model.device() {
             None => Sums::Host(Paid { last: vec![0.0; context], question: vec![0.0; context] }),
             Some(device) => Sums::Device { sums: device.paid_sums(context)?, context },
         };
-        Ok(Watch { model, rows: rows - suffix.min(WATCHED)..rows, sums })
+        Ok(Watch { rows: rows - suffix.min(WATCHED)..rows, sums })
     }
 
     /// Those of the rows of `block` that are looked at, counted from the block's first.
@@ -61,16 +60,18 @@ impl<'a> Watch<'a> {
         part.start.saturating_sub(block.start)..part.end.saturating_sub(block.start)
     }
 
-    /// Whether a layer counts for the last token.
-    fn is_deep(&self, layer: usize) -> bool {
-        2 * layer >= self.model.spec.layers
-    }
-
     /// Adds what the rows of `block` pay in `layer`, on the host.
-    pub(super) fn add(&mut self, layer: usize, block: &Range<usize>, kv: &SequenceKv, attended: &Attended<'_>) {
-        let (part, deep, end) = (self.part(block), self.is_deep(layer), self.rows.end);
+    pub(super) fn add(
+        &mut self,
+        model: &Transformer,
+        layer: usize,
+        block: &Range<usize>,
+        kv: &SequenceKv,
+        attended: &Attended<'_>,
+    ) {
+        let (part, deep, end) = (self.part(block), is_deep(model, layer), self.rows.end);
         let Sums::Host(paid) = &mut self.sums else { return };
-        let (model, heads) = (self.model, self.model.spec.heads);
+        let heads = model.spec.heads;
         let width = heads * model.spec.head_dim;
         let add = |rows: Range<usize>, to: &mut [f32]| {
             let q = &attended.q[rows.start * width..rows.end * width];
@@ -86,9 +87,15 @@ impl<'a> Watch<'a> {
     }
 
     /// The same of the rows in a GPU's workspace, which are those of `block`.
-    pub(super) fn add_on_device(&mut self, layer: usize, block: &Range<usize>, batch: &Batch) -> Result<()> {
-        let (part, last) = (self.part(block), self.is_deep(layer) && block.end == self.rows.end);
-        match (&self.sums, self.model.device()) {
+    pub(super) fn add_on_device(
+        &mut self,
+        model: &Transformer,
+        layer: usize,
+        block: &Range<usize>,
+        batch: &Batch,
+    ) -> Result<()> {
+        let (part, last) = (self.part(block), is_deep(model, layer) && block.end == self.rows.end);
+        match (&self.sums, model.device()) {
             (Sums::Device { sums, context }, Some(device)) if !part.is_empty() => {
                 device.add_paid(layer, batch, part, last, *context, sums)
             }
@@ -97,8 +104,8 @@ impl<'a> Watch<'a> {
     }
 
     /// What was paid.
-    pub(super) fn finish(self) -> Result<Paid> {
-        match (self.sums, self.model.device()) {
+    pub(super) fn finish(self, model: &Transformer) -> Result<Paid> {
+        match (self.sums, model.device()) {
             (Sums::Device { sums, context }, Some(device)) => {
                 let [last, question] = device.read_paid(&sums, context)?;
                 Ok(Paid { last, question })
@@ -109,4 +116,9 @@ impl<'a> Watch<'a> {
             }
         }
     }
+}
+
+/// Whether a layer counts for the last token.
+fn is_deep(model: &Transformer, layer: usize) -> bool {
+    2 * layer >= model.spec.layers
 }

@@ -8,14 +8,13 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::emulator::{Cache, Emulator, Kv, LAYERS, Seen, VOCAB, rotated};
-use super::run::Blended;
-use super::{Context, blend};
+use super::{Context, Whole, blend, blend_reading};
 use crate::chunk::{ChunkKv, ChunkSource, PromptChunk};
 use crate::config::{BlendConfig, BlendMode, Correction, GateConfig, GateReason};
 use crate::error::EngineError;
 use crate::kv::KvDtype;
 use crate::kv::sequence::SequenceKv;
-use crate::model::transformer::{Piece, Transformer, Want};
+use crate::model::transformer::{Piece, States, Transformer, Want};
 
 const BOS: u32 = 1;
 
@@ -78,7 +77,7 @@ impl Case {
         Context { prefix: &[BOS], chunks: &self.chunks, suffix: &self.question }
     }
 
-    fn blend(&self, config: &BlendConfig) -> Blended {
+    fn blend(&self, config: &BlendConfig) -> Whole {
         blend(&MODEL.1, &self.context(), config, &|| false).unwrap()
     }
 
@@ -144,7 +143,7 @@ fn distance(found: &[f32], wanted: &[f64]) -> f64 {
 }
 
 /// Rows of the KV, from layer `from` on, that are farther from the emulator's than rounding explains.
-fn wrong_rows(blended: &Blended, wanted: &Seen, rows: usize, from: usize) -> Vec<(usize, usize)> {
+fn wrong_rows(blended: &Whole, wanted: &Seen, rows: usize, from: usize) -> Vec<(usize, usize)> {
     let shape = MODEL.1.shape;
     let mut wrong = Vec::new();
     for layer in from..LAYERS {
@@ -208,6 +207,18 @@ fn what_a_rule_leaves_behind_is_what_the_emulator_computes() {
                 assert_eq!(wrong_rows(&blended, &wanted, context, from), [], "{about}");
                 let apart = distance(&case.logits(blended.kv), &wanted.logits);
                 assert!(apart < 1e-4, "{about}: logits are {apart:e} apart");
+                // With the question read in the last pass.
+                let read = blend_reading(&MODEL.1, &case.context(), &config, || 1).unwrap();
+                assert_eq!(read.stats, blended.stats, "{about}");
+                let Some(state) = &read.state else {
+                    // Nothing was worth a second pass.
+                    assert!(mode.asks() && chosen.is_empty() && read.kv.len() == context, "{about}");
+                    continue;
+                };
+                assert_eq!(read.kv.len(), case.tokens.len(), "{about}");
+                assert_eq!(wrong_rows(&read, &wanted, case.tokens.len(), from), [], "{about}, read");
+                let apart = distance(&MODEL.1.logits(state).unwrap(), &wanted.logits);
+                assert!(apart < 1e-4, "{about}: logits of what was read are {apart:e} apart");
             }
         }
     }
@@ -284,6 +295,43 @@ fn a_context_without_a_question_is_blended_by_deviation_and_says_so() {
         assert_eq!(blended.stats.rule, Some(BlendMode::CacheBlend));
         let wanted = case.emulate(&case.deviating(0.2), Correction::None, false);
         assert_eq!(wrong_rows(&blended, &wanted, case.composed.len(), 1), []);
+    }
+}
+
+/// Everything that a blend leaves, bit for bit.
+fn bits(whole: &Whole) -> Vec<u32> {
+    let (shape, rows) = (MODEL.1.shape, 0..whole.kv.len());
+    let heads = (0..LAYERS).flat_map(|layer| (0..shape.kv_heads).map(move |head| (layer, head)));
+    let kv = heads.flat_map(|(layer, head)| {
+        let (keys, values) = whole.kv.rows(layer, head, rows.clone());
+        keys.into_iter().chain(values)
+    });
+    let state = match &whole.state {
+        Some(States::Host(x)) => x.clone(),
+        _ => Vec::new(),
+    };
+    kv.chain(state).map(f32::to_bits).collect()
+}
+
+#[test]
+fn a_blend_does_not_depend_on_how_it_is_cut() {
+    let mut rng = ChaCha8Rng::seed_from_u64(13);
+    for (number, case) in cases(&mut rng).iter().enumerate() {
+        let modes = [BlendMode::CacheBlend, BlendMode::Random, BlendMode::Reuse, BlendMode::FullRecompute];
+        for mode in [BlendMode::Answer, BlendMode::Question].into_iter().chain(modes) {
+            for correction in [None, Some(Correction::Prompt)] {
+                let config = BlendConfig { mode, ratio: 0.7, correction, ..BlendConfig::default() };
+                let whole = blend_reading(&MODEL.1, &case.context(), &config, || usize::MAX).unwrap();
+                for round in 0..3 {
+                    let most = [1, 40, 500][round];
+                    let budget = || rng.random_range(0..most);
+                    let cut = blend_reading(&MODEL.1, &case.context(), &config, budget).unwrap();
+                    let about = format!("case {number}, {mode}, pieces below {most}");
+                    assert_eq!(cut.stats, whole.stats, "{about}");
+                    assert!(bits(&cut) == bits(&whole), "{about}");
+                }
+            }
+        }
     }
 }
 

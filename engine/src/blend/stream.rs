@@ -7,13 +7,14 @@ use crate::backend::cuda::{Batch, Memory};
 use crate::chunk::ChunkLayer;
 use crate::error::Result;
 use crate::kv::sequence::SequenceKv;
-use crate::model::transformer::{Qkv, Rows, Transformer, gather};
+use crate::model::transformer::{Qkv, Rows, States, Transformer, gather};
 
 /// Rows at ascending positions of one context, with their residual stream.
-pub(super) struct Stream<'a> {
-    model: &'a Transformer,
+pub(super) struct Stream {
     rows: Rows,
     x: Residual,
+    /// End-of-text tokens must not be chosen behind the last row.
+    ban_eos: bool,
     /// What `enter` has left for `leave`.
     entered: Option<(Range<usize>, Entered)>,
 }
@@ -31,14 +32,14 @@ enum Residual {
     Device(Memory),
 }
 
-impl<'a> Stream<'a> {
-    /// The embeddings of `tokens`.
-    pub(super) fn new(model: &'a Transformer, positions: Vec<usize>, tokens: &[u32]) -> Result<Stream<'a>> {
+impl Stream {
+    /// The embeddings of `tokens`. `ban_eos`: end-of-text tokens must not be chosen behind the last of them.
+    pub(super) fn new(model: &Transformer, positions: Vec<usize>, tokens: &[u32], ban_eos: bool) -> Result<Stream> {
         let x = match model.device() {
             None => Residual::Host(model.embed(tokens)?),
             Some(device) => Residual::Device(device.stream(tokens)?),
         };
-        Ok(Stream { model, rows: model.rows(positions), x, entered: None })
+        Ok(Stream { rows: model.rows(positions), x, ban_eos, entered: None })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -52,26 +53,32 @@ impl<'a> Stream<'a> {
     /// Keys (not rotated) and values of the rows of `block` in `layer`, `[rows, kv_heads, head_dim]`.
     pub(super) fn keys_and_values(
         &self,
+        model: &Transformer,
         layer: usize,
         block: Range<usize>,
         kv: &SequenceKv,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         match &self.x {
             Residual::Host(x) => {
-                let hidden = self.model.spec.hidden;
-                let qkv = self.model.qkv(layer, &x[block.start * hidden..block.end * hidden], &self.rows.part(block));
+                let hidden = model.spec.hidden;
+                let qkv = model.qkv(layer, &x[block.start * hidden..block.end * hidden], &self.rows.part(block));
                 Ok((qkv.keys.to_vec(), qkv.values.to_vec()))
             }
             Residual::Device(x) => {
                 let positions = &self.rows.positions[block.clone()];
-                on_device(self.model)?.stream_keys_and_values(layer, x, block.start, positions, kv)
+                on_device(model)?.stream_keys_and_values(layer, x, block.start, positions, kv)
             }
         }
     }
 
     /// Computes queries, keys and values of the rows of `block` in `layer`, and writes keys and values.
-    pub(super) fn enter(&mut self, layer: usize, block: Range<usize>, kv: &mut SequenceKv) -> Result<()> {
-        let model = self.model;
+    pub(super) fn enter(
+        &mut self,
+        model: &Transformer,
+        layer: usize,
+        block: Range<usize>,
+        kv: &mut SequenceKv,
+    ) -> Result<()> {
         let entered = match &self.x {
             Residual::Host(x) => {
                 let (rows, hidden) = (self.rows.part(block.clone()), model.spec.hidden);
@@ -81,7 +88,7 @@ impl<'a> Stream<'a> {
             }
             Residual::Device(x) => {
                 let positions = &self.rows.positions[block.clone()];
-                Entered::Device(on_device(model)?.stream_enter(layer, x, block.start, positions, kv)?)
+                Entered::Device(on_device(model)?.stream_enter(layer, x, block.start, positions, kv, self.ban_eos)?)
             }
         };
         self.entered = Some((block, entered));
@@ -90,9 +97,14 @@ impl<'a> Stream<'a> {
 
     /// Attention and all behind it for the rows that were last entered; those before them have been through the layer. In the
     /// last layer nothing behind attention is of use, and attention only to `watch`, which sees what they pay.
-    pub(super) fn leave(&mut self, layer: usize, kv: &SequenceKv, mut watch: Option<&mut Watch<'_>>) -> Result<()> {
+    pub(super) fn leave(
+        &mut self,
+        model: &Transformer,
+        layer: usize,
+        kv: &SequenceKv,
+        mut watch: Option<&mut Watch>,
+    ) -> Result<()> {
         let Some((block, entered)) = self.entered.take() else { return Ok(()) };
-        let model = self.model;
         let last = layer + 1 == model.spec.layers;
         if last && watch.is_none() {
             return Ok(());
@@ -102,7 +114,7 @@ impl<'a> Stream<'a> {
                 let state = kv.attend_exact(&model.cpu, layer, &model.queries(&qkv.q, &rows.positions));
                 if let Some(watch) = &mut watch {
                     let attended = Attended { q: &qkv.q, lse: &state.lse, positions: &rows.positions };
-                    watch.add(layer, &block, kv, &attended);
+                    watch.add(model, layer, &block, kv, &attended);
                 }
                 if !last {
                     let hidden = model.spec.hidden;
@@ -112,17 +124,35 @@ impl<'a> Stream<'a> {
             }
             (Residual::Device(x), Entered::Device(batch)) => {
                 on_device(model)?.stream_leave(layer, x, block.start, &batch, last)?;
-                watch.map_or(Ok(()), |watch| watch.add_on_device(layer, &block, &batch))
+                watch.map_or(Ok(()), |watch| watch.add_on_device(model, layer, &block, &batch))
             }
             _ => Err(crate::EngineError::Internal("rows of another device".into())),
         }
     }
 
+    /// The last layer for the very last row, which was last entered: its final state, as a forward pass leaves it.
+    pub(super) fn last_state(&mut self, model: &Transformer, layer: usize, kv: &SequenceKv) -> Result<States> {
+        match (&self.x, self.entered.take()) {
+            (Residual::Host(x), Some((_, Entered::Host(qkv, rows)))) => {
+                let (last, width) = (rows.positions.len() - 1, model.spec.heads * model.spec.head_dim);
+                let queries = model.queries(&qkv.q[last * width..], &rows.positions[last..]);
+                let state = kv.attend_exact(&model.cpu, layer, &queries);
+                let mut x = x[x.len() - model.spec.hidden..].to_vec();
+                model.finish_layer(layer, &mut x, &state.out);
+                Ok(States::Host(x))
+            }
+            (Residual::Device(_), Some((_, Entered::Device(batch)))) => {
+                Ok(States::Device(on_device(model)?.stream_last_state(layer, &batch)?))
+            }
+            _ => Err(crate::EngineError::Internal("no row was entered whose state is asked for".into())),
+        }
+    }
+
     /// Narrows the stream to some of its rows.
-    pub(super) fn keep(&mut self, kept: &[usize]) -> Result<()> {
+    pub(super) fn keep(&mut self, model: &Transformer, kept: &[usize]) -> Result<()> {
         self.x = match &self.x {
-            Residual::Host(x) => Residual::Host(gather(x, self.model.spec.hidden, kept)),
-            Residual::Device(x) => Residual::Device(on_device(self.model)?.stream_rows(x, kept)?),
+            Residual::Host(x) => Residual::Host(gather(x, model.spec.hidden, kept)),
+            Residual::Device(x) => Residual::Device(on_device(model)?.stream_rows(x, kept)?),
         };
         self.rows = self.rows.pick(kept);
         Ok(())

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::plan::{BlendPlan, Treatment};
 use super::select::{Budget, highest};
-use super::{Context, blend, run};
+use super::{Context, Whole, blend};
 use crate::chunk::{ChunkKv, ChunkLayer, PromptChunk};
 use crate::config::{BlendConfig, BlendMode};
 use crate::kv::KvDtype;
@@ -147,7 +147,7 @@ fn rotated(model: &Transformer, rows: &[f32], row: usize, head: usize, position:
 /// Whether a row of the blended KV is what `wanted` has there, up to a relative and an absolute tolerance.
 fn holds(
     model: &Transformer,
-    blended: &run::Blended,
+    blended: &Whole,
     wanted: &Kv,
     layer: usize,
     row: usize,

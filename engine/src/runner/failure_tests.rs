@@ -90,7 +90,7 @@ fn a_panic_while_a_chunk_is_computed_is_the_answer_of_who_asked() {
         send.send(chunk(vec![5; 20], reply)).unwrap();
         assert!(bench.runner.take_commands(&mut bench.queue, false));
         model.cpu.pool.trip.store(trip, Ordering::Relaxed);
-        assert!(bench.runner.compute(&mut bench.queue));
+        bench.run();
         let answer = answer.try_recv().unwrap();
         assert_eq!(trip > 0, matches!(answer, Err(EngineError::Panicked { .. })), "{:?}", answer.err());
     }

@@ -1,6 +1,7 @@
 //! What an engine on a GPU must not do. Ignored where there is none.
 
 use super::*;
+use crate::kv::KvDtype;
 
 fn engine(pages: u64) -> Engine {
     let page = (MODEL.shape.token_bytes() * 64) as u64;
@@ -51,5 +52,40 @@ fn on_a_gpu_an_index_beyond_the_hosts_budget_is_refused_by_name() {
     let refused = engine.submit(ask(1600, &mut rng)).err().expect("its index takes 50 pages of the host's memory");
     assert!(matches!(refused, EngineError::NeverFits { memory: "host", .. }), "{refused}");
     assert_eq!(written(&engine, &ask(1000, &mut rng)), 9);
+    engine.shutdown();
+}
+
+/// Contexts in the making, one that decodes, and chunks that are computed use one workspace in turn.
+#[test]
+#[ignore = "needs a GPU"]
+fn on_a_gpu_contexts_are_blended_beside_answers_and_chunks() {
+    let engine = engine(400);
+    let mut rng = ChaCha8Rng::seed_from_u64(33);
+    let talks = plain(tokens(&mut rng, 40), 300);
+    let asks: Vec<Request> = [BlendMode::Answer, BlendMode::CacheBlend, BlendMode::Reuse, BlendMode::Answer]
+        .into_iter()
+        .map(|mode| {
+            let mut request = plain(tokens(&mut rng, 12), 8);
+            request.prompt.prefix = vec![1];
+            request.prompt.chunks = [500, 300, 700].map(|n| cached_chunk(&mut rng, n)).to_vec();
+            request.blend = BlendConfig { mode, ratio: 0.3, ..BlendConfig::default() };
+            request
+        })
+        .collect();
+    let text = tokens(&mut rng, 600);
+    let alone = engine.chunk_kv(&[1], &text).unwrap();
+    let mut talking = engine.submit(talks).unwrap();
+    let beside = std::thread::scope(|scope| {
+        let chunk = scope.spawn(|| engine.chunk_kv(&[1], &text).unwrap());
+        let answers: Vec<_> = asks.iter().map(|request| scope.spawn(|| written(&engine, request))).collect();
+        assert!(answers.into_iter().all(|answer| answer.join().unwrap() == 8));
+        chunk.join().unwrap()
+    });
+    assert_eq!((beside.tokens, beside.layers.len()), (alone.tokens, alone.layers.len()));
+    let numbers = |kv: &ChunkKv| kv.layers.iter().flat_map(|l| KvDtype::F32.decode(&l.values)).collect::<Vec<f32>>();
+    let apart = numbers(&beside).iter().zip(numbers(&alone)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-2, "a chunk that is cut otherwise differs by {apart}");
+    let told = std::iter::from_fn(|| talking.blocking_next()).filter(|e| matches!(e, Event::Token(_))).count();
+    assert_eq!(told, 300);
     engine.shutdown();
 }

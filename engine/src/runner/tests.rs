@@ -5,7 +5,8 @@
 
 use std::path::Path;
 use std::sync::LazyLock;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Instant;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -13,14 +14,20 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::*;
-use crate::config::{AttentionConfig, BlendMode, DeviceChoice, Strategy};
+use crate::blend::{Context, blend};
+use crate::chunk::{ChunkKv, ComputedChunk, PromptChunk};
+use crate::config::{AttentionConfig, BlendConfig, BlendMode, DeviceChoice, Strategy};
 use crate::engine::Engine;
 use crate::kv::page::PAGE;
 use crate::kv::prefix::page_bytes;
-use crate::request::{Event, EventStream, FinishReason, Finished, PrefillStats, Prompt, Request, Usage};
+use crate::request::{
+    Event, EventStream, FinishReason, Finished, PrefillStats, PreparedContext, Prompt, Request, Usage,
+};
 use crate::sampler::SamplingParams;
 use crate::sequence::Waiting;
 
+#[path = "blend_tests.rs"]
+mod blends;
 #[path = "failure_tests.rs"]
 mod failures;
 #[path = "forced_tests.rs"]
@@ -114,7 +121,8 @@ impl Bench {
     fn submit(&mut self, request: &Request) -> UnboundedReceiver<Event> {
         let (events, stream) = unbounded_channel();
         let submitted = self.submitted(request, events);
-        self.queue.sequences.push(self.runner.sequence(submitted));
+        let age = self.queue.next_age();
+        self.queue.sequences.push(self.runner.sequence(submitted, age));
         stream
     }
 
@@ -137,7 +145,7 @@ impl Bench {
     }
 
     fn run(&mut self) {
-        while !self.queue.sequences.is_empty() {
+        while !self.queue.is_empty() {
             self.cycle();
             assert!(self.held() <= self.runner.limits.budget.host, "{} bytes", self.held());
         }
@@ -188,6 +196,16 @@ fn plain(tokens: Vec<u32>, max_tokens: usize) -> Request {
     Request { ignore_eos: true, ..Request::new(Prompt::plain(tokens), max_tokens) }
 }
 
+fn computed_chunk(rng: &mut ChaCha8Rng, n: usize) -> PromptChunk {
+    PromptChunk { tokens: tokens(rng, n).into(), prefix: [1].into(), source: None }
+}
+
+fn cached_chunk(rng: &mut ChaCha8Rng, n: usize) -> PromptChunk {
+    let tokens = tokens(rng, n);
+    let kv = ChunkKv::compute(&MODEL, &[1], &tokens, 512).unwrap();
+    PromptChunk { tokens: tokens.into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
+}
+
 /// Requests of all kinds, which need three pages at most.
 fn mixed(rng: &mut ChaCha8Rng, n: usize) -> Vec<Request> {
     let kinds = [Strategy::Full, Strategy::Full, Strategy::Window, Strategy::Full];
@@ -202,12 +220,13 @@ fn mixed(rng: &mut ChaCha8Rng, n: usize) -> Vec<Request> {
                 request.sampling.repetition_penalty = 1.3;
             }
             if i % 5 == 2 {
-                // A context that is computed, as one unit.
-                let context = PromptChunk { tokens: tokens(rng, 120).into(), prefix: [1].into(), source: None };
+                // A context that is computed, or one from cached chunks.
+                let cached = i % 10 == 7;
+                let mut chunk = |n| if cached { cached_chunk(rng, n) } else { computed_chunk(rng, n) };
+                request.prompt.chunks = vec![chunk(110), chunk(130)];
                 request.prompt.suffix.truncate(100);
-                request.prompt.chunks = vec![context.clone(), context];
                 request.prompt.prefix = vec![1];
-                request.blend.mode = BlendMode::Reuse;
+                request.blend.mode = if cached { BlendMode::Answer } else { BlendMode::Reuse };
             }
             if i % 7 == 3 {
                 let context =
@@ -323,12 +342,7 @@ fn what_comes_before_a_context_is_shared_with_any_prompt() {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let mut bench = Bench::new(EngineConfig { prefix_cache: true, ..config() }, 64);
     let instructions = tokens(&mut rng, PAGE + 30);
-    let mut chunk = |n: usize| {
-        let tokens = tokens(&mut rng, n);
-        let kv = ChunkKv::compute(&MODEL, &[1], &tokens, 512).unwrap();
-        PromptChunk { tokens: tokens.into(), prefix: [1].into(), source: Some(Arc::new(kv)) }
-    };
-    let chunks = [chunk(300), chunk(70)];
+    let chunks = [300, 70].map(|n| cached_chunk(&mut rng, n));
     let modes = [BlendMode::Answer, BlendMode::CacheBlend, BlendMode::Reuse, BlendMode::Answer, BlendMode::Question];
     for (round, mode) in modes.into_iter().chain([BlendMode::FullRecompute]).enumerate() {
         let mut request = plain(vec![9, 8, 7, round as u32 + 3], 30);
@@ -415,7 +429,7 @@ fn a_sequence_is_said_to_free_what_it_frees() {
     (0..3).for_each(|_| bench.cycle());
     let entries = |bench: &mut Bench| -> Vec<(u64, u64)> {
         let running = bench.queue.running;
-        let entries = bench.runner.entries(&mut bench.queue);
+        let (entries, _) = bench.runner.entries(&mut bench.queue);
         let pages = |bytes: Bytes| bytes.host / page.host;
         entries[..running].iter().map(|entry| (pages(entry.own), pages(entry.shared))).collect()
     };
@@ -474,8 +488,8 @@ fn pages_of_a_context_that_others_go_on_from_are_not_freed_by_giving_way() {
     let _events = bench.submit(&request);
     (0..3).for_each(|_| bench.cycle());
     let page = bench.runner.limits.page_bytes;
-    let entry = |bench: &Bench| bench.queue.sequences[0].running_entry(&bench.queue.cache, 1, page);
-    assert_eq!(entry(&bench).own, page, "its copy of the last page, behind two that are the context's");
+    let own = |bench: &Bench| bench.queue.sequences[0].own_bytes(&bench.queue.cache, page).0;
+    assert_eq!(own(&bench), page, "its copy of the last page, behind two that are the context's");
     drop((context, request));
     assert_eq!(bench.queue.sequences[0].private_bytes(page), page.times(3));
 }
@@ -552,26 +566,42 @@ fn an_answer_ends_neither_by_its_model_nor_by_a_stop_before_it_has_the_tokens_it
 }
 
 #[test]
-fn chunks_are_computed_one_at_a_time_while_others_are_answered() {
-    let mut bench = Bench::new(config(), 64);
+fn chunks_are_computed_by_parts_while_others_are_answered() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    let settings = EngineConfig { mixed_prefill_tokens: 16, ..config() };
+    let mut bench = Bench::new(settings, 64);
     let (send, commands) = channel();
     bench.runner.commands = commands;
-    let mut rng = ChaCha8Rng::seed_from_u64(11);
-    let mut events = bench.submit(&plain(tokens(&mut rng, 20), 30));
-    let replies: Vec<_> = (0..5)
-        .map(|_| {
+    let request = plain(tokens(&mut rng, 20), 60);
+    let mut events = bench.submit(&request);
+    bench.cycle();
+    let texts: Vec<Vec<u32>> = [100, 9, 3, 70, 250].into_iter().map(|n| tokens(&mut rng, n)).collect();
+    let replies: Vec<_> = texts
+        .iter()
+        .map(|text| {
             let (reply, answer) = channel();
-            send.send(chunk(tokens(&mut rng, 9), reply)).unwrap();
+            send.send(chunk(text.clone(), reply)).unwrap();
             answer
         })
         .collect();
-    for done in 1..=5 {
-        assert!(bench.runner.take_commands(&mut bench.queue, false));
-        assert!(bench.runner.compute(&mut bench.queue));
-        assert_eq!(replies.iter().filter(|reply| reply.try_recv().is_ok()).count(), 1, "chunk {done}");
+    assert!(bench.runner.take_commands(&mut bench.queue, false));
+    let mut done = Vec::new();
+    let mut answered = Answer::read(&mut events).tokens.len();
+    while !bench.queue.jobs.is_empty() {
         bench.cycle();
+        let tokens = Answer::read(&mut events).tokens.len();
+        assert_eq!(tokens, 1, "an answer goes on in every step");
+        answered += tokens;
+        done.extend(replies.iter().map(|reply| reply.try_recv().ok()).enumerate().filter_map(|(i, r)| Some((i, r?))));
     }
-    assert!(Answer::read(&mut events).tokens.len() >= 4, "an answer goes on in between");
+    // All with the bos before them, in 16 tokens a step.
+    assert_eq!(answered, 1 + (100usize + 9 + 3 + 70 + 250 + 5).div_ceil(16));
+    assert_eq!(done.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 1, 2, 3, 4], "the oldest first");
+    for (number, computed) in done {
+        let whole = ChunkKv::compute(&MODEL, &[1], &texts[number], 512).unwrap();
+        assert!(computed.unwrap().encoded(&MODEL).unwrap() == whole, "chunk {number}");
+    }
+    bench.run();
 }
 
 #[test]
@@ -585,12 +615,12 @@ fn a_chunk_waits_for_room_and_whoever_comes_behind_it_waits_too() {
     let (send, commands) = channel();
     bench.runner.commands = commands;
     let (reply, answer) = channel();
-    send.send(chunk(tokens(&mut rng, PAGE), reply)).unwrap();
+    send.send(chunk(tokens(&mut rng, 2 * PAGE), reply)).unwrap();
     assert!(bench.runner.take_commands(&mut bench.queue, false));
     let mut behind = bench.submit(&plain(tokens(&mut rng, 9), 3));
     let mut text = Answer::default();
     while text.finished.is_none() {
-        assert!(!bench.runner.compute(&mut bench.queue));
+        assert_eq!(bench.queue.begun, 0);
         assert!(answer.try_recv().is_err(), "its KV and the request's are more than the budget");
         bench.cycle();
         let Answer { tokens, finished, .. } = Answer::read(&mut before);
@@ -599,14 +629,13 @@ fn a_chunk_waits_for_room_and_whoever_comes_behind_it_waits_too() {
     }
     assert!(behind.try_recv().is_err(), "it came later");
     assert_eq!(text.tokens, alone(&first).tokens);
-    assert!(bench.runner.compute(&mut bench.queue));
-    assert_eq!(answer.try_recv().unwrap().unwrap().tokens, PAGE);
     bench.run();
+    assert_eq!(answer.try_recv().unwrap().unwrap().tokens, 2 * PAGE);
     assert!(Answer::read(&mut behind).finished.is_some());
 }
 
 /// The command to compute a chunk.
-fn chunk(tokens: Vec<u32>, reply: Sender<Result<ChunkKv>>) -> Command {
+fn chunk(tokens: Vec<u32>, reply: Sender<Result<ComputedChunk>>) -> Command {
     Command::Compute(Computation::Chunk { prefix: vec![1], tokens, reply })
 }
 

@@ -21,7 +21,12 @@ fn limits(step_tokens: usize, max_sequences: usize, pages: usize) -> Limits {
 
 fn waiting(tokens: usize) -> Entry {
     let work = Work::Read { tokens, whole: false };
-    Entry { work, ahead: tokens, room: 0, own: Bytes::default(), shared: Bytes::default() }
+    Entry { work, ahead: tokens, room: 0, own: Bytes::default(), shared: Bytes::default(), age: 0 }
+}
+
+/// A plan where there are no jobs.
+fn plan(limits: &Limits, used: Bytes, requests: &[Entry], running: usize) -> Step {
+    super::plan(limits, &Queued { requests, running, used, ..Queued::default() })
 }
 
 /// One that holds `held` tokens.
@@ -58,15 +63,82 @@ fn prompts_take_larger_steps_while_nobody_decodes() {
 }
 
 #[test]
-fn a_context_is_a_step_of_its_own_beside_decoding() {
-    let context = |n| Entry { work: Work::Context(n), ahead: n + 4, ..waiting(0) };
-    let queue = [decoding(20), context(100), waiting(9)];
-    assert_eq!(tokens(&limits(32, 8, 100), &queue, 3), [1, 100, 0]);
-    let queue = [waiting(9), context(100), decoding(20)];
-    assert_eq!(tokens(&limits(32, 8, 100), &queue, 3), [9, 0, 1]);
+fn a_context_goes_on_by_what_is_left_of_a_step_and_several_do_in_turn() {
+    let context = |left, n| Entry { work: Work::Blend { tokens: left, takes: n }, ahead: n + 4, ..waiting(0) };
+    let queue = [decoding(20), context(100, 160), waiting(9)];
+    assert_eq!(tokens(&limits(32, 8, 100), &queue, 3), [1, 31, 0]);
+    assert_eq!(tokens(&limits(32, 8, 100), &[waiting(9), context(100, 0), decoding(20)], 3), [9, 22, 1]);
+    // The first needs little more, so that the second goes on in the same step; one whose layer has not come waits alone.
+    assert_eq!(tokens(&limits(32, 8, 100), &[context(10, 0), context(40, 0), decoding(9)], 3), [10, 21, 1]);
+    let layerless = Entry { work: Work::Wait, ..context(1, 0) };
+    assert_eq!(tokens(&limits(32, 8, 100), &[layerless, context(40, 0), decoding(9)], 3), [0, 31, 1]);
+    // All its pages are taken with its first piece, however small that is, and none with the others.
+    let grown = |entry: Entry| {
+        let queue = [decoding(15), entry];
+        let step = plan(&limits(32, 8, 11), used(&queue), &queue, 2);
+        (step.preempted, step.tokens)
+    };
+    assert_eq!(grown(context(100, 160)), (vec![], vec![1, 31]));
+    let holds = |n| Entry { own: PAGE_BYTES, ..context(100, n) };
+    assert_eq!(grown(holds(161)), (vec![1], vec![1]), "eleven pages beside one: it gives way itself");
+    assert_eq!(grown(holds(0)), (vec![], vec![1, 31]));
     let whole = Entry { work: Work::Read { tokens: 40, whole: true }, ..waiting(40) };
     assert_eq!(tokens(&limits(32, 8, 100), &[whole, whole], 2), [40, 0]);
     assert_eq!(tokens(&limits(80, 8, 100), &[whole, whole], 2), [40, 40]);
+}
+
+/// Of a step with jobs: tokens of requests and of jobs.
+fn with_jobs(
+    limits: &Limits,
+    requests: &[Entry],
+    running: usize,
+    jobs: &[Entry],
+    begun: usize,
+) -> (Vec<usize>, Vec<usize>) {
+    let used = used(&requests[..running]) + used(&jobs[..begun]);
+    let step = super::plan(limits, &Queued { requests, running, jobs, begun, used });
+    (step.tokens, step.jobs)
+}
+
+fn aged(age: u64, entry: Entry) -> Entry {
+    Entry { age, ..entry }
+}
+
+/// One that holds its pages.
+fn job(age: u64, left: usize, all: usize) -> Entry {
+    let own = PAGE_BYTES.times(all.div_ceil(PAGE));
+    Entry { own, room: all, ahead: all, age, ..waiting(left) }
+}
+
+#[test]
+fn jobs_and_prompts_share_a_step_by_age_and_decoding_goes_first() {
+    let limits = Limits { mixed_prefill_tokens: 20, ..limits(64, 2, 100) };
+    let decodes = aged(1, decoding(20));
+    assert_eq!(with_jobs(&limits, &[decodes], 1, &[job(2, 50, 60)], 1), (vec![1], vec![20]));
+    let reads = |age| aged(age, waiting(15));
+    assert_eq!(with_jobs(&limits, &[decodes, reads(2)], 2, &[job(3, 50, 60)], 1), (vec![1, 15], vec![5]));
+    assert_eq!(with_jobs(&limits, &[decodes, reads(4)], 2, &[job(3, 12, 60)], 1), (vec![1, 8], vec![12]));
+    // Small ones go together, and none needs a place among the requests.
+    let small = [job(3, 6, 6), job(4, 6, 6), job(5, 6, 6), job(6, 6, 6), job(7, 6, 6)]
+        .map(|j| Entry { own: Bytes::default(), ..j });
+    assert_eq!(with_jobs(&limits, &[decodes, decodes, reads(2)], 2, &small, 0), (vec![1, 1], vec![6, 6, 6, 2]));
+    assert_eq!(with_jobs(&limits, &[], 0, &small, 0), (vec![], vec![6, 6, 6, 6]), "four at a time");
+}
+
+#[test]
+fn a_job_waits_for_room_for_all_of_it_and_who_is_younger_waits_behind_it() {
+    let decodes = aged(1, decoding(20));
+    let waits = |age, n| Entry { own: Bytes::default(), ..job(age, n, n) };
+    // Two pages are held; the job takes three.
+    let (older, younger) = (aged(2, waiting(9)), aged(4, waiting(9)));
+    assert_eq!(with_jobs(&limits(64, 8, 5), &[decodes, younger], 1, &[waits(3, 40)], 0), (vec![1], vec![40]));
+    assert_eq!(with_jobs(&limits(64, 8, 4), &[decodes, younger], 1, &[waits(3, 40)], 0), (vec![1], vec![]));
+    assert_eq!(with_jobs(&limits(64, 8, 4), &[decodes, older], 1, &[waits(3, 40)], 0), (vec![1, 9], vec![]));
+    assert_eq!(with_jobs(&limits(64, 8, 2), &[], 0, &[waits(3, 40)], 0), (vec![], vec![40]), "nothing else makes room");
+    // The oldest needs a page that a job holds: it has it when the job is done.
+    let grows = aged(1, decoding(32));
+    assert_eq!(with_jobs(&limits(64, 8, 5), &[grows], 1, &[job(2, 9, 40)], 1), (vec![0], vec![9]));
+    assert_eq!(with_jobs(&limits(64, 8, 6), &[grows], 1, &[job(2, 9, 40)], 1), (vec![1], vec![9]));
 }
 
 #[test]
@@ -139,7 +211,7 @@ fn who_holds_nothing_of_what_is_short_does_not_give_way() {
 
 #[test]
 fn who_waits_for_an_index_reads_nothing_and_keeps_its_place() {
-    let indexing = Entry { work: Work::Index, ..decoding(40) };
+    let indexing = Entry { work: Work::Wait, ..decoding(40) };
     let queue = [indexing, decoding(20), indexing, waiting(9)];
     assert_eq!(tokens(&limits(64, 8, 100), &queue, 3), [0, 1, 0, 9]);
     assert_eq!(tokens(&limits(64, 8, 100), &queue[..1], 1), [0]);
@@ -209,10 +281,29 @@ impl Ask {
 struct Simulated {
     ask: Ask,
     number: usize,
+    age: u64,
     /// Tokens whose KV is held, the context's included.
     held: usize,
+    /// Tokens' worth of work on the context.
+    blended: usize,
     written: usize,
     steps: usize,
+}
+
+/// A simulated job.
+#[derive(Clone, Debug)]
+struct Computes {
+    tokens: usize,
+    left: usize,
+    age: u64,
+    begun: bool,
+}
+
+impl Computes {
+    fn entry(&self) -> Entry {
+        let entry = job(self.age, self.left, self.tokens);
+        if self.begun { entry } else { Entry { own: Bytes::default(), ..entry } }
+    }
 }
 
 impl Simulated {
@@ -223,7 +314,9 @@ impl Simulated {
     fn entry(&self, running: bool) -> Entry {
         let rest = self.goal() - self.held;
         let work = match self.ask.whole {
-            _ if self.held < self.ask.context => Work::Context(self.ask.context),
+            _ if self.blended < self.ask.context => {
+                Work::Blend { tokens: self.ask.context - self.blended, takes: self.ask.context - self.held }
+            }
             _ if rest == 1 && self.written > 0 => Work::Decode,
             Some(part) if self.held < self.ask.context + self.ask.prompt => {
                 Work::Read { tokens: part.min(self.ask.context + self.ask.prompt - self.held), whole: true }
@@ -232,7 +325,7 @@ impl Simulated {
         };
         let own = if running { PAGE_BYTES.times(self.held.div_ceil(PAGE)) } else { Bytes::default() };
         let room = self.held.div_ceil(PAGE) * PAGE - self.held;
-        Entry { work, ahead: rest, room, own, shared: Bytes::default() }
+        Entry { work, ahead: rest, room, own, shared: Bytes::default(), age: self.age }
     }
 }
 
@@ -254,11 +347,21 @@ fn ask() -> impl Strategy<Value = Ask> {
 
 /// Runs all requests; checks every step. Returns how often a sequence was preempted.
 fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
-    let total: usize = asks.iter().map(|a| a.longest() + 1).sum();
+    simulate_with_jobs(limits, asks, &[])
+}
+
+/// The same beside jobs that come at some time, with so many tokens.
+fn simulate_with_jobs(limits: &Limits, asks: &[Ask], jobs: &[(usize, usize)]) -> usize {
+    let total: usize =
+        asks.iter().map(|a| a.longest() + a.context + 1).sum::<usize>() + jobs.iter().map(|j| j.1).sum::<usize>();
     let mut coming: Vec<(usize, Ask)> = asks.iter().cloned().enumerate().collect();
     coming.sort_by_key(|(_, a)| a.arrives);
     coming.reverse();
     let (mut queue, mut running): (Vec<Simulated>, usize) = (Vec::new(), 0);
+    let mut computing: Vec<Computes> = Vec::new();
+    let mut jobs: Vec<(usize, usize)> = jobs.to_vec();
+    jobs.sort_unstable_by(|a, b| b.cmp(a));
+    let mut age = 0;
     let mut ended = vec![0; asks.len()];
     let mut preempted = 0;
     // Alone, one after the other, each would take a step a token at most; preempted work comes on top.
@@ -266,7 +369,13 @@ fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
         assert!(now < 150 + 20 * total, "no end: {queue:?}");
         while coming.last().is_some_and(|(_, a)| a.arrives <= now) {
             let (number, ask) = coming.pop().unwrap();
-            queue.push(Simulated { ask, number, held: 0, written: 0, steps: 0 });
+            age += 1;
+            queue.push(Simulated { ask, number, age, held: 0, blended: 0, written: 0, steps: 0 });
+        }
+        while jobs.last().is_some_and(|(arrives, _)| *arrives <= now) {
+            let (_, tokens) = jobs.pop().unwrap();
+            age += 1;
+            computing.push(Computes { tokens, left: tokens, age, begun: false });
         }
         for i in (0..queue.len()).rev() {
             queue[i].steps += 1;
@@ -275,20 +384,23 @@ fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
                 running -= usize::from(i < running);
             }
         }
-        if queue.is_empty() {
-            if coming.is_empty() {
+        if queue.is_empty() && computing.is_empty() {
+            if coming.is_empty() && jobs.is_empty() {
                 break;
             }
             continue;
         }
         let entries: Vec<Entry> = queue.iter().enumerate().map(|(i, s)| s.entry(i < running)).collect();
-        let step = plan(limits, used(&entries[..running]), &entries, running);
-        check(limits, &queue, &entries, running, &step);
+        let of_jobs: Vec<Entry> = computing.iter().map(Computes::entry).collect();
+        let begun = computing.iter().filter(|job| job.begun).count();
+        let used = used(&entries[..running]) + used(&of_jobs[..begun]);
+        let step = super::plan(limits, &Queued { requests: &entries, running, jobs: &of_jobs, begun, used });
+        check(limits, &queue, &entries, running, &of_jobs, &step);
         preempted += step.preempted.len();
         for place in step.preempted.iter().rev() {
             let gives_way = queue.remove(*place);
             running -= 1;
-            queue.insert(running, Simulated { held: 0, ..gives_way });
+            queue.insert(running, Simulated { held: 0, blended: 0, ..gives_way });
         }
         if step.out_of_memory.is_some() {
             assert!(!limits.bytes(queue[0].ask.longest()).fits(limits.budget), "{:?} fits", queue[0].ask);
@@ -298,9 +410,19 @@ fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
         }
         running = step.tokens.len();
         for (s, tokens) in queue.iter_mut().zip(&step.tokens) {
-            s.held += tokens;
-            s.written += usize::from(s.held == s.goal());
+            if s.blended < s.ask.context {
+                s.held = if *tokens > 0 { s.ask.context } else { s.held };
+                s.blended += tokens;
+            } else {
+                s.held += tokens;
+                s.written += usize::from(s.held == s.goal());
+            }
         }
+        for (job, tokens) in computing.iter_mut().zip(&step.jobs) {
+            job.begun = true;
+            job.left -= tokens;
+        }
+        computing.retain(|job| job.left > 0);
         for i in (0..running).rev() {
             if queue[i].written == queue[i].ask.answer {
                 ended[queue.remove(i).number] += 1;
@@ -313,7 +435,7 @@ fn simulate(limits: &Limits, asks: &[Ask]) -> usize {
 }
 
 /// What holds for every step.
-fn check(limits: &Limits, queue: &[Simulated], entries: &[Entry], running: usize, step: &Step) {
+fn check(limits: &Limits, queue: &[Simulated], entries: &[Entry], running: usize, jobs: &[Entry], step: &Step) {
     // All hold something of both memories here: then it is the youngest that give way.
     let went_on = running - step.preempted.len();
     assert_eq!(step.preempted, (went_on..running).collect::<Vec<_>>());
@@ -322,22 +444,34 @@ fn check(limits: &Limits, queue: &[Simulated], entries: &[Entry], running: usize
         assert_eq!(step.tokens, [0]);
         return;
     }
-    assert!(step.tokens[0] > 0, "the oldest goes on in every step");
-    let held: Bytes = step.tokens.iter().zip(queue).map(|(n, s)| limits.bytes(s.held + n)).sum();
-    assert!(held.fits(limits.budget), "{held:?} of {:?}", limits.budget);
+    // Who holds its memory goes on or lets the oldest: nothing stands still.
+    let goes_on = |tokens: &[usize]| tokens.first().is_some_and(|tokens| *tokens > 0);
+    assert!(goes_on(&step.tokens) || goes_on(&step.jobs), "the oldest goes on in every step");
+    assert!(goes_on(&step.tokens) || running == 0 || jobs.iter().any(|job| job.own != Bytes::default()));
+    let held: Bytes =
+        step.tokens.iter().zip(entries).zip(queue).map(|((n, e), s)| limits.bytes(s.held + e.work.takes(*n))).sum();
+    let held = held + step.jobs.iter().zip(jobs).map(|(_, job)| limits.bytes(job.ahead)).sum();
+    assert!(step.jobs.len() <= JOBS && held.fits(limits.budget), "{held:?} of {:?}", limits.budget);
     let decoding = |e: &&Entry| e.work == Work::Decode;
     for (entry, tokens) in entries.iter().zip(&step.tokens).take(went_on) {
-        assert!(entry.work != Work::Decode || *tokens == 1, "who decodes is in every step");
+        let waits = *tokens == 0 && jobs.iter().any(|job| job.own != Bytes::default());
+        assert!(entry.work != Work::Decode || *tokens == 1 || waits, "who decodes is in every step");
     }
     // One unit that cannot be cut may exceed the budget, then nothing else is read beside it.
-    let units: Vec<usize> =
-        entries.iter().zip(&step.tokens).filter(|(e, n)| **n > 0 && e.work != Work::Decode).map(|(_, n)| *n).collect();
+    let units: Vec<usize> = entries
+        .iter()
+        .zip(&step.tokens)
+        .filter(|(e, n)| **n > 0 && e.work != Work::Decode)
+        .map(|(_, n)| *n)
+        .chain(step.jobs.iter().copied().filter(|n| *n > 0))
+        .collect();
     let before = entries[..running].iter().filter(decoding).count();
     let most = if before > 0 { limits.mixed_prefill_tokens } else { usize::MAX };
     let left = limits.step_tokens.saturating_sub(before).min(most).max(1);
     assert!(units.len() == 1 || units.iter().sum::<usize>() <= left, "{units:?} in {left}");
     if let [one] = units[..] {
-        let cut = |(e, n): (&Entry, &usize)| *n == one && matches!(e.work, Work::Read { whole: false, .. });
+        let cut =
+            |(e, n): (&Entry, &usize)| *n == one && !matches!(e.work, Work::Decode | Work::Read { whole: true, .. });
         let cut = entries.iter().zip(&step.tokens).any(cut);
         assert!(!cut || one <= left);
     }
@@ -375,6 +509,20 @@ proptest! {
     }
 
     #[test]
+    fn every_job_ends_too_and_costs_no_budget(
+        asks in prop::collection::vec(ask(), 0..15),
+        jobs in prop::collection::vec((0usize..150, 1usize..400), 1..12),
+        step_tokens in 1usize..100,
+        mixed_prefill_tokens in 1usize..100,
+        max_sequences in 1usize..6,
+        pages in 1usize..60,
+    ) {
+        // One that is larger than all there is would not have been taken.
+        let jobs: Vec<(usize, usize)> = jobs.into_iter().map(|(at, n)| (at, n.min(pages * PAGE))).collect();
+        simulate_with_jobs(&Limits { mixed_prefill_tokens, ..limits(step_tokens, max_sequences, pages) }, &asks, &jobs);
+    }
+
+    #[test]
     fn any_state_has_a_plan(
         entries in prop::collection::vec((0usize..4, 0usize..300, 0usize..16, 0usize..9, 0usize..9), 1..12),
         running in 0usize..12,
@@ -385,12 +533,12 @@ proptest! {
             .iter()
             .map(|&(kind, tokens, room, own, shared)| {
                 let work = match kind {
-                    0 => Work::Context(tokens.max(1)),
+                    0 => Work::Blend { tokens: tokens.max(1), takes: 3 * tokens },
                     1 => Work::Decode,
                     _ => Work::Read { tokens: tokens.max(1), whole: kind == 2 },
                 };
                 let (own, shared) = (PAGE_BYTES.times(own), PAGE_BYTES.times(shared));
-                Entry { work, ahead: tokens.max(1), room, own, shared }
+                Entry { work, ahead: tokens.max(1), room, own, shared, age: 0 }
             })
             .collect();
         let running = running.min(queue.len());

@@ -355,6 +355,12 @@ pub(crate) struct ServeBenchArgs {
     /// Arrivals a second [default: each when the one before has its first token]
     #[arg(long)]
     pub(crate) rate: Option<f64>,
+    /// Instead of prompts: chunks are ingested all the time, and each arrival is a question over the newest of them
+    #[arg(long, conflicts_with = "rate")]
+    pub(crate) ingest: bool,
+    /// Tokens of a chunk that is ingested
+    #[arg(long, default_value_t = 512, requires = "ingest")]
+    pub(crate) chunk_tokens: usize,
     /// Seed of all prompts
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,

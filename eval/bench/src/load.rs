@@ -3,8 +3,8 @@
 use engine::{CudaConfig, Engine, EngineConfig, ModelSpec, SamplingParams, find_gpu};
 use eval::{
     AttentionOptions, AttentionShape, BatchDecodeOptions, DeviceAttention, GpuPeerOptions, MixedLoadOptions,
-    PromptSource, Scattered, ScatteredOptions, bench_attention_decode, bench_batch_decode, bench_mixed_load,
-    bench_scattered, time_decode_peers,
+    PromptSource, Scattered, ScatteredOptions, bench_attention_decode, bench_batch_decode, bench_ingest_load,
+    bench_mixed_load, bench_scattered, time_decode_peers,
 };
 
 use super::args::{DecodeArgs, PromptArg, ServeBenchArgs};
@@ -88,7 +88,10 @@ pub(super) fn mixed_load(settings: &Settings, args: &ServeBenchArgs, out: &Out) 
         output: output(&args.records)?,
     };
     let engine = Engine::load(config)?;
-    let report = with_progress(out, |progress| Ok(bench_mixed_load(&engine, &options, progress)?))?;
+    let report = with_progress(out, |progress| match args.ingest {
+        true => Ok(bench_ingest_load(&engine, &options, args.chunk_tokens, progress)?),
+        false => Ok(bench_mixed_load(&engine, &options, progress)?),
+    })?;
     engine.shutdown();
     print(&report, &report.table(), out);
     Ok(())

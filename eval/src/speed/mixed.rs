@@ -71,7 +71,7 @@ impl Default for MixedLoadOptions {
 }
 
 impl MixedLoadOptions {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let counts = [
             ("the number of sequences", self.sequences, 1),
             ("the tokens of their prompts", self.context_tokens, 1),
@@ -96,7 +96,7 @@ impl MixedLoadOptions {
         }
     }
 
-    fn config(&self, engine: &Engine) -> Value {
+    pub(super) fn config(&self, engine: &Engine) -> Value {
         json!({
             "sequences": self.sequences, "context_tokens": self.context_tokens, "alone_tokens": self.alone_tokens,
             "arrivals": self.arrivals, "arrival_tokens": self.arrival_tokens, "arrivals_per_second": self.rate,
@@ -134,21 +134,21 @@ pub fn bench_mixed_load(
     Ok(SpeedReport { records })
 }
 
-struct Load<'a> {
-    engine: &'a Engine,
-    options: &'a MixedLoadOptions,
+pub(super) struct Load<'a> {
+    pub(super) engine: &'a Engine,
+    pub(super) options: &'a MixedLoadOptions,
     /// First those that decode, then those that arrive.
-    streams: Streams,
+    pub(super) streams: Streams,
 }
 
 /// What was measured while prompts arrived.
-struct Mixed {
+pub(super) struct Mixed {
     /// Seconds between tokens, over all sequences that decode.
-    gaps: Vec<f64>,
+    pub(super) gaps: Vec<f64>,
     /// From submission to the first token of each arrival.
-    first: Vec<f64>,
+    pub(super) first: Vec<f64>,
     /// From the first submission to the last first token.
-    seconds: f64,
+    pub(super) seconds: f64,
 }
 
 impl Load<'_> {
@@ -162,7 +162,7 @@ impl Load<'_> {
     }
 
     /// Until every sequence decodes and is warm.
-    fn begin(&mut self) -> Result<()> {
+    pub(super) fn begin(&mut self) -> Result<()> {
         for number in 0..self.options.sequences {
             let prompt = self.prompt(number, self.options.context_tokens);
             let mut request = Request::new(prompt, self.options.answer_tokens);
@@ -174,7 +174,7 @@ impl Load<'_> {
     }
 
     /// Until every sequence has written so many tokens since this moment.
-    fn write_since(&mut self, moment: Instant, tokens: usize) -> Result<()> {
+    pub(super) fn write_since(&mut self, moment: Instant, tokens: usize) -> Result<()> {
         let sequences = self.options.sequences;
         self.streams.take_until(None, |tracks| {
             let tracks = Self::decoding(tracks, sequences);
@@ -183,7 +183,7 @@ impl Load<'_> {
         self.check_running()
     }
 
-    fn check_running(&self) -> Result<()> {
+    pub(super) fn check_running(&self) -> Result<()> {
         let options = self.options;
         if !Self::decoding(&self.streams.tracks, options.sequences).iter().any(Track::ended) {
             return Ok(());
@@ -195,12 +195,12 @@ impl Load<'_> {
         })
     }
 
-    fn gaps(&self, from: Instant, to: Instant) -> Vec<f64> {
+    pub(super) fn gaps(&self, from: Instant, to: Instant) -> Vec<f64> {
         let tracks = Self::decoding(&self.streams.tracks, self.options.sequences);
         tracks.iter().flat_map(|track| track.gaps(from, to)).collect()
     }
 
-    fn alone(&mut self) -> Result<Vec<f64>> {
+    pub(super) fn alone(&mut self) -> Result<Vec<f64>> {
         let from = Instant::now();
         self.write_since(from, self.options.alone_tokens)?;
         Ok(self.gaps(from, Instant::now()))
@@ -235,7 +235,7 @@ impl Load<'_> {
     }
 
     /// Until the first `arrivals` that have arrived have their first token.
-    fn first_tokens_of(&mut self, arrivals: usize) -> Result<()> {
+    pub(super) fn first_tokens_of(&mut self, arrivals: usize) -> Result<()> {
         let sequences = self.options.sequences;
         self.streams.take_until(None, |tracks| {
             tracks[sequences..].iter().take(arrivals).all(|track| !track.tokens.is_empty())
@@ -246,12 +246,27 @@ impl Load<'_> {
 }
 
 fn figures(info: &RunInfo, case: &str, options: &MixedLoadOptions, alone: &[f64], mixed: &Mixed) -> Vec<Record> {
+    let mut records = between_tokens(info, case, options.sequences, alone, mixed);
+    let read = (mixed.first.len() * options.arrival_tokens) as f64 / mixed.seconds;
+    let rate = info.record("serve", case, "prefill_tokens_per_second", "tokens/s", round(read), mixed.first.len());
+    records.insert(records.len() - 1, rate);
+    records
+}
+
+/// The times between tokens with and without what arrives, and how long that waits for its first.
+pub(super) fn between_tokens(
+    info: &RunInfo,
+    case: &str,
+    sequences: usize,
+    alone: &[f64],
+    mixed: &Mixed,
+) -> Vec<Record> {
     let record =
         |metric, unit, value: f64, samples: usize| info.record("serve", case, metric, unit, round(value), samples);
     let ms = |gaps: &[f64], share| percentile(gaps, share) * 1e3;
     let (few, many) = (alone.len(), mixed.gaps.len());
     let ratio = |share| ms(&mixed.gaps, share) / ms(alone, share);
-    let rate = |gaps: &[f64]| gaps.len() as f64 * options.sequences as f64 / gaps.iter().sum::<f64>();
+    let rate = |gaps: &[f64]| gaps.len() as f64 * sequences as f64 / gaps.iter().sum::<f64>();
     vec![
         record("itl_p50_alone", "ms", ms(alone, 0.5), few),
         record("itl_p99_alone", "ms", ms(alone, 0.99), few),
@@ -262,12 +277,6 @@ fn figures(info: &RunInfo, case: &str, options: &MixedLoadOptions, alone: &[f64]
         record("itl_p99_ratio", "ratio", ratio(0.99), many),
         record("decode_tokens_per_second_alone", "tokens/s", rate(alone), few),
         record("decode_tokens_per_second_mixed", "tokens/s", rate(&mixed.gaps), many),
-        record(
-            "prefill_tokens_per_second",
-            "tokens/s",
-            (mixed.first.len() * options.arrival_tokens) as f64 / mixed.seconds,
-            mixed.first.len(),
-        ),
         record("time_to_first_token", "ms", median(&mixed.first) * 1e3, mixed.first.len()),
     ]
 }

@@ -8,6 +8,7 @@ mod checkpoint;
 mod decode;
 mod gpu_peer;
 mod index;
+mod ingest;
 mod membw;
 mod mixed;
 mod peer;
@@ -39,6 +40,7 @@ pub use checkpoint::{CheckpointOptions, CheckpointReport, CheckpointShape, write
 pub use decode::bench_decode;
 pub use gpu_peer::GpuPeerOptions;
 pub use index::{HeadOptions, IndexBenchOptions, IndexData, bench_index};
+pub use ingest::bench_ingest_load;
 pub use membw::{MembwOptions, MembwReport, bench_membw};
 pub use mixed::{MixedLoadOptions, bench_mixed_load};
 pub use prefill::bench_prefill;

@@ -10,6 +10,8 @@ pub(crate) mod micro;
 pub(crate) mod pool;
 pub(crate) mod simd;
 
+use std::sync::Arc;
+
 use super::cores::Cores;
 use buffer::Buffers;
 use pool::Pool;
@@ -21,13 +23,18 @@ pub(crate) struct Cpu {
     pub(crate) isa: Isa,
     pub(crate) buffers: Buffers,
     /// Threads for what goes on beside forward passes.
-    pub(crate) cores: Cores,
+    pub(crate) cores: Arc<Cores>,
 }
 
 impl Cpu {
     /// `threads` of 0 means all the cores that this process may use.
     pub(crate) fn new(threads: usize) -> Cpu {
         let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
-        Cpu { pool: Pool::new(threads), isa: Isa::detect(), buffers: Buffers::default(), cores: Cores::new(threads) }
+        Cpu {
+            pool: Pool::new(threads),
+            isa: Isa::detect(),
+            buffers: Buffers::default(),
+            cores: Arc::new(Cores::new(threads)),
+        }
     }
 }

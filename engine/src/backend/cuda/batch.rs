@@ -202,11 +202,13 @@ pub(crate) fn lay_out(
     batch
 }
 
-/// Rows at ascending positions of one run, which has pages for them; none is wanted.
+/// Rows at ascending positions of one run, which has pages for them; the last is the one that is wanted, if any. `ban_eos`:
+/// end-of-text tokens must not be chosen behind it.
 pub(crate) fn at_positions(
     positions: &[usize],
     run: &DeviceRun,
     window: Option<usize>,
+    ban_eos: bool,
     stride: usize,
     inputs: &Memory,
 ) -> Batch {
@@ -216,12 +218,15 @@ pub(crate) fn at_positions(
         fill.integers[rows + row] = *position as i32;
     }
     fill.run(0, run);
+    if rows > 0 {
+        fill.wanted(0, rows - 1, ban_eos);
+    }
     let span = Span::Prefill { rows: 0..rows, table: 0, extent: Extent::from(run), window: window.unwrap_or(0) };
     Batch {
         rows,
         tables: 1,
         stride,
-        wanted: 0,
+        wanted: rows.min(1),
         base: inputs.address(),
         integers: fill.integers,
         starts: vec![0],

@@ -192,7 +192,7 @@ impl CudaModel {
     }
 
     /// The wanted rows' normed final states, to `workspace.finals`.
-    fn final_states(&self, batch: &Batch, pending: Option<Pending<'_>>) -> Result<()> {
+    pub(super) fn final_states(&self, batch: &Batch, pending: Option<Pending<'_>>) -> Result<()> {
         let w = &self.workspace;
         self.settle(pending, batch.rows)?;
         if batch.wanted == 0 {

@@ -1,5 +1,7 @@
 //! Stages over rows at any ascending positions of one context, for blending.
 
+use std::sync::atomic::Ordering;
+
 use super::batch::{Batch, at_positions};
 use super::device::Memory;
 use super::model::CudaModel;
@@ -39,7 +41,7 @@ impl CudaModel {
         positions: &[usize],
         kv: &SequenceKv,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let mut batch = self.positions(positions, kv)?;
+        let mut batch = self.positions(positions, kv, false)?;
         batch.tapped = true;
         self.enter(layer, x, first, &batch)?;
         let width = batch.rows * self.shape.width();
@@ -50,7 +52,7 @@ impl CudaModel {
     }
 
     /// Queries, keys and values in `layer` of the rows of `x` from `first` on, which lie at `positions`: queries to the workspace,
-    /// keys and values to the pages.
+    /// keys and values to the pages. `ban_eos`: end-of-text tokens must not be chosen behind the last of them.
     pub(crate) fn stream_enter(
         &self,
         layer: usize,
@@ -58,8 +60,9 @@ impl CudaModel {
         first: usize,
         positions: &[usize],
         kv: &SequenceKv,
+        ban_eos: bool,
     ) -> Result<Batch> {
-        let batch = self.positions(positions, kv)?;
+        let batch = self.positions(positions, kv, ban_eos)?;
         self.enter(layer, x, first, &batch)?;
         Ok(batch)
     }
@@ -72,6 +75,16 @@ impl CudaModel {
         self.leave(layer, batch)?;
         let row = self.spec.hidden * 4;
         self.workspace.x.copy_to(0, x, first * row, batch.rows * row)
+    }
+
+    /// The last layer for the rows that were last entered, of which the last one's normed final state is then the workspace's
+    /// only one. Returns how many there are.
+    pub(crate) fn stream_last_state(&self, layer: usize, batch: &Batch) -> Result<usize> {
+        self.leave(layer, batch)?;
+        self.final_states(batch, None)?;
+        self.head_done.store(0, Ordering::Relaxed);
+        self.banned.store(batch.banned(), Ordering::Relaxed);
+        Ok(batch.wanted)
     }
 
     /// Writes cached rows to these positions.
@@ -88,7 +101,7 @@ impl CudaModel {
         let mut copies = self.copies();
         for (positions, (keys, values)) in positions.chunks(rows).zip(parts) {
             let here = copies.bring(keys, values, &self.workspace.cached)?;
-            let batch = self.positions(positions, kv)?;
+            let batch = self.positions(positions, kv, false)?;
             self.ops.write_rows(self, layer, &batch, here)?;
             copies.used()?;
         }
@@ -96,12 +109,13 @@ impl CudaModel {
     }
 
     /// The batch of rows at these positions of a context that has pages for them, its arrays copied.
-    fn positions(&self, positions: &[usize], kv: &SequenceKv) -> Result<Batch> {
+    fn positions(&self, positions: &[usize], kv: &SequenceKv, ban_eos: bool) -> Result<Batch> {
         self.device.bind()?;
         let here =
             kv.device().ok_or_else(|| EngineError::Internal("a context on the CPU was given to a GPU".into()))?;
         let w = &self.workspace;
-        let batch = at_positions(positions, &here.recent, self.spec.sliding_window, w.stride, &w.inputs);
+        let window = self.spec.sliding_window;
+        let batch = at_positions(positions, &here.recent, window, ban_eos, w.stride, &w.inputs);
         batch.upload(&w.inputs)?;
         Ok(batch)
     }

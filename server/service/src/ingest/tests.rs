@@ -6,6 +6,9 @@ use super::*;
 use crate::{DocumentName, DocumentsCommand, Purpose};
 use settings::{Bytes, Named, Settings};
 
+#[path = "beside_tests.rs"]
+mod beside;
+
 fn settings(data_dir: &Path) -> Settings {
     Settings {
         model: Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../eval/models/reference")),

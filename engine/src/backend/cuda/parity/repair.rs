@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::models::{PLAIN, SHAPES, Tiny, rng};
 use super::{Piece, SequenceKv, Transformer, Want, assert_close, logits, tokens, tolerance};
 use crate::attention::paid::add_paid;
-use crate::blend::{Context, blend};
+use crate::blend::{Context, blend, blend_reading};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{BlendConfig, BlendMode, Correction};
 use crate::model::transformer::ChunkSums;
@@ -44,7 +44,7 @@ fn parity_of_what_a_question_pays() {
             };
             let model = device.device().unwrap();
             let x = model.stream(&question).unwrap();
-            let batch = model.stream_enter(0, &x, 0, &positions, &there).unwrap();
+            let batch = model.stream_enter(0, &x, 0, &positions, &there, false).unwrap();
             model.stream_leave(0, &x, 0, &batch, true).unwrap();
             let sums = model.paid_sums(context).unwrap();
             // Twice, of which the last token counts once.
@@ -163,6 +163,44 @@ fn parity_of_blends_by_the_question() {
                 // Scores that are almost equal may come in another order.
                 assert!(here.recomputed.abs_diff(there.recomputed) <= 2, "{what}");
                 assert_close(&there.logits, &here.logits, 3e-2, &what);
+            }
+        }
+    }
+}
+
+/// The question as the last rows of the last pass, which is cut into pieces between which others decode: their rows lie in the same
+/// workspace.
+#[test]
+#[ignore = "needs a GPU"]
+fn parity_of_questions_that_are_read_in_the_last_pass_beside_others() {
+    for (number, tiny) in [PLAIN, SHAPES[2], SHAPES[5], SHAPES[6]].into_iter().enumerate() {
+        let (host, device) = tiny.pair(480 + number as u64);
+        let mut rng = rng(number as u64);
+        let texts: Vec<Vec<u32>> = [90, 333, 50, 333, 290].iter().map(|n| tokens(&mut rng, *n)).collect();
+        let (question, other) = (tokens(&mut rng, 80), tokens(&mut rng, 300));
+        let (here, there) = (chunks(&host, &texts), chunks(&device, &texts));
+        let rules = [BlendMode::Answer, BlendMode::CacheBlend, BlendMode::Epic, BlendMode::FullRecompute];
+        for mode in rules {
+            let config = BlendConfig { mode, ratio: 0.3, ..BlendConfig::default() };
+            let read = |model: &Transformer, chunks: &[PromptChunk]| {
+                let context = Context { prefix: &[1], chunks, suffix: &question };
+                let mut beside = model.new_kv();
+                logits(model, &mut beside, &other, None);
+                let mut next = 3;
+                let between = || {
+                    next = (next * 7 + 1) % 90;
+                    logits(model, &mut beside, &[next], None);
+                    2
+                };
+                let mut read = blend_reading(model, &context, &config, between).unwrap();
+                let state = read.state.take().expect("the question was read");
+                let first = model.logits(&state).unwrap();
+                // What is read next sees the question's keys and values.
+                [first, logits(model, &mut read.kv, &[9], None)]
+            };
+            let (here, there) = (read(&host, &here), read(&device, &there));
+            for (here, there) in here.iter().zip(&there) {
+                assert_close(there, here, 3e-2, &format!("{tiny:?} {mode}"));
             }
         }
     }
