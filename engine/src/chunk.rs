@@ -10,6 +10,7 @@ use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
 use crate::kv::codec::{CodecError, KvCodec};
 use crate::model::transformer::Transformer;
+use crate::tiers::ChunkName;
 use crate::unwind::guarded;
 
 /// Keys (not rotated) and values of a chunk in one layer: row-major `[tokens, kv_heads, head_dim]`, as their codec has them: with
@@ -41,6 +42,11 @@ pub trait ChunkSource: Send + Sync {
     /// # Errors
     /// Whatever keeps the layer from being read whole and intact.
     fn layer(&self, layer: usize) -> Result<ChunkLayer>;
+
+    /// What its state is known by, so that the engine keeps it near for later requests; `None`: it is read anew each time.
+    fn name(&self) -> Option<ChunkName> {
+        None
+    }
 }
 
 /// KV of a chunk in memory, as prefill in isolation left it.

@@ -36,6 +36,11 @@ pub struct EngineConfig {
     /// Bytes of KV that all running sequences and the prefix cache may hold; 0: three quarters of what weights leave of the
     /// memory that the process may use, on a GPU all that is left there.
     pub kv_budget_bytes: u64,
+    /// Bytes of chunks' KV that are kept in the host's memory once a request has read them; with a GPU, page-locked. `None`: a
+    /// quarter of the memory that the process may use with a GPU, a sixteenth of what weights leave without.
+    pub host_cache_bytes: Option<u64>,
+    /// Bytes of the GPU's memory for chunks that are used often; `None`: a sixteenth of what is left for KV.
+    pub device_cache_bytes: Option<u64>,
     /// Keep the KV of prompts and share it with later prompts that begin alike.
     pub prefix_cache: bool,
     /// Requests that may wait.
@@ -59,6 +64,8 @@ impl Default for EngineConfig {
             mixed_prefill_tokens: 112,
             prefill_chunk: 512,
             kv_budget_bytes: 0,
+            host_cache_bytes: None,
+            device_cache_bytes: None,
             prefix_cache: true,
             queue: 64,
             wait_for_index: false,

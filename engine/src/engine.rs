@@ -1,5 +1,8 @@
 //! The handle to the one thread that owns the model and all sequences.
 
+mod device;
+mod near;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -9,8 +12,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::unbounded_channel;
 
-use crate::backend::cpu::Isa;
-use crate::backend::cuda::{Limits as StepLimits, copy_bandwidth_of};
+use crate::backend::cuda::Limits as StepLimits;
 use crate::chat::{ChatMessage, PromptFormat};
 use crate::chunk::{ChunkKv, PromptChunk};
 use crate::config::{AttentionConfig, BlendConfig, DeviceChoice, EngineConfig, Strategy};
@@ -30,6 +32,7 @@ use crate::request::{
 use crate::runner::{Command, Load, Runner, ask, never_fits};
 use crate::scheduler::{Bytes, JOBS, Limits};
 use crate::sequence::{Submitted, Waiting};
+use crate::tiers::ChunkTiers;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -82,6 +85,7 @@ struct Inner {
     fingerprint: [u8; 32],
     identity: u64,
     load: Arc<Load>,
+    tiers: Arc<ChunkTiers>,
     commands: Sender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -105,6 +109,12 @@ impl Engine {
         let max_context = config.max_context.map_or(spec.max_context, |m| m.min(spec.max_context));
         let model = Arc::new(load_model(spec, &weights, &config, max_context)?);
         let limits = limits(&model, &config);
+        let tiers = Arc::new(ChunkTiers::new(
+            model.shape,
+            model.cpu.isa,
+            near::host_cache_bytes(&model, &config),
+            model.device(),
+        )?);
         let (page, budget) = (limits.page_bytes, limits.budget);
         if !page.fits(budget) {
             let (needed, budget) = (page.device + page.host, budget.device.max(budget.host));
@@ -127,6 +137,7 @@ impl Engine {
             identity,
             root: config.prefix_cache.then(|| prefix_root(&fingerprint, &model.shape, page_size(&model).0)),
             load: Arc::clone(&load),
+            tiers: Arc::clone(&tiers),
             commands: receiver,
         };
         let thread = std::thread::Builder::new()
@@ -142,6 +153,7 @@ impl Engine {
             fingerprint,
             identity,
             load,
+            tiers,
             commands,
             thread: Mutex::new(Some(thread)),
             queue: config.queue,
@@ -183,27 +195,6 @@ impl Engine {
     #[must_use]
     pub fn threads(&self) -> usize {
         self.inner.model.cpu.pool.threads()
-    }
-
-    /// The GPU in use: its name. `None`: the CPU computes.
-    #[must_use]
-    pub fn gpu(&self) -> Option<&str> {
-        self.inner.model.device().map(|model| model.device.name.as_str())
-    }
-
-    /// Bytes a second that a copy within the GPU's memory moves, read and written bytes counted; `None` without a GPU.
-    ///
-    /// # Errors
-    /// (inner) Too little memory beside the engine's.
-    #[must_use]
-    pub fn gpu_bandwidth(&self, repeats: usize) -> Option<Result<f64>> {
-        self.inner.model.device().map(|model| copy_bandwidth_of(&model.device, repeats))
-    }
-
-    /// The instruction set in use on the CPU.
-    #[must_use]
-    pub fn isa(&self) -> Isa {
-        self.inner.model.cpu.isa
     }
 
     /// Bytes of weights that one decode step reads.
@@ -513,6 +504,7 @@ fn load_model(spec: ModelSpec, weights: &Weights, config: &EngineConfig, max_con
         sequences: config.max_sequences.max(1) + JOBS,
         context: max_context,
         kv_bytes: config.kv_budget_bytes,
+        chunk_bytes: config.device_cache_bytes,
     };
     let (threads, kv) = (config.threads, config.kv_dtype);
     match config.device {

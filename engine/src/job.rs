@@ -2,6 +2,7 @@
 //!
 //! A job holds the pages for all of its tokens from its beginning, and goes on by the tokens that the scheduler grants it.
 
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{ChunkSums, Piece, Transformer, Want};
 use crate::request::{AttentionInputs, ChunkAttention, PreparedContext};
 use crate::scheduler::{Bytes, Entry, Work};
+use crate::tiers::ChunkTiers;
 use crate::unwind::guarded;
 
 /// What is to be computed, and who is told.
@@ -243,11 +245,17 @@ impl Job {
     }
 
     /// Makes a piece of a context, for about the cost of reading so many tokens. Whether anything was done.
-    pub(crate) fn go_on_blending(&mut self, model: &Transformer, tokens: usize) -> Result<bool> {
+    pub(crate) fn go_on_blending(
+        &mut self,
+        model: &Transformer,
+        tiers: &Arc<ChunkTiers>,
+        tokens: usize,
+    ) -> Result<bool> {
         let Task::Context(preparing) = &mut self.task else { return Ok(false) };
         let begun = *preparing.begun.get_or_insert_with(Instant::now);
         let Preparing { prefix, chunks, config, blend, engine, reply, .. } = &mut **preparing;
-        let new = || Blend::new(model, 0, &Context::unasked(prefix, chunks), config, Suffix::Later);
+        let context = Context { tiers: Some(tiers), ..Context::unasked(prefix, chunks) };
+        let new = || Blend::new(model, 0, &context, config, Suffix::Later);
         let begun_blend = blend.take().map_or_else(new, Ok)?;
         let current = blend.insert(begun_blend);
         let kv = &mut self.kv;

@@ -34,6 +34,7 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod stop;
+mod tiers;
 mod tokenizer;
 mod unwind;
 mod weights;
@@ -65,5 +66,6 @@ pub use request::{
 };
 pub use sampler::{Sampled, Sampler, SamplingParams};
 pub use stop::StopMatcher;
+pub use tiers::{ChunkName, Tier, TierLoad};
 pub use tokenizer::{StreamDecoder, Tokenizer};
 pub use weights::{Dtype, Tensor, Weights};

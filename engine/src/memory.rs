@@ -20,6 +20,12 @@ pub(crate) fn for_kv(limit: u64, weights: u64) -> u64 {
     limit.saturating_sub(weights) / 4 * 3
 }
 
+/// Of what weights leave, the share that is for chunks that requests have used, on a machine without a GPU: part of what
+/// [`for_kv`] leaves.
+pub(crate) fn for_chunks(limit: u64, weights: u64) -> u64 {
+    limit.saturating_sub(weights) / 16
+}
+
 fn limit_below(root: &Path) -> Option<u64> {
     machine(root).into_iter().chain(groups(root)).min()
 }

@@ -14,6 +14,7 @@ use crate::error::{EngineError, Result};
 use crate::kv::KvDtype;
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Piece, Transformer, Want};
+use crate::tiers::{ChunkName, ChunkTiers};
 
 const BOS: u32 = 1;
 
@@ -174,7 +175,7 @@ fn blending_with_ratio_one_equals_full_prefill_in_any_order() {
             let want = append(&model, &mut full, &question);
             let chosen = [BlendMode::CacheBlend, BlendMode::Heads, BlendMode::Random];
             for mode in [BlendMode::Answer, BlendMode::Question].into_iter().chain(chosen) {
-                let asked = Context { prefix: &[BOS], chunks: &some, suffix: &question };
+                let asked = Context { prefix: &[BOS], chunks: &some, suffix: &question, tiers: None };
                 let mut all = blend(&model, &asked, &config(mode, 1.0), &|| false).unwrap().kv;
                 let got = append(&model, &mut all, &question);
                 assert_close(&want, &got, tolerance, &format!("{name}, {mode}"));
@@ -287,6 +288,48 @@ fn a_chunk_whose_source_fails_is_computed_and_counted() {
     bad.source = None;
     let want = blended(&model, &[good, bad], &config(BlendMode::Reuse, 0.0));
     assert_eq!(want.rows(1, 0, 0..61), out.kv.rows(1, 0, 0..61));
+}
+
+struct Named(Arc<dyn ChunkSource>, u8);
+
+impl ChunkSource for Named {
+    fn tokens(&self) -> usize {
+        self.0.tokens()
+    }
+    fn layer(&self, layer: usize) -> Result<ChunkLayer> {
+        self.0.layer(layer)
+    }
+    fn name(&self) -> Option<ChunkName> {
+        Some(ChunkName::of(&[self.1]))
+    }
+}
+
+#[test]
+fn a_blend_does_not_depend_on_where_its_chunks_are_kept() {
+    let mut rng = ChaCha8Rng::seed_from_u64(28);
+    let model = model("llama2");
+    let mut chunks: Vec<PromptChunk> = (0..4).map(|_| chunk(&model, &tokens(&mut rng, 30))).collect();
+    for (number, chunk) in (0..).zip(&mut chunks) {
+        chunk.source = Some(Arc::new(Named(chunk.source.take().unwrap(), number)));
+    }
+    let question = tokens(&mut rng, 9);
+    for mode in [BlendMode::Reuse, BlendMode::CacheBlend, BlendMode::Answer] {
+        // Room for all of them, for some, for none.
+        for room in [120, 70, 0] {
+            let tiers = Arc::new(
+                ChunkTiers::new(model.shape, model.cpu.isa, (room * model.shape.token_bytes()) as u64, None).unwrap(),
+            );
+            for _ in 0..3 {
+                let rows = |tiers| {
+                    let context = Context { prefix: &[BOS], chunks: &chunks, suffix: &question, tiers };
+                    let kv = blend(&model, &context, &config(mode, 0.3), &|| false).unwrap().kv;
+                    (0..model.spec.layers).map(|layer| kv.rows(layer, 0, 0..121)).collect::<Vec<_>>()
+                };
+                assert_eq!(rows(Some(&tiers)), rows(None), "{mode} {room}");
+            }
+            assert_eq!(tiers.load()[0].hits > 0, room > 0);
+        }
+    }
 }
 
 struct Panicking(ChunkKv);

@@ -19,6 +19,7 @@ use crate::request::Event;
 use crate::sampler::Choice;
 use crate::scheduler::{Bytes, Entry, Limits, Queued, Step, plan};
 use crate::sequence::{Blending, Phase, Sequence, Submitted};
+use crate::tiers::{ChunkReader, ChunkTiers};
 use crate::tokenizer::Tokenizer;
 use crate::unwind::{guarded, message};
 
@@ -29,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(2);
 pub(crate) enum Command {
     Submit(Submitted),
     Compute(Computation),
+    /// Chunks that have been read are to be kept on the GPU; how many of them are.
+    Keep(Vec<ChunkReader>, Sender<Result<usize>>),
     Shutdown,
 }
 
@@ -127,6 +130,7 @@ pub(crate) struct Runner {
     /// Where the prefix cache's keys begin; `None`: nothing is shared.
     pub(crate) root: Option<PageKey>,
     pub(crate) load: Arc<Load>,
+    pub(crate) tiers: Arc<ChunkTiers>,
     pub(crate) commands: Receiver<Command>,
 }
 
@@ -255,6 +259,11 @@ impl Runner {
                 Ok(Command::Compute(computation)) => {
                     let age = queue.next_age();
                     queue.jobs.push(Job::new(computation, age, self.identity, &self.model));
+                }
+                // Whoever asked may have gone away.
+                Ok(Command::Keep(chunks, reply)) => {
+                    let keep = || self.tiers.keep_on_device(self.model.device(), &chunks);
+                    drop(reply.send(self.watched(guarded("keeping chunks on the GPU", keep))));
                 }
                 Err(TryRecvError::Empty) => return true,
                 Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => {
@@ -387,7 +396,7 @@ impl Runner {
                 continue;
             }
             let others = blending > usize::from(goes_on);
-            match self.watched(sequence.go_on_blending(&self.model, tokens, cache)) {
+            match self.watched(sequence.go_on_blending(&self.model, &self.tiers, tokens, cache)) {
                 Ok(Blending::Waits) => {}
                 Ok(Blending::Went) => busy = true,
                 Ok(Blending::Read(states)) => {
@@ -407,7 +416,7 @@ impl Runner {
                 continue;
             }
             let others = blending > usize::from(goes_on);
-            match self.watched(job.go_on_blending(&self.model, tokens)) {
+            match self.watched(job.go_on_blending(&self.model, &self.tiers, tokens)) {
                 Ok(done) => busy |= done,
                 Err(EngineError::OutOfMemory { .. }) if others => job.hold_back(),
                 Err(error) => job.fail(error),
@@ -503,14 +512,19 @@ pub(crate) fn never_fits(needed: Bytes, budget: Bytes) -> EngineError {
     }
 }
 
-/// Asks the engine's thread and waits for the answer.
+/// Asks the engine's thread for a computation and waits for the answer.
 pub(crate) fn ask<T>(
     commands: &Sender<Command>,
     computation: impl FnOnce(Sender<Result<T>>) -> Computation,
 ) -> Result<T> {
+    ask_for(commands, |reply| Command::Compute(computation(reply)))
+}
+
+/// Gives the engine's thread a command and waits for the answer.
+pub(crate) fn ask_for<T>(commands: &Sender<Command>, command: impl FnOnce(Sender<Result<T>>) -> Command) -> Result<T> {
     let stopped = || EngineError::Stopped("its thread takes no more commands".into());
     let (reply, answer) = mpsc::channel();
-    commands.send(Command::Compute(computation(reply))).map_err(|_| stopped())?;
+    commands.send(command(reply)).map_err(|_| stopped())?;
     answer.recv().map_err(|_| stopped())?
 }
 

@@ -58,12 +58,12 @@ pub use record::{Output, Record, RecordLog, RunInfo, default_results_dir};
 pub use report::{markdown_report, write_report};
 pub use speed::{
     AttentionOptions, AttentionShape, AttentionSumsOptions, BatchDecodeOptions, BlendBenchOptions, BlendReport,
-    CheckpointOptions, CheckpointReport, CheckpointShape, DecodePeers, DeviceAttention, GpuPeerOptions, HeadOptions,
-    IndexBenchOptions, IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource, Scattered,
-    ScatteredOptions, SourceProvider, SpeedOptions, SpeedReport, StoreBenchOptions, StoreBenchReport,
-    bench_attention_decode, bench_attention_sums, bench_batch_decode, bench_blend, bench_decode, bench_index,
-    bench_ingest_load, bench_membw, bench_mixed_load, bench_prefill, bench_scattered, bench_store, time_decode_peers,
-    write_checkpoint,
+    CheckpointOptions, CheckpointReport, CheckpointShape, ChunkPlace, DecodePeers, DeviceAttention, GpuPeerOptions,
+    HeadOptions, IndexBenchOptions, IndexData, MembwOptions, MembwReport, MixedLoadOptions, PeerOptions, PromptSource,
+    Scattered, ScatteredOptions, SourceProvider, SpeedOptions, SpeedReport, StoreBenchOptions, StoreBenchReport,
+    TtftOptions, bench_attention_decode, bench_attention_sums, bench_batch_decode, bench_blend, bench_decode,
+    bench_index, bench_ingest_load, bench_membw, bench_mixed_load, bench_prefill, bench_scattered, bench_store,
+    bench_ttft, drop_page_cache, time_decode_peers, write_checkpoint,
 };
 pub use stats::{bootstrap_mean95, mean, median, percentile, wilson95};
 pub use tasks::{

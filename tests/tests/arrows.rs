@@ -90,7 +90,7 @@ const LAYERS: &[&[&str]] = &[
     // The forward pass.
     &["model", "model/layer", "model/transformer"],
     // What is asked of it.
-    &["chunk", "request", "logprobs", "answer_text"],
+    &["chunk", "tiers", "request", "logprobs", "answer_text"],
     &["blend"],
     // The same on a GPU, which fuses all of the above.
     &["backend", "backend/cuda"],
@@ -106,6 +106,8 @@ const AGAINST_THE_LAYERS: &[(&str, &str)] = &[
     ("config", "backend/cuda"),
     ("kv/device", "backend/cuda"),
     ("model/transformer", "backend/cuda"),
+    // Memory of the GPU's, as `kv/device` has it.
+    ("tiers", "backend/cuda"),
     // `SequenceKv` and what it is made of take the model's shape.
     ("kv/building", "model/transformer"),
     ("kv/prefix", "model/transformer"),

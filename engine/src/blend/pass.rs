@@ -8,14 +8,15 @@ use std::ops::Range;
 use super::cacheblend::{Cached, Check};
 use super::correct::Corrector;
 use super::paid::{WATCHED, Watch};
-use super::plan::{BlendPlan, Span, Treatment};
+use super::plan::{BlendPlan, Span};
 use super::reading::{Lost, Reading};
-use super::stream::{Stream, write_cached};
+use super::stream::{CachedRows, Stream};
 use crate::chunk::ChunkLayer;
 use crate::config::Correction;
 use crate::error::Result;
 use crate::kv::sequence::SequenceKv;
-use crate::model::transformer::{Rows, States, Transformer};
+use crate::model::transformer::{States, Transformer};
+use crate::tiers::CachedLayer;
 
 /// Rows computed at a time, which bounds the memory of activations.
 const ROWS: usize = 1024;
@@ -33,8 +34,8 @@ const LEAST: usize = 32;
 /// Cached layers and where they go.
 pub(super) struct Loads {
     pub(super) spans: Vec<Span>,
-    /// Angles of each span's positions.
-    pub(super) rows: Vec<Rows>,
+    /// Where their rows go, once there are pages.
+    pub(super) rows: Option<CachedRows>,
     pub(super) reading: Reading,
 }
 
@@ -49,6 +50,14 @@ impl Loads {
         first..after.map_or(self.spans.len(), |last| first + last + 1)
     }
 
+    /// There are pages for all spans.
+    pub(super) fn place(&mut self, model: &Transformer, kv: &SequenceKv) -> Result<()> {
+        let firsts = std::iter::successors(Some(0), |first| Some(self.group(*first).end));
+        let firsts: Vec<usize> = firsts.take_while(|first| *first < self.spans.len()).collect();
+        self.rows = Some(CachedRows::new(model, kv, &self.spans, self.reading.readers(), &firsts)?);
+        Ok(())
+    }
+
     /// Writes what is cached of some spans in a layer; `all`: not only what is exact. Rows that are computed overwrite theirs
     /// afterwards.
     fn write(
@@ -56,15 +65,11 @@ impl Loads {
         model: &Transformer,
         kv: &mut SequenceKv,
         layer: usize,
-        (spans, cached): (Range<usize>, &[ChunkLayer]),
+        (spans, cached): (Range<usize>, &[CachedLayer]),
         all: bool,
     ) -> Result<()> {
-        for at in spans {
-            if all || self.spans[at].treatment == Treatment::Exact {
-                write_cached(model, kv, layer, &self.rows[at], &cached[at])?;
-            }
-        }
-        Ok(())
+        let rows = self.rows.as_ref();
+        rows.map_or(Ok(()), |rows| rows.write(model, kv, layer, (&self.spans, spans), cached, all))
     }
 
     /// Rows of a layer.
@@ -116,7 +121,9 @@ pub(super) struct Pass {
     layer: usize,
     next: Unit,
     /// The layer's cached rows, until all are written; one entry per span.
-    cached: Vec<ChunkLayer>,
+    cached: Vec<CachedLayer>,
+    /// The same on the host, where they are compared.
+    compared: Vec<ChunkLayer>,
     corrector: Option<Corrector>,
     watch: Option<Watch>,
     checking: Option<Checking>,
@@ -136,6 +143,7 @@ impl Pass {
             layer: 0,
             next: Unit::Take,
             cached: Vec::new(),
+            compared: Vec::new(),
             corrector,
             watch: None,
             checking: None,
@@ -232,7 +240,12 @@ impl Pass {
     fn take(&mut self, model: &Transformer, loads: &mut Loads) -> std::result::Result<Unit, Lost> {
         self.cached = loads.reading.take()?;
         let checks = self.checking.as_ref().is_some_and(|checking| checking.layer == self.layer);
-        Ok(if checks { Unit::Compare(0) } else { self.first_write(model, loads) })
+        if !checks {
+            return Ok(self.first_write(model, loads));
+        }
+        let of_host = |rows: &CachedLayer| rows.to_host(model.device(), self.layer);
+        self.compared = self.cached.iter().map(of_host).collect::<Result<_>>()?;
+        Ok(Unit::Compare(0))
     }
 
     fn write(&mut self, model: &Transformer, loads: &Loads, kv: &mut SequenceKv, first: usize) -> Result<Unit> {
@@ -256,7 +269,7 @@ impl Pass {
     ) -> Result<Unit> {
         let rows = self.block(model, block);
         let Some(checking) = &mut self.checking else { return Ok(self.first_write(model, loads)) };
-        let cached = Cached { spans: &loads.spans, rows: &self.cached, shape: model.shape };
+        let cached = Cached { spans: &loads.spans, rows: &self.compared, shape: model.shape };
         checking.check.compare(model, &self.stream, (self.layer, rows), &cached, kv)?;
         if block + 1 < self.blocks(model) {
             return Ok(Unit::Compare(block + 1));
@@ -264,6 +277,7 @@ impl Pass {
         let Some(Checking { ratio, correction, check, .. }) = self.checking.take() else {
             return Ok(self.first_write(model, loads));
         };
+        self.compared = Vec::new();
         let checked = check.finish(&self.stream, ratio);
         self.stream.keep(model, &checked.kept)?;
         self.corrector = Corrector::new(model, plan, &checked.chosen, correction, self.layer, kv)?;

@@ -8,13 +8,14 @@ use rayon::prelude::*;
 
 use super::plan::Span;
 use crate::backend::cpu::Isa;
-use crate::chunk::{ChunkLayer, ChunkSource, PromptChunk, read_layer};
+use crate::chunk::PromptChunk;
 use crate::error::{EngineError, Result};
 use crate::kv::KvShape;
 use crate::model::transformer::Transformer;
+use crate::tiers::{CachedLayer, ChunkReader, ChunkTiers};
 
 /// One layer's cached rows, one entry per cached span; or the chunk whose source failed.
-type LoadedLayer = std::result::Result<Vec<ChunkLayer>, Lost>;
+type LoadedLayer = std::result::Result<Vec<CachedLayer>, Lost>;
 
 /// Why a layer is not there.
 pub(super) enum Lost {
@@ -36,30 +37,34 @@ pub(super) struct Reading {
     layers: Option<Receiver<LoadedLayer>>,
     /// The next layer, once it has arrived.
     next: Option<LoadedLayer>,
+    /// One a span.
+    readers: Arc<[ChunkReader]>,
 }
 
-/// A span's chunk, its source and its tokens.
-type Source = (usize, Arc<dyn ChunkSource>, usize);
-
 impl Reading {
-    /// Begins to read the layers of `spans`, which are of `chunks`.
+    /// Begins to read the layers of `spans`, which are of `chunks`, from the nearest tier.
     ///
     /// # Errors
     /// The system gives no thread.
-    pub(super) fn begin(model: &Transformer, spans: &[Span], chunks: &[PromptChunk]) -> Result<Reading> {
-        let sources = spans.iter().filter_map(|span| {
-            let chunk = span.chunk?;
-            Some((chunk, Arc::clone(chunks[chunk].source.as_ref()?), span.positions.len()))
-        });
-        let sources: Vec<Source> = sources.collect();
-        if sources.is_empty() {
-            return Ok(Reading { layers: None, next: None });
+    pub(super) fn begin(
+        model: &Transformer,
+        spans: &[Span],
+        chunks: &[PromptChunk],
+        tiers: Option<&ChunkTiers>,
+    ) -> Result<Reading> {
+        let sources = spans.iter().filter_map(|span| chunks[span.chunk?].source.as_ref());
+        let reader = |source| tiers.map_or_else(|| ChunkReader::of(source), |tiers| tiers.reader(source));
+        let readers: Arc<[ChunkReader]> = sources.map(reader).collect();
+        if readers.is_empty() {
+            return Ok(Reading { layers: None, next: None, readers });
         }
+        let numbers: Vec<usize> = spans.iter().filter_map(|span| span.chunk).collect();
+        let reading = Arc::clone(&readers);
         let (send, layers) = sync_channel::<LoadedLayer>(1);
         let (cores, isa, shape) = (Arc::clone(&model.cpu.cores), model.cpu.isa, model.shape);
         let read = move || {
             for layer in 0..shape.layers {
-                let rows = cores.read(|| load_layer(isa, &shape, &sources, layer));
+                let rows = cores.read(|| load_layer(isa, &shape, &numbers, &reading, layer));
                 let lost = rows.is_err();
                 // The receiver is gone when nobody wants it any more.
                 if send.send(rows).is_err() || lost {
@@ -69,7 +74,12 @@ impl Reading {
         };
         let none = |error| EngineError::Internal(format!("the system gives no thread to read chunks with: {error}"));
         std::thread::Builder::new().name("quire-read".into()).spawn(read).map_err(none)?;
-        Ok(Reading { layers: Some(layers), next: None })
+        Ok(Reading { layers: Some(layers), next: None, readers })
+    }
+
+    /// Where each span is read from.
+    pub(super) fn readers(&self) -> &[ChunkReader] {
+        &self.readers
     }
 
     /// Whether the next layer is there, or never will be.
@@ -107,10 +117,11 @@ fn ended() -> LoadedLayer {
     Err(Lost::Reading(EngineError::Internal("the thread that reads cached chunks ended early".into())))
 }
 
-/// Reads one layer of all sources, several at a time: each waits for a disk, or checks and copies what it was given.
-fn load_layer(isa: Isa, shape: &KvShape, sources: &[Source], layer: usize) -> LoadedLayer {
-    let read = |(chunk, source, tokens): &Source| {
-        read_layer(source.as_ref(), isa, shape, *tokens, layer).map_err(|error| Lost::Chunk(*chunk, error))
+/// Reads one layer of all chunks, which have these numbers, several at a time: each waits for a disk, or checks and copies what it
+/// was given.
+fn load_layer(isa: Isa, shape: &KvShape, chunks: &[usize], readers: &[ChunkReader], layer: usize) -> LoadedLayer {
+    let read = |(chunk, reader): (&usize, &ChunkReader)| {
+        reader.layer(isa, shape, layer).map_err(|error| Lost::Chunk(*chunk, error))
     };
-    sources.par_iter().map(read).collect()
+    chunks.par_iter().zip(readers).map(read).collect()
 }

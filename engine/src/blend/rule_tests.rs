@@ -74,7 +74,7 @@ impl Case {
     }
 
     fn context(&self) -> Context<'_> {
-        Context { prefix: &[BOS], chunks: &self.chunks, suffix: &self.question }
+        Context { prefix: &[BOS], chunks: &self.chunks, suffix: &self.question, tiers: None }
     }
 
     fn blend(&self, config: &BlendConfig) -> Whole {

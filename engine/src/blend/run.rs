@@ -8,6 +8,7 @@
 //! the tokens that it attends, whose keys and values then replace the cached ones. The question is read in the last pass, as
 //! its last rows, where its attention is exact.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::correct::Corrector;
@@ -24,6 +25,7 @@ use crate::error::Result;
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{States, Transformer};
 use crate::request::{GateReport, PrefillStats};
+use crate::tiers::ChunkTiers;
 
 /// What is blended.
 #[derive(Clone, Copy)]
@@ -32,12 +34,14 @@ pub(crate) struct Context<'a> {
     pub(crate) chunks: &'a [PromptChunk],
     /// What stands behind it, for rules that go by the question. Empty: not known.
     pub(crate) suffix: &'a [u32],
+    /// Where chunks are kept near; `None`: they are read from their sources.
+    pub(crate) tiers: Option<&'a Arc<ChunkTiers>>,
 }
 
 impl<'a> Context<'a> {
     /// A context whose question is not known.
     pub(crate) fn unasked(prefix: &'a [u32], chunks: &'a [PromptChunk]) -> Context<'a> {
-        Context { prefix, chunks, suffix: &[] }
+        Context { prefix, chunks, suffix: &[], tiers: None }
     }
 }
 
@@ -75,6 +79,7 @@ pub(crate) struct Blend {
     prefix: Vec<u32>,
     chunks: Vec<PromptChunk>,
     suffix: Vec<u32>,
+    tiers: Option<Arc<ChunkTiers>>,
     then: Suffix,
     /// Tokens whose KV was there; they count neither as reused nor as recomputed.
     held: usize,
@@ -108,16 +113,17 @@ impl Blend {
         config: &BlendConfig,
         then: Suffix,
     ) -> Result<Blend> {
-        let Context { prefix, chunks, suffix } = *context;
+        let Context { prefix, chunks, suffix, tiers } = *context;
         let config = resolved(config, suffix);
         let plan = BlendPlan::new(prefix, chunks, &config, &[]);
         Ok(Blend {
-            loads: loads(model, &plan, chunks)?,
+            loads: loads(model, &plan, chunks, tiers)?,
             plan,
             config,
             prefix: prefix.to_vec(),
             chunks: chunks.to_vec(),
             suffix: suffix.to_vec(),
+            tiers: tiers.cloned(),
             then,
             held,
             failed: Vec::new(),
@@ -189,7 +195,7 @@ impl Blend {
                     tracing::warn!(chunk, %error, "a cached chunk could not be read; it is computed instead");
                     self.failed.push(chunk);
                     self.plan = BlendPlan::new(&self.prefix, &self.chunks, &self.config, &self.failed);
-                    self.loads = loads(model, &self.plan, &self.chunks)?;
+                    self.loads = loads(model, &self.plan, &self.chunks, self.tiers.as_ref())?;
                     kv.truncate(self.held);
                 }
             }
@@ -199,6 +205,7 @@ impl Blend {
     /// The first pass.
     fn begin(&mut self, model: &Transformer, kv: &mut SequenceKv) -> Result<(Step, Pass)> {
         kv.extend_to(self.end())?;
+        self.loads.place(model, kv)?;
         let composed = self.plan.positions(&[Treatment::Cached]);
         let chosen = match self.config.mode {
             _ if composed.is_empty() => Vec::new(),
@@ -260,8 +267,18 @@ impl Blend {
         if state.is_none() {
             kv.truncate(self.plan.tokens.len());
         }
+        self.let_go(model)?;
         let stats = self.stats(model, chosen, extra, deviation);
         Ok(Some(Blended { stats, state }))
+    }
+
+    /// All layers have been read: their memory may change from now on, and chunks that are used often go to the GPU.
+    fn let_go(&self, model: &Transformer) -> Result<()> {
+        if let Some(device) = model.device() {
+            device.copies().settle()?;
+        }
+        let readers = self.loads.reading.readers();
+        self.tiers.as_ref().map_or(Ok(()), |tiers| tiers.promote(model.device(), readers))
     }
 
     /// The positions to be recomputed, by what the question pays.
@@ -343,11 +360,15 @@ fn resolved(config: &BlendConfig, suffix: &[u32]) -> BlendConfig {
 }
 
 /// What is cached of a plan, on its way.
-fn loads(model: &Transformer, plan: &BlendPlan, chunks: &[PromptChunk]) -> Result<Loads> {
+fn loads(
+    model: &Transformer,
+    plan: &BlendPlan,
+    chunks: &[PromptChunk],
+    tiers: Option<&Arc<ChunkTiers>>,
+) -> Result<Loads> {
     let spans = plan.cached_spans();
-    let reading = Reading::begin(model, &spans, chunks)?;
-    let rows = spans.iter().map(|s| model.rows(s.positions.clone().collect())).collect();
-    Ok(Loads { spans, rows, reading })
+    let reading = Reading::begin(model, &spans, chunks, tiers.map(Arc::as_ref))?;
+    Ok(Loads { spans, rows: None, reading })
 }
 
 /// The elements at these indices.

@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use super::paid::{Attended, Watch};
-use crate::backend::cuda::{Batch, Memory};
-use crate::chunk::ChunkLayer;
+use super::plan::{Span, Treatment};
+use crate::backend::cuda::{Batch, CachedSpan, CachedSpans, Memory};
 use crate::error::Result;
 use crate::kv::sequence::SequenceKv;
 use crate::model::transformer::{Qkv, Rows, States, Transformer, gather};
+use crate::tiers::{CachedLayer, ChunkReader};
 
 /// Rows at ascending positions of one context, with their residual stream.
 pub(super) struct Stream {
@@ -39,7 +40,7 @@ impl Stream {
             None => Residual::Host(model.embed(tokens)?),
             Some(device) => Residual::Device(device.stream(tokens)?),
         };
-        Ok(Stream { rows: model.rows(positions), x, ban_eos, entered: None })
+        Ok(Stream { rows: model.stage_rows(positions), x, ban_eos, entered: None })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -159,21 +160,66 @@ impl Stream {
     }
 }
 
-/// Writes cached rows (keys not rotated) to the positions of `rows`.
-pub(super) fn write_cached(
-    model: &Transformer,
-    kv: &mut SequenceKv,
-    layer: usize,
-    rows: &Rows,
-    cached: &ChunkLayer,
-) -> Result<()> {
-    match model.device() {
-        None => {
-            let dtype = model.shape.dtype;
-            model.write_kv(kv.recent_mut(layer), rows, &dtype.decode(&cached.keys), &dtype.decode(&cached.values));
-            Ok(())
+/// Spans of cached rows on their way to the pages.
+pub(super) enum CachedRows {
+    /// Angles of each span's positions.
+    Host(Vec<Rows>),
+    /// The spans with this treatment.
+    Device(Box<[(Treatment, CachedSpans); 2]>),
+}
+
+impl CachedRows {
+    /// For all layers of these spans, which are read by `readers`; `kv` has pages for them. `firsts`: numbers of the spans that
+    /// groups of those that are written together begin with.
+    pub(super) fn new(
+        model: &Transformer,
+        kv: &SequenceKv,
+        spans: &[Span],
+        readers: &[ChunkReader],
+        firsts: &[usize],
+    ) -> Result<CachedRows> {
+        let Some(device) = model.device() else {
+            return Ok(CachedRows::Host(spans.iter().map(|s| model.rows(s.positions.clone().collect())).collect()));
+        };
+        let of = |treatment| {
+            let ours = spans.iter().zip(readers).enumerate().filter(|(_, (span, _))| span.treatment == treatment);
+            let ours = ours.map(|(number, (span, reader))| CachedSpan {
+                number,
+                group: firsts.partition_point(|first| *first <= number),
+                positions: span.positions.clone(),
+                chunk: reader.on_device().cloned(),
+            });
+            Ok::<_, crate::EngineError>((treatment, device.cached_spans(kv, &ours.collect::<Vec<_>>())?))
+        };
+        Ok(CachedRows::Device(Box::new([of(Treatment::Exact)?, of(Treatment::Cached)?])))
+    }
+
+    /// Writes a group of the spans in a layer; `all`: not only those that are exact.
+    pub(super) fn write(
+        &self,
+        model: &Transformer,
+        kv: &mut SequenceKv,
+        layer: usize,
+        (spans, group): (&[Span], Range<usize>),
+        cached: &[CachedLayer],
+        all: bool,
+    ) -> Result<()> {
+        let wanted = |treatment: Treatment| all || treatment == Treatment::Exact;
+        match self {
+            CachedRows::Host(rows) => {
+                let dtype = model.shape.dtype;
+                for at in group.filter(|at| wanted(spans[*at].treatment)) {
+                    let cached = cached[at].to_host(None, layer)?;
+                    let (keys, values) = (dtype.decode(&cached.keys), dtype.decode(&cached.values));
+                    model.write_kv(kv.recent_mut(layer), &rows[at], &keys, &values);
+                }
+                Ok(())
+            }
+            CachedRows::Device(parts) => {
+                let mut parts = parts.iter().filter(|(treatment, _)| wanted(*treatment));
+                parts.try_for_each(|(_, spans)| on_device(model)?.write_cached(layer, spans, &group, cached))
+            }
         }
-        Some(device) => device.write_cached(layer, &rows.positions, cached, kv),
     }
 }
 

@@ -299,6 +299,14 @@ impl Transformer {
         Rows { positions, cos, sin }
     }
 
+    /// As [`rows`](Self::rows), with angles only where the stages below need them: a GPU has a table of its own.
+    pub(crate) fn stage_rows(&self, positions: Vec<usize>) -> Rows {
+        match self.device() {
+            None => self.rows(positions),
+            Some(_) => Rows { positions, cos: Vec::new(), sin: Vec::new() },
+        }
+    }
+
     /// Queries, keys and values of `x` in `layer`.
     pub(crate) fn qkv(&self, layer: usize, x: &[f32], rows: &Rows) -> Qkv {
         let (l, spec, n) = (&self.host().layers[layer], &self.spec, rows.positions.len());

@@ -25,6 +25,7 @@ use crate::request::{
 };
 use crate::sampler::SamplingParams;
 use crate::sequence::Waiting;
+use crate::tiers::ChunkTiers;
 
 #[path = "blend_tests.rs"]
 mod blends;
@@ -111,6 +112,7 @@ impl Bench {
             identity: 1,
             root: config.prefix_cache.then(|| PageKey::root(b"tiny")),
             load: Arc::default(),
+            tiers: Arc::new(ChunkTiers::new(model.shape, model.cpu.isa, 0, model.device()).unwrap()),
             commands: channel().1,
             model,
             config,

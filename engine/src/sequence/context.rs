@@ -1,5 +1,6 @@
 //! A request's context, blended piece by piece.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Phase, Sequence};
@@ -9,6 +10,7 @@ use crate::kv::prefix::SharedPage;
 use crate::model::transformer::{States, Transformer};
 use crate::prefix_cache::PrefixCache;
 use crate::request::{PrefillStats, Prompt};
+use crate::tiers::ChunkTiers;
 use crate::unwind::guarded;
 
 /// What came of a piece of a context.
@@ -36,10 +38,11 @@ impl Sequence {
     pub(crate) fn go_on_blending(
         &mut self,
         model: &Transformer,
+        tiers: &Arc<ChunkTiers>,
         tokens: usize,
         cache: &mut PrefixCache<SharedPage>,
     ) -> Result<Blending> {
-        let begun = self.blend.take().map_or_else(|| self.begin_blend(model), Ok)?;
+        let begun = self.blend.take().map_or_else(|| self.begin_blend(model, tiers), Ok)?;
         let blend = self.blend.insert(begun);
         let progress = guarded("blending a context", || blend.advance(model, &mut self.kv, tokens))?;
         let Blended { stats, state } = match progress {
@@ -61,10 +64,10 @@ impl Sequence {
         Ok(if self.read == self.text.len() { Blending::Read(state) } else { Blending::Went })
     }
 
-    fn begin_blend(&self, model: &Transformer) -> Result<Box<Blend>> {
+    fn begin_blend(&self, model: &Transformer, tiers: &Arc<ChunkTiers>) -> Result<Box<Blend>> {
         let Prompt { prefix, chunks, .. } = &self.request.prompt;
         // The question as it was asked: an answer that is computed again must not change what is recomputed.
-        let context = Context { prefix, chunks, suffix: &self.text[..self.prompt] };
+        let context = Context { prefix, chunks, suffix: &self.text[..self.prompt], tiers: Some(tiers) };
         let exact = self.attends_all() || self.context + self.prompt <= self.request.attention.window;
         let then = if exact { Suffix::Read { ban_eos: self.goes_on() } } else { Suffix::Later };
         Blend::new(model, self.kv.len(), &context, &self.request.blend, then).map(Box::new)

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use ann_index::IndexKind;
 use clap::{Parser, Subcommand};
-use engine::Strategy;
-use eval::CheckpointShape;
+use engine::{BlendMode, Strategy};
+use eval::{CheckpointShape, ChunkPlace};
 use quire::cli::CommonArgs;
 use settings::Named;
 
@@ -167,6 +167,8 @@ pub(crate) enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+    /// Time to first token by where cached chunks are kept, beside full recompute and the prefix cache
+    Ttft(TtftArgs),
     /// A GPU's attention of query rows that lie scattered over a context, beside that of a whole prompt
     AttentionScattered {
         /// Tokens of context
@@ -261,6 +263,35 @@ pub(crate) enum BenchCommand {
         #[command(flatten)]
         records: RecordArgs,
     },
+}
+
+/// Prompts of cached chunks.
+#[derive(Debug, clap::Args)]
+pub(crate) struct TtftArgs {
+    /// Chunks of the prompt; --chunk-tokens says how long each is
+    #[arg(long, default_value_t = 10)]
+    pub(crate) chunks: usize,
+    /// Tokens of the question
+    #[arg(long, default_value_t = 64)]
+    pub(crate) question: usize,
+    /// Where the chunks are, separated by commas: device, host, rocksdb-warm, rocksdb-cold
+    #[arg(long, value_delimiter = ',', default_value = "host,rocksdb-warm,rocksdb-cold")]
+    pub(crate) from: Vec<Named<ChunkPlace>>,
+    /// Rules beside the settings' own, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) rules: Vec<Named<BlendMode>>,
+    /// Timed rounds
+    #[arg(long, default_value_t = 5)]
+    pub(crate) repeats: usize,
+    /// First part of the records' case
+    #[arg(long, default_value = "ref")]
+    pub(crate) label: String,
+    /// What stands between label and rule in the records' case [default: CHUNKSxTOKENS/PLACE]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) case: Option<String>,
+    /// Records.
+    #[command(flatten)]
+    pub(crate) records: RecordArgs,
 }
 
 /// A comparison of speed.

@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use engine::{ChunkSource, DeviceChoice, Engine, EngineConfig};
 use eval::{
-    AttentionOptions, AttentionSumsOptions, BlendBenchOptions, CheckpointOptions, DrillOptions, DrillReport,
-    FaultsOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions,
-    ScatteredOptions, SourceProvider, SpeedOptions, StoreBenchOptions, TemplateOptions, bench_attention_sums,
-    bench_blend, bench_decode, bench_faults, bench_index, bench_membw, bench_prefill, bench_store, bench_templates,
-    default_results_dir, drill_bitflips, drill_full_disk, write_checkpoint, write_report,
+    AttentionOptions, AttentionSumsOptions, BlendBenchOptions, CheckpointOptions, ChunkPlace, DrillOptions,
+    DrillReport, FaultsOptions, GpuPeerOptions, HeadOptions, IndexBenchOptions, IndexData, MembwOptions, PeerOptions,
+    ScatteredOptions, SourceProvider, SpeedOptions, StoreBenchOptions, TemplateOptions, TtftOptions,
+    bench_attention_sums, bench_blend, bench_decode, bench_faults, bench_index, bench_membw, bench_prefill,
+    bench_store, bench_templates, bench_ttft, default_results_dir, drill_bitflips, drill_full_disk, write_checkpoint,
+    write_report,
 };
 
-use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs};
+use super::args::{BenchCommand, IndexArgs, IndexDataArg, RecordArgs, SpeedArgs, TtftArgs};
 use super::crash::{CrashOptions, crash_drill};
 use super::http::{HttpOptions, http_bench};
 use super::library::library_bench;
@@ -27,6 +28,7 @@ use super::store_args::{CrashArgs, CrashCase, StoreArgs};
 use crate::error::Result;
 use documents::data_dir::create_private_dir;
 use quire::cli::{Out, count};
+use serde_json::json;
 use service::store::KvStore;
 use settings::{QuireError, Settings};
 
@@ -107,6 +109,7 @@ pub(super) fn run(settings: &Settings, command: BenchCommand, out: &Out) -> Resu
             };
             blend(settings, &options, out)
         }
+        BenchCommand::Ttft(args) => ttft(settings, args, out),
         BenchCommand::AttentionScattered { tokens, percent, repeats, label, records } => {
             let output = output(&records)?;
             let options = ScatteredOptions { tokens, percent, repeats, model_label: label, output };
@@ -243,11 +246,12 @@ enum Kind {
     Decode,
 }
 
-/// On the CPU, as the transformers beside it are.
+/// On the CPU, as the transformers beside it are; a prompt alone also on a GPU, if that is asked for.
 fn speed(settings: &Settings, args: SpeedArgs, out: &Out, kind: Kind) -> Result<()> {
     // The same prompt is read again and again, and reading it is what is timed.
-    let config =
-        EngineConfig { device: DeviceChoice::Cpu, prefix_cache: false, wait_for_index: true, ..settings.engine()? };
+    let gpu = args.no_peer && matches!(kind, Kind::Prefill) && settings.device.0 == DeviceChoice::Cuda;
+    let device = if gpu { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
+    let config = EngineConfig { device, prefix_cache: false, wait_for_index: true, ..settings.engine()? };
     let options = SpeedOptions {
         lengths: args.lengths,
         repeats: args.repeats,
@@ -318,6 +322,41 @@ fn blend(settings: &Settings, options: &BlendBenchOptions, out: &Out) -> Result<
     let store = KvStore::open(&engine, dir.path(), "bench", settings.store_bytes(), &settings.tenant)?;
     let provider = StoreProvider { store };
     let report = with_progress(out, |progress| Ok(bench_blend(&engine, &[&provider], options, progress)?))?;
+    engine.shutdown();
+    print(&report, &report.table(), out);
+    Ok(())
+}
+
+/// As [`blend`]; the store has room for all chunks, and the prefix cache for a prompt.
+fn ttft(settings: &Settings, args: TtftArgs, out: &Out) -> Result<()> {
+    let own = settings.blending();
+    let rules =
+        std::iter::once(own.mode).chain(args.rules.iter().map(|named| named.0).filter(|rule| *rule != own.mode));
+    let options = TtftOptions {
+        chunks: args.chunks,
+        chunk_tokens: settings.chunk_tokens,
+        question_tokens: args.question,
+        places: args.from.into_iter().map(|named| named.0).collect(),
+        rules: rules.collect(),
+        blend: own,
+        repeats: args.repeats,
+        model_label: args.label,
+        case: args.case,
+        note: json!({
+            "prefill_chunk": settings.prefill_chunk, "step_tokens": settings.step_tokens,
+            "fast_prefill": settings.fast_prefill, "weights": "as in the model's folder",
+        }),
+        output: output(&args.records)?,
+    };
+    let engine = Engine::load(EngineConfig { prefix_cache: true, ..settings.engine()? })?;
+    let stored = |place: &ChunkPlace| matches!(place, ChunkPlace::StoreWarm | ChunkPlace::StoreCold);
+    let dir = ScratchDir::new(&settings.data_dir, "bench-ttft")?;
+    let bytes = (args.chunks * settings.chunk_tokens * engine.kv_shape().token_bytes()) as u64;
+    let open = || KvStore::open(&engine, dir.path(), "bench", bytes + bytes / 4 + (1 << 30), &settings.tenant);
+    let store = options.places.iter().any(stored).then(open).transpose()?.map(|store| StoreProvider { store });
+    let store = store.as_ref().map(|store| store as &dyn SourceProvider);
+    let cold = || eval::drop_page_cache(dir.path());
+    let report = with_progress(out, |progress| Ok(bench_ttft(&engine, store, &cold, &options, progress)?))?;
     engine.shutdown();
     print(&report, &report.table(), out);
     Ok(())

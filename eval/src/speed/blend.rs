@@ -201,7 +201,7 @@ fn bench_length(
     Ok(figures(info, &case, &variants))
 }
 
-fn failed(provider: &dyn SourceProvider, error: &(dyn std::error::Error + Send + Sync)) -> EvalError {
+pub(super) fn failed(provider: &dyn SourceProvider, error: &(dyn std::error::Error + Send + Sync)) -> EvalError {
     EvalError::Provider { name: provider.name().to_owned(), reason: error.to_string() }
 }
 

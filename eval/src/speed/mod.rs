@@ -19,6 +19,7 @@ mod rate;
 mod scattered;
 mod store;
 mod streams;
+mod ttft;
 
 use std::path::PathBuf;
 
@@ -45,7 +46,8 @@ pub use membw::{MembwOptions, MembwReport, bench_membw};
 pub use mixed::{MixedLoadOptions, bench_mixed_load};
 pub use prefill::bench_prefill;
 pub use scattered::{Scattered, ScatteredOptions, bench_scattered};
-pub use store::{StoreBenchOptions, StoreBenchReport, bench_store};
+pub use store::{StoreBenchOptions, StoreBenchReport, bench_store, drop_page_cache};
+pub use ttft::{ChunkPlace, TtftOptions, bench_ttft};
 
 /// The program that is measured beside this one: Hugging Face transformers on PyTorch, on the CPU.
 #[derive(Debug, Clone)]

@@ -312,6 +312,7 @@ impl Service {
         let (chunks, bytes) = self.store.stats().map_or((0, 0), |stats| (stats.chunks, stats.payload_bytes));
         let load = self.engine.load_report();
         self.metrics.state(&load, chunks, bytes, self.store.corrupt_reads());
+        self.metrics.tiers(&self.engine.chunk_tiers());
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 //! What vLLM counts too has vLLM's names (the prefix is a setting), so that existing dashboards and routers work. What
 //! only Quire has begins with `quire:`.
 
-use engine::{DecodeStats, EngineLoad, PrefillStats, Usage};
+use engine::{DecodeStats, EngineLoad, PrefillStats, TierLoad, Usage};
 use metrics::{
     Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
@@ -255,6 +255,16 @@ impl Metrics {
         if decode.cold_keys > 0 && decode.steps > 0 {
             self.keys_scanned.record(decode.keys_scored as f64 / decode.steps as f64);
             self.index_build.record(decode.index_build_seconds);
+        }
+    }
+
+    /// Brings up to date what the engine keeps near of chunks: in the host's memory, and in a GPU's.
+    pub fn tiers(&self, tiers: &[TierLoad; 2]) {
+        for (tier, load) in ["host", "device"].into_iter().zip(tiers).filter(|(_, load)| load.budget > 0) {
+            let labels = [("model_name", self.model.clone()), ("tier", tier.to_string())];
+            counter!("quire:chunk_hits_total", &labels).absolute(load.hits);
+            gauge!("quire:chunk_bytes", &labels).set(load.bytes as f64);
+            gauge!("quire:chunks", &labels).set(load.chunks as f64);
         }
     }
 

@@ -16,7 +16,7 @@ use chunk_cache::{
     ModelInfo, NewChunk, PinGuard, PutTicket, RAW_CODEC, SingleFlight, StoreError, StoreOptions, StoreStats,
 };
 use documents::Seldom;
-use engine::{ChunkKv, ChunkLayer, ChunkSource, Engine, EngineError};
+use engine::{ChunkKv, ChunkLayer, ChunkName, ChunkSource, Engine, EngineError};
 
 use settings::{QuireError, Result};
 
@@ -320,7 +320,12 @@ impl KvStore {
     /// Those of a failed write.
     pub fn remove(&self, keys: &[ChunkKey]) -> Result<u64> {
         match self.kept().filter(|kept| kept.store.access() == Access::Write) {
-            Some(kept) => Ok(kept.store.remove_all(keys)?),
+            Some(kept) => {
+                let removed = kept.store.remove_all(keys)?;
+                // Behind the store, so that nobody reads one from there again.
+                self.engine.forget_chunks(&keys.iter().map(name_of).collect::<Vec<_>>());
+                Ok(removed)
+            }
             None => Ok(0),
         }
     }
@@ -501,6 +506,11 @@ pub fn open_chunks(data_dir: &Path, new_budget: u64) -> Result<ChunkStore> {
     Ok(store)
 }
 
+/// The engine's name for a chunk. Keys hold the tenant's salt: what one tenant has used, another does not find.
+fn name_of(key: &ChunkKey) -> ChunkName {
+    ChunkName::of(&key.to_bytes())
+}
+
 /// A use that cannot be noted makes eviction less well informed, and nothing else.
 fn log_unnoted(noted: std::result::Result<(), StoreError>, key: &ChunkKey) {
     if let Err(error) = noted {
@@ -563,6 +573,10 @@ impl ChunkSource for StoredChunk {
                 Err(EngineError::ChunkSource(Box::new(error)))
             }
         }
+    }
+
+    fn name(&self) -> Option<ChunkName> {
+        Some(name_of(&self.key))
     }
 }
 

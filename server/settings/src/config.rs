@@ -207,6 +207,10 @@ settings! {
         prefill_chunk: usize = 512, "512";
         /// Bytes of KV in memory over all running requests and the prefix cache; 0: most of what weights leave
         kv_budget_bytes: Bytes = Bytes(0), "0";
+        /// Bytes of chunks' state that are kept in memory once a question has read them, page-locked where there is a GPU
+        host_cache_bytes: Option<Bytes> = None, "a quarter of the memory with a GPU, else a sixteenth of what weights leave";
+        /// Bytes of a GPU's memory for chunks that are used often
+        device_cache_bytes: Option<Bytes> = None, "a sixteenth of what is left for KV";
         /// Share the KV of prompts without documents that begin alike
         prefix_cache: bool = true, "true";
     }
@@ -494,6 +498,8 @@ impl Settings {
             mixed_prefill_tokens: self.mixed_prefill_tokens,
             prefill_chunk: self.prefill_chunk,
             kv_budget_bytes: self.kv_budget_bytes.0,
+            host_cache_bytes: self.host_cache_bytes.map(|bytes| bytes.0),
+            device_cache_bytes: self.device_cache_bytes.map(|bytes| bytes.0),
             prefix_cache: self.prefix_cache,
             queue: self.queue,
             wait_for_index: false,

@@ -284,6 +284,12 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
     }
 
+    /// Its byte `at`, for whoever divides it among several that write.
+    pub(crate) fn start_at(&self, at: usize) -> *mut u8 {
+        debug_assert!(at <= self.bytes);
+        self.start.wrapping_add(at)
+    }
+
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: allocated and initialised, borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }

@@ -94,9 +94,20 @@ macro_rules! arguments {
 pub(crate) use arguments;
 
 impl Device {
-    /// Puts a launch on the stream; without blocks there is nothing to do, which CUDA would call an error. Whether memory
+    /// Puts a launch on the stream of the kernels; without blocks there is nothing to do, which CUDA would call an error. Whether memory
     /// suffices for the arguments is the caller's to know.
-    pub(crate) fn launch(&self, kernel: Kernel, shape: Shape, mut arguments: Arguments) -> Result<()> {
+    pub(crate) fn launch(&self, kernel: Kernel, shape: Shape, arguments: Arguments) -> Result<()> {
+        self.launch_on(self.stream(), kernel, shape, arguments)
+    }
+
+    /// Puts a launch on any stream.
+    pub(crate) fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        kernel: Kernel,
+        shape: Shape,
+        mut arguments: Arguments,
+    ) -> Result<()> {
         if shape.is_empty() {
             return Ok(());
         }
@@ -117,7 +128,7 @@ impl Device {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shape.shared as u32,
-            hStream: self.stream(),
+            hStream: stream,
             attrs: &mut early,
             numAttrs: u32::from(shape.early && self.capability.0 >= 9),
         };

@@ -2,12 +2,13 @@
 //!
 //! `probe` finds the libraries, `device` holds context, stream and memory, `copies` brings keys and values over beside the kernels, `module` compiles and loads the kernels of
 //! `engine/kernels`, `launch` starts them, `ops` knows each kernel's arguments and shape, `gemm` multiplies matrices, `prefill` divides attention of many rows among multiprocessors,
-//! `weights` brings a model over, `repair` sees what a question attends and corrects cached rows, `batch` lays out a step's inputs, `sample` chooses tokens, `forward` is the pass over the layers, `graph` replays
+//! `weights` brings a model over, `cached` brings cached rows to the pages, `repair` sees what a question attends and corrects cached rows, `batch` lays out a step's inputs, `sample` chooses tokens, `forward` is the pass over the layers, `graph` replays
 //! decode steps, `host_work` does what strategies leave to the CPU, `model` ties them together.
 
 mod batch;
 mod bench;
 mod bench_scattered;
+mod cached;
 mod copies;
 mod device;
 mod forward;
@@ -31,6 +32,8 @@ pub(crate) use batch::Batch;
 pub(crate) use bench::copy_bandwidth_of;
 pub use bench::{AttentionShape, copy_bandwidth, decode_attention};
 pub use bench_scattered::{ScatteredAttention, scattered_attention};
+pub(crate) use cached::{CachedSpan, CachedSpans};
+pub(crate) use copies::Mark;
 pub(crate) use device::{Device, Memory, Pinned};
 pub use model::CudaConfig;
 pub(crate) use model::{CudaModel, Limits, Next};

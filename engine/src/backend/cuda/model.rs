@@ -22,6 +22,7 @@ use crate::model::rope::RopeTable;
 use crate::model::spec::ModelSpec;
 use crate::model::transformer::Piece;
 use crate::sampler::{Choice, Sampled};
+use crate::tiers::DeviceArena;
 use crate::weights::Weights;
 
 /// Rows whose logits are computed at a time.
@@ -56,6 +57,8 @@ pub(crate) struct CudaModel {
     pub(crate) sampling: Sampling,
     pub(crate) workspace: Workspace,
     pub(crate) pool: Arc<DevicePool>,
+    /// Memory for chunks that are used often; `None`: there is none.
+    pub(crate) chunks: Option<Arc<DeviceArena>>,
     /// Rows up to which the matrix-vector kernels are used.
     pub(crate) vector_rows: usize,
     /// Whether activations are rounded to bf16 where prompts are read.
@@ -145,12 +148,12 @@ impl Workspace {
 }
 
 /// Bytes to leave beside the KV of `left` bytes for blending, which goes over a whole context at a time: residual streams of
-/// all its tokens and of those that are recomputed, and their numbers; what a question pays to each, and which of them are
-/// corrected. No context is longer than the pages reach.
+/// all its tokens and of those that are recomputed, and their numbers; where cached ones go; what a question pays to each, and
+/// which of them are corrected. No context is longer than the pages reach.
 fn blend_bytes(spec: &ModelSpec, shape: KvShape, context: usize, left: u64) -> u64 {
     /// The driver rounds allocations up.
     const SLACK: u64 = 4 << 20;
-    let token = (2 * (spec.hidden * 4 + 4) + 2 * spec.kv_heads * 4 + 16) as u64;
+    let token = (2 * (spec.hidden * 4 + 4) + 2 * spec.kv_heads * 4 + 12 + 16) as u64;
     let tokens = (left.saturating_sub(SLACK) / (token + shape.token_bytes() as u64)).min(context as u64);
     (tokens * token + SLACK).min(left)
 }
@@ -181,6 +184,8 @@ pub(crate) struct Limits {
     pub(crate) context: usize,
     /// Bytes of KV; 0: whatever the device has left.
     pub(crate) kv_bytes: u64,
+    /// Bytes for chunks that are used often; `None`: a sixteenth of what is left for KV.
+    pub(crate) chunk_bytes: Option<u64>,
 }
 
 impl CudaModel {
@@ -219,6 +224,12 @@ impl CudaModel {
         let (budget, used) = device.memory();
         let left = budget.saturating_sub(used);
         let left = left - blend_bytes(spec, shape, limits.context, left);
+        let chunk_bytes = limits.chunk_bytes.unwrap_or(left / 16).min(left);
+        let chunks = match chunk_bytes {
+            0 => None,
+            bytes => Some(DeviceArena::new(device.allocate(bytes as usize, "chunks that are used often")?)),
+        };
+        let left = left - chunk_bytes;
         let kv_bytes = if limits.kv_bytes > 0 { limits.kv_bytes.min(left) } else { left };
         let pool = DevicePool::new(&device, shape, kv_bytes)?;
         tracing::info!(
@@ -226,6 +237,7 @@ impl CudaModel {
             kernels_compiled = modules.compiled,
             kernels_from_disk = modules.cached,
             kv_bytes,
+            chunk_bytes,
             "the model is on the GPU"
         );
         Ok(CudaModel {
@@ -238,6 +250,7 @@ impl CudaModel {
             sampling,
             workspace,
             pool,
+            chunks,
             vector_rows: vector_rows(&device),
             fast_prefill: config.fast_prefill,
             head_done: AtomicUsize::new(0),

@@ -12,7 +12,7 @@ use super::module::{Kernel, Modules};
 use super::prefill::{Prefill, PrefillRows};
 use super::repair::RepairKernels;
 use super::weights::{Format, Matrix};
-use crate::error::{EngineError, Result};
+use crate::error::Result;
 use crate::kv::{KvDtype, KvShape};
 use crate::model::rope::RopeTable;
 use crate::model::spec::ModelSpec;
@@ -70,7 +70,7 @@ pub(crate) struct Ops {
     embed_halves: Kernel,
     add_norm: Kernel,
     rope_append: Kernel,
-    write_rows: Kernel,
+    pub(super) write_rows: Kernel,
     /// Of f32, of bf16.
     swiglu: [Kernel; 2],
     split: Kernel,
@@ -418,37 +418,6 @@ impl Ops {
         let arguments =
             arguments![state(&w.attention), lse(&w.lse), state(&w.other), lse(&w.other_lse), count, spec.head_dim];
         self.device.launch(self.merge, Shape::new(count.div_ceil(8), THREADS), arguments)
-    }
-
-    /// Writes the workspace's keys (not rotated) and values to the pages of a batch's only table.
-    pub(crate) fn write_rows(
-        &self,
-        model: &CudaModel,
-        layer: usize,
-        batch: &Batch,
-        (keys, values): (u64, u64),
-    ) -> Result<()> {
-        let spec = &self.spec;
-        let first = match &batch.spans[..] {
-            [Span::Prefill { extent, .. }] => extent.first,
-            _ => return Err(EngineError::Internal("cached rows of several sequences".into())),
-        };
-        let arguments = arguments![
-            keys,
-            values,
-            &self.cos,
-            &self.sin,
-            batch.positions(),
-            batch.table(0),
-            first,
-            model.pool.layer(layer),
-            batch.rows,
-            spec.kv_heads,
-            spec.head_dim,
-        ];
-        let shape =
-            Shape { grid: (spec.kv_heads.div_ceil(BLOCK_HEADS), batch.rows.min(GRID_ROWS)), ..Shape::new(1, THREADS) };
-        self.device.launch(self.write_rows, shape, arguments)
     }
 }
 

@@ -12,6 +12,7 @@ mod alone;
 mod draw;
 mod models;
 mod repair;
+mod tiers;
 
 use std::sync::Arc;
 
@@ -329,7 +330,7 @@ fn a_context_is_blended_beside_pages_of_all_memory() {
     for mode in [BlendMode::FullRecompute, BlendMode::Reuse, BlendMode::CacheBlend, BlendMode::Answer] {
         for ratio in [0.5, 1.0] {
             let config = BlendConfig { mode, ratio, ..BlendConfig::default() };
-            let context = Context { prefix: &[1], chunks: &chunks, suffix: &question };
+            let context = Context { prefix: &[1], chunks: &chunks, suffix: &question, tiers: None };
             assert_eq!(blend(&model, &context, &config, &|| false).unwrap().kv.len(), 7501);
         }
     }

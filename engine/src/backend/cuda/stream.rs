@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use super::batch::{Batch, at_positions};
 use super::device::Memory;
 use super::model::CudaModel;
-use crate::chunk::ChunkLayer;
 use crate::error::{EngineError, Result};
 use crate::kv::sequence::SequenceKv;
 
@@ -85,27 +84,6 @@ impl CudaModel {
         self.head_done.store(0, Ordering::Relaxed);
         self.banned.store(batch.banned(), Ordering::Relaxed);
         Ok(batch.wanted)
-    }
-
-    /// Writes cached rows to these positions.
-    pub(crate) fn write_cached(
-        &self,
-        layer: usize,
-        positions: &[usize],
-        cached: &ChunkLayer,
-        kv: &SequenceKv,
-    ) -> Result<()> {
-        let rows = self.workspace.rows;
-        let bytes = rows * self.shape.width() * self.shape.dtype.size();
-        let parts = cached.keys.chunks(bytes).zip(cached.values.chunks(bytes));
-        let mut copies = self.copies();
-        for (positions, (keys, values)) in positions.chunks(rows).zip(parts) {
-            let here = copies.bring(keys, values, &self.workspace.cached)?;
-            let batch = self.positions(positions, kv, false)?;
-            self.ops.write_rows(self, layer, &batch, here)?;
-            copies.used()?;
-        }
-        Ok(())
     }
 
     /// The batch of rows at these positions of a context that has pages for them, its arrays copied.

@@ -53,7 +53,10 @@ pub(super) fn written_bytes() -> Result<u64> {
 }
 
 /// Makes the kernel forget what it holds of a folder's files, after writing what is not yet written.
-pub(super) fn drop_page_cache(dir: &Path) -> Result<()> {
+///
+/// # Errors
+/// A file that cannot be read or written out.
+pub fn drop_page_cache(dir: &Path) -> Result<()> {
     use rustix::fs::{Advice, fadvise};
     for path in files(dir) {
         let forget = || -> std::io::Result<()> {

@@ -15,7 +15,8 @@ use chunk_cache::{ChunkStore, PutTicket, StoreOptions};
 use serde::Serialize;
 use serde_json::json;
 
-use self::disk::{disk_bytes, drop_page_cache, peak_while, written_bytes};
+pub use self::disk::drop_page_cache;
+use self::disk::{disk_bytes, peak_while, written_bytes};
 use self::filler::{Filler, TOKENS};
 use super::round;
 use crate::error::{EvalError, Result};

@@ -19,6 +19,8 @@ const OTHER: &[&str] = &[
     "mixed_prefill_tokens",
     "prefill_chunk",
     "kv_budget_bytes",
+    "host_cache_bytes",
+    "device_cache_bytes",
     "prefix_cache",
     "kernel_cache",
 ];

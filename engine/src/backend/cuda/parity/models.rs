@@ -65,7 +65,8 @@ pub(super) const SHAPES: [Tiny; 10] = [
 
 pub(super) const VOCAB: usize = 1000;
 pub(super) const LAYERS: usize = 3;
-pub(super) const LIMITS: Limits = Limits { rows: 700, sequences: 24, context: 8192, kv_bytes: 1 << 28 };
+pub(super) const LIMITS: Limits =
+    Limits { rows: 700, sequences: 24, context: 8192, kv_bytes: 1 << 28, chunk_bytes: Some(1 << 24) };
 
 pub(super) fn config() -> CudaConfig {
     CudaConfig { memory_budget_bytes: 8 << 30, ..CudaConfig::default() }

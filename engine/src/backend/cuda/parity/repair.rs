@@ -106,7 +106,7 @@ struct Read {
 }
 
 fn read(model: &Transformer, chunks: &[PromptChunk], question: &[u32], config: &BlendConfig) -> Read {
-    let context = Context { prefix: &[1], chunks, suffix: question };
+    let context = Context { prefix: &[1], chunks, suffix: question, tiers: None };
     let blended = blend(model, &context, config, &|| false).unwrap();
     let mut kv: SequenceKv = blended.kv;
     let stats = blended.stats;
@@ -183,7 +183,7 @@ fn parity_of_questions_that_are_read_in_the_last_pass_beside_others() {
         for mode in rules {
             let config = BlendConfig { mode, ratio: 0.3, ..BlendConfig::default() };
             let read = |model: &Transformer, chunks: &[PromptChunk]| {
-                let context = Context { prefix: &[1], chunks, suffix: &question };
+                let context = Context { prefix: &[1], chunks, suffix: &question, tiers: None };
                 let mut beside = model.new_kv();
                 logits(model, &mut beside, &other, None);
                 let mut next = 3;
@@ -222,7 +222,7 @@ fn check_ratio_one(tiny: &Tiny) {
     let chunks = chunks(&model, &texts);
     let config = |mode| BlendConfig { mode, ratio: 1.0, ..BlendConfig::default() };
     let full = |chunks: &[PromptChunk]| {
-        let context = Context { prefix: &[1], chunks, suffix: &question };
+        let context = Context { prefix: &[1], chunks, suffix: &question, tiers: None };
         let mut kv = blend(&model, &context, &config(BlendMode::FullRecompute), &|| false).unwrap().kv;
         logits(&model, &mut kv, &question, None)
     };
