@@ -341,7 +341,11 @@ fn a_damaged_catalog_is_repaired_through_a_server_once_there_is_space_and_serves
     assert!(!stdout.contains("note.txt") && !stderr.contains("note.txt"), "{stdout}{stderr}");
     for after in [0, 20_000] {
         disk.fail(op::SPACE, 28, after).unwrap();
-        support::fail(quire(&data).args(["catalog", "verify", "--repair"]), 1, &["disk is full", "nothing has changed"]);
+        support::fail(
+            quire(&data).args(["catalog", "verify", "--repair"]),
+            1,
+            &["disk is full", "nothing has changed"],
+        );
         finds();
         disk.mend().unwrap();
         finds();

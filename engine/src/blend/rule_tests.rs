@@ -176,6 +176,11 @@ fn cases(rng: &mut ChaCha8Rng) -> Vec<Case> {
     shapes.into_iter().map(|(sizes, question, computed)| Case::new(rng, sizes, question, computed)).collect()
 }
 
+/// Rules with the share that they are told.
+fn ungated() -> BlendConfig {
+    BlendConfig { gate: GateConfig { on: false, ..GateConfig::default() }, ..BlendConfig::default() }
+}
+
 #[test]
 fn what_a_rule_leaves_behind_is_what_the_emulator_computes() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
@@ -192,7 +197,7 @@ fn what_a_rule_leaves_behind_is_what_the_emulator_computes() {
                 _ => case.asked(mode, ratio),
             };
             for correction in [Correction::None, Correction::Prompt, Correction::Chunk] {
-                let config = BlendConfig { mode, ratio, correction: Some(correction), ..BlendConfig::default() };
+                let config = BlendConfig { mode, ratio, correction: Some(correction), ..ungated() };
                 let about = format!("case {number}, {mode}, {correction}, {} chosen", chosen.len());
                 let wanted = case.emulate(&chosen, correction, false);
                 let blended = case.blend(&config);
@@ -246,7 +251,7 @@ fn rules_and_corrections_come_closer_to_a_full_pass_than_reuse() {
         let full = MODEL.0.pass(&case.tokens, None, 0, false).logits;
         let settings = [(BlendMode::Reuse, 0.0), (BlendMode::Answer, 0.3), (BlendMode::Answer, 1.0)];
         for (sum, (mode, ratio)) in sums.iter_mut().zip(settings) {
-            let config = BlendConfig { mode, ratio, ..BlendConfig::default() };
+            let config = BlendConfig { mode, ratio, ..ungated() };
             *sum += distance(&case.logits(case.blend(&config).kv), &full) / 4.0;
         }
     }
@@ -258,7 +263,7 @@ fn what_is_exact_is_not_charged_and_takes_no_part_in_the_budget() {
     let mut rng = ChaCha8Rng::seed_from_u64(6);
     let share = |chunks: &[usize], computed: &[usize], mode| {
         let case = Case::new(&mut ChaCha8Rng::seed_from_u64(8), chunks, 10, computed);
-        let config = BlendConfig { mode, ratio: 0.25, ..BlendConfig::default() };
+        let config = BlendConfig { mode, ratio: 0.25, ..ungated() };
         case.blend(&config).stats.charged_share
     };
     let near =
@@ -276,10 +281,10 @@ fn what_is_exact_is_not_charged_and_takes_no_part_in_the_budget() {
     near(share(&[5, 7, 40], &[1], BlendMode::Answer), (10.0 + 10.0) / 40.0);
     for mode in [BlendMode::Answer, BlendMode::CacheBlend, BlendMode::Reuse] {
         assert_eq!(share(&[40], &[], mode), None, "{mode}");
-        let exact = Case::new(&mut rng, &[33], 4, &[]).blend(&BlendConfig { mode, ..BlendConfig::default() });
+        let exact = Case::new(&mut rng, &[33], 4, &[]).blend(&BlendConfig { mode, ..ungated() });
         let stats = &exact.stats;
         assert_eq!((stats.recomputed_tokens, stats.reused_tokens, stats.exact_tokens), (1, 33, 33));
-        let composed = Case::new(&mut rng, &[33, 40], 4, &[]).blend(&BlendConfig { mode, ..BlendConfig::default() });
+        let composed = Case::new(&mut rng, &[33, 40], 4, &[]).blend(&BlendConfig { mode, ..ungated() });
         assert_eq!(composed.stats.exact_tokens, 33, "{mode}");
     }
 }
@@ -290,7 +295,7 @@ fn a_context_without_a_question_is_blended_by_deviation_and_says_so() {
     let case = Case::new(&mut rng, &[30, 40, 20], 6, &[]);
     let unasked = Context { suffix: &[], ..case.context() };
     for mode in [BlendMode::Answer, BlendMode::Question] {
-        let config = BlendConfig { mode, ratio: 0.2, ..BlendConfig::default() };
+        let config = BlendConfig { mode, ratio: 0.2, ..ungated() };
         let blended = blend(&MODEL.1, &unasked, &config, &|| false).unwrap();
         assert_eq!(blended.stats.rule, Some(BlendMode::CacheBlend));
         let wanted = case.emulate(&case.deviating(0.2), Correction::None, false);
@@ -320,7 +325,7 @@ fn a_blend_does_not_depend_on_how_it_is_cut() {
         let modes = [BlendMode::CacheBlend, BlendMode::Random, BlendMode::Reuse, BlendMode::FullRecompute];
         for mode in [BlendMode::Answer, BlendMode::Question].into_iter().chain(modes) {
             for correction in [None, Some(Correction::Prompt)] {
-                let config = BlendConfig { mode, ratio: 0.7, correction, ..BlendConfig::default() };
+                let config = BlendConfig { mode, ratio: 0.7, correction, ..ungated() };
                 let whole = blend_reading(&MODEL.1, &case.context(), &config, || usize::MAX).unwrap();
                 for round in 0..3 {
                     let most = [1, 40, 500][round];
@@ -377,7 +382,7 @@ fn what_the_gate_has_computed_whole_is_a_full_pass_and_is_charged_as_one() {
 fn the_same_prompt_draws_the_same_tokens_and_another_question_others() {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let mut case = Case::new(&mut rng, &[30, 50, 50], 12, &[]);
-    let config = BlendConfig { mode: BlendMode::Random, ratio: 0.3, ..BlendConfig::default() };
+    let config = BlendConfig { mode: BlendMode::Random, ratio: 0.3, ..ungated() };
     let values =
         |case: &Case| (1..131).map(|row| case.blend(&config).kv.rows(3, 0, row..row + 1).1).collect::<Vec<_>>();
     let first = values(&case);

@@ -377,11 +377,11 @@ mod tests {
 
     #[test]
     fn cases_say_shape_place_and_rule_and_ratios_are_to_the_same_run() {
-        let mut columns = columns(&options(), true);
-        for (measured, seconds) in columns.iter_mut().zip([0.4, 0.1, 0.05, 0.02, 0.2, 0.1]) {
+        let mut measured_columns = columns(&options(), true);
+        for (measured, seconds) in measured_columns.iter_mut().zip([0.4, 0.1, 0.05, 0.02, 0.2, 0.1]) {
             measured.side.seconds = vec![seconds; 3];
         }
-        let records = figures(&RunInfo::start(&options().output), &options(), &columns);
+        let records = figures(&RunInfo::start(&options().output), &options(), &measured_columns);
         let value = |case: &str, metric: &str| {
             records.iter().find(|r| r.case == case && r.metric == metric).map(|r| (r.value, r.samples))
         };

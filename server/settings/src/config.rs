@@ -286,13 +286,13 @@ settings! {
         /// What becomes of cached chunks: answer, question, cacheblend, heads, epic, random, reuse or full-recompute
         blend: Named<BlendMode> = Named(BlendMode::Answer), "answer";
         /// Share of cached tokens that is recomputed, 0 to 1
-        ratio: f32 = 0.13, "0.13";
+        ratio: f32 = 0.1, "0.1";
         /// Instead of the ratio: recompute tokens until this share of the attention is covered (answer and question)
         blend_mass: Option<f32> = None, "none";
         /// How tokens that stay cached are corrected: none, prompt or chunk
         correction: Option<Named<Correction>> = None, "chunk for answer and question, else none";
         /// Recompute more where a question turns out to need it, up to everything (answer and question, not with blend_mass)
-        blend_gate: bool = false, "false";
+        blend_gate: bool = true, "true";
         /// Layer on which cacheblend compares fresh and cached values
         check_layer: usize = 1, "1";
     }
