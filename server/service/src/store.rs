@@ -419,7 +419,8 @@ impl KvStore {
                         tracing::warn!(%error, more, "a chunk could not be stored; it is used from memory");
                     }
                 }
-                Arc::new(MemoryChunk { layers: state.layers, tokens: tokens.len(), _pin: Some(pin) })
+                let name = name_of(&key);
+                Arc::new(MemoryChunk { layers: state.layers, tokens: tokens.len(), name, _pin: Some(pin) })
             }
             Found::Stored => {
                 log_unnoted(kept.store.touch(&key), &key);
@@ -456,7 +457,8 @@ impl KvStore {
             Fetched::Found(layers) | Fetched::Shared(layers) => (layers, Origin::Cached),
             Fetched::Computed(layers) => (layers, Origin::Computed),
         };
-        Ok((Arc::new(MemoryChunk { layers, tokens: tokens.len(), _pin: None }), origin))
+        let name = name_of(key);
+        Ok((Arc::new(MemoryChunk { layers, tokens: tokens.len(), name, _pin: None }), origin))
     }
 
     fn compute(&self, key: &ChunkKey, prefix: &[u32], tokens: &[u32]) -> Result<NewChunk> {
@@ -525,6 +527,7 @@ fn log_unnoted(noted: std::result::Result<(), StoreError>, key: &ChunkKey) {
 struct MemoryChunk {
     layers: Arc<[LayerKv]>,
     tokens: usize,
+    name: ChunkName,
     /// It is not evicted when it has been written meanwhile.
     _pin: Option<PinGuard>,
 }
@@ -538,6 +541,10 @@ impl ChunkSource for MemoryChunk {
         let missing = || EngineError::ChunkSource(format!("a chunk in memory has no layer {layer}").into());
         let LayerKv { keys, values } = self.layers.get(layer).cloned().ok_or_else(missing)?;
         Ok(ChunkLayer::raw(keys, values))
+    }
+
+    fn name(&self) -> Option<ChunkName> {
+        Some(self.name)
     }
 }
 
