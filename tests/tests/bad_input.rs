@@ -161,7 +161,7 @@ fn documents_without_text_are_left_out_and_the_others_kept() {
     fail(
         quire(&data).arg("ingest").arg(&documents),
         1,
-        &["latin1.txt", "UTF-8", "offset 7", "iconv", "1 of 2 documents"],
+        &["latin1.txt", "UTF-8", "offset 7", "iconv", "1 of 3 documents"],
     );
     assert!(succeed(quire(&data).args(["search", "lamp"])).contains("good.md"));
 

@@ -67,7 +67,7 @@ fn the_doctor_says_what_is_wrong_with_a_data_folder_and_what_to_do() {
     assert!(told("is no folder"));
     std::fs::remove_file(&data).unwrap();
     write(&data.join("quire-data.json"), "torn");
-    assert!(told("remove that file if this quire wrote the folder"));
+    assert!(told("remove that file if no newer quire has written the folder"));
     write(&data.join("quire-data.json"), "{\"format\": 9}");
     assert!(told("use a newer quire"));
 }
@@ -187,7 +187,7 @@ fn one_unreadable_folder_or_file_is_named_and_the_rest_goes_on() {
         command.args(["ingest", "notes", "absent.md"]);
         command
     };
-    let parts = ["absent.md", "nul.txt", "NUL byte at offset 1", "wide.txt", "iconv -f UTF-16LE", "3 of 5 documents"];
+    let parts = ["absent.md", "nul.txt", "NUL byte at offset 1", "wide.txt", "iconv -f UTF-16LE", "3 of 6 documents"];
     fail(&mut ingest(), 1, &parts);
     let output = ingest().output().unwrap();
     let summary = texts(&output).0;

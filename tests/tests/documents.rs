@@ -116,7 +116,7 @@ fn a_collection_is_renamed_beside_a_server_and_without_one() {
     assert!(finds("notes"));
     fail(quire(&data).args(["search", "lamp", "-c", "recovered-1"]), 1, &["does not exist", "notes"]);
     fail(quire(&data).args(["collections", "rename", "recovered-1", "x"]), 1, &["does not exist", "notes"]);
-    fail(quire(&data).args(["collections", "rename", "notes", "a/b"]), 1, &["a/b", "expected 1 to 64"]);
+    fail(quire(&data).args(["collections", "rename", "notes", "a/b"]), 2, &["a/b", "expected 1 to 64"]);
     let server = support::Server::start(&data, &[]);
     // The server has it open under its old name.
     assert!(finds("notes"));

@@ -43,10 +43,13 @@ fn a_collection_that_drifts_from_full_recompute_pays_more_and_then_all_of_it() {
         }
     };
     for wanted in [1.0, 2.0] {
-        // One after the other: of those that come while samples wait, some are not compared.
+        // Samples are compared while nobody asks: so there is a pause behind each question.
         eventually("the level rises", || {
             ask(&server, &question, &none);
-            level(wanted)(&server)
+            (0..40).any(|_| {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                level(wanted)(&server)
+            })
         });
         let (answer, _) = ask(&server, &question, &none);
         assert!(notes(&answer).contains("the collection `default` have drifted"), "{answer}");

@@ -68,6 +68,10 @@ fn wide_latin(bytes: &[u8]) -> Option<&'static str> {
 
 /// The byte order in which the bytes are a text of some script in UTF-16; `None` where they are one in neither.
 fn utf16(bytes: &[u8]) -> Option<&'static str> {
+    // A few bytes of an odd number are no such text.
+    if bytes.len() % 2 == 1 && bytes.len() < 64 {
+        return None;
+    }
     let sample = &bytes[..bytes.len().min(SAMPLE)];
     // Two Latin letters are a Chinese character; but Chinese has others, too.
     let latin = sample.iter().filter(|byte| byte.is_ascii_alphabetic() || **byte == b' ').count();

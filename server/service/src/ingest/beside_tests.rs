@@ -109,7 +109,8 @@ fn documents_are_ingested_and_questions_answered_while_sixteen_streams_decode() 
         (ingested.new, ingested.chunks_computed, ingested.tokens)
     );
     assert_eq!(questions.map(|question| ask(&loud, question)), answers);
-    assert_eq!(loud.engine().load_report().running, STREAMS, "all of them still decode");
+    // The last question may not have been put away yet.
+    assert!(loud.engine().load_report().running >= STREAMS, "all of them still decode");
     for (stream, written) in streams.iter_mut().zip(&mut written) {
         while written.len() < COMPARED {
             written.push(next(stream));
