@@ -151,7 +151,12 @@ impl Subject {
     fn crash(&mut self) {
         let before = self.dir();
         self.lives += 1;
-        copy(&before, &self.dir());
+        // What works in the background removes files now and then: a copy with a hole is none of one moment.
+        let copied = (0..50).any(|_| {
+            let _ = std::fs::remove_dir_all(self.dir());
+            copy(&before, &self.dir()).is_ok()
+        });
+        assert!(copied, "files vanished from {} in each of 50 copies", before.display());
         self.library = Library::new(&self.dir());
         // Nothing may be there yet.
         let _ = std::fs::remove_dir_all(before);
@@ -164,14 +169,17 @@ impl Subject {
     }
 }
 
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).into_iter().flatten().flatten() {
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    // Nothing may be there yet.
+    for entry in std::fs::read_dir(from).into_iter().flatten() {
+        let entry = entry?;
         match entry.path().is_dir() {
-            true => copy(&entry.path(), &to.join(entry.file_name())),
-            false => drop(std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap()),
+            true => copy(&entry.path(), &to.join(entry.file_name()))?,
+            false => drop(std::fs::copy(entry.path(), to.join(entry.file_name()))?),
         }
     }
+    Ok(())
 }
 
 fn apply(step: &Step, subject: &mut Subject, model: &mut Model) {

@@ -324,6 +324,26 @@ impl Store {
     /// Rewrites everything without what was deleted, so that no file has it any more: neither logs nor tables. A table that
     /// cannot be rewritten, as it is damaged, is an error, once all others are.
     pub(super) fn purge(&self) -> Result<(), CatalogError> {
+        let mut left = self.rewrite()?;
+        if !left.is_empty() {
+            // An error of the disk that is over by now can still be the answer to the first attempt behind it.
+            left = self.rewrite()?;
+        }
+        if left.is_empty() {
+            return Ok(());
+        }
+        let is_damaged =
+            |family: Family| self.scan(family, b"", b"").any(|row| matches!(row, Err(CatalogError::Row(_))));
+        let path = self.path.clone();
+        Err(match Family::ALL.into_iter().any(is_damaged) {
+            true => DocumentsError::NotErased { path, files: left.join(", ") },
+            false => DocumentsError::CatalogNotErased { path },
+        }
+        .into())
+    }
+
+    /// Rewrites all tables, and the list of files. Returns the tables that could not be rewritten.
+    fn rewrite(&self) -> Result<Vec<String>, CatalogError> {
         self.mend()?;
         // Once every family has left it, a log file goes.
         self.flush()?;
@@ -340,23 +360,13 @@ impl Store {
             Ok(left.map(|file| file.name.trim_start_matches('/').to_string()).collect::<Vec<_>>())
         })?;
         if self.in_memory {
-            return Ok(());
+            return Ok(Vec::new());
         }
         // The list of files has their first and last keys, and so names. A new one is written when the database is opened;
         // after a compaction that failed it takes no further writes before that.
         self.failed.store(true, Ordering::Relaxed);
         self.mend()?;
-        if left.is_empty() {
-            return Ok(());
-        }
-        let is_damaged =
-            |family: Family| self.scan(family, b"", b"").any(|row| matches!(row, Err(CatalogError::Row(_))));
-        let path = self.path.clone();
-        Err(match Family::ALL.into_iter().any(is_damaged) {
-            true => DocumentsError::NotErased { path, files: left.join(", ") },
-            false => DocumentsError::CatalogNotErased { path },
-        }
-        .into())
+        Ok(left)
     }
 }
 
